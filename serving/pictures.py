@@ -1,0 +1,208 @@
+"""Pictures: bytes to upright pixels at the size the network wants, and boxes drawn back onto them."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from serving.contract import Limits
+
+Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what is opened at all; each further one is a parser to attack
+LONGEST_SIDE = 640  # pixels of the letterboxed picture's longer side, as YOLOv5 was trained
+PADDING = 114  # YOLOv5's letterbox grey
+
+# The eight EXIF orientations as (mirror left-right first?, quarter turns counter-clockwise then).
+# EXIF 2.3, tag 0x0112.
+_ORIENTATIONS = {2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1)}
+_EXIF_ORIENTATION = 0x0112
+
+
+class PictureError(ValueError):
+    """Bytes that cannot be counted; the message says why and what would do."""
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """A picture ready for the network, and the way back to its own pixels.
+
+    pixels: (h, w, 3), h and w multiples of the stride, the longer one LONGEST_SIDE rounded up to it.
+    width, height: the upright picture's own size. scale: letterboxed over own pixels, per axis (x, y).
+    left, top: padding in letterboxed pixels.
+    """
+
+    pixels: Pixels
+    width: int
+    height: int
+    scale: tuple[float, float]
+    left: int
+    top: int
+
+
+def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limits.max_pixels) -> Letterbox:
+    """Decode a picture, turn it upright and fit it into a rectangle as YOLOv5 does.
+
+    A JPEG is decoded at 1/2 or 1/4 of its size where that still has all the pixels the network sees.
+    Raises PictureError.
+    """
+    opened = _open(data, max_pixels)
+    turned = opened.orientation in (5, 6, 7, 8)
+    width, height = (opened.height, opened.width) if turned else (opened.width, opened.height)
+    ratio = LONGEST_SIDE / max(width, height)
+    inner_w, inner_h = max(1, round(width * ratio)), max(1, round(height * ratio))
+    stored = (inner_h, inner_w) if turned else (inner_w, inner_h)
+    pixels = _resize(opened.decode(stored), stored)
+    pixels = _upright(pixels, opened.orientation)
+    outer_w, outer_h = (math.ceil(side / stride) * stride for side in (inner_w, inner_h))
+    left, top = (outer_w - inner_w) // 2, (outer_h - inner_h) // 2
+    if (outer_w, outer_h) != (inner_w, inner_h):
+        canvas = np.full((outer_h, outer_w, 3), PADDING, np.uint8)
+        canvas[top : top + inner_h, left : left + inner_w] = pixels
+        pixels = canvas
+    return Letterbox(
+        np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top
+    )
+
+
+def annotate(
+    data: bytes | memoryview,
+    boxes: Iterable[tuple[float, float, float, float]],
+    labels: Iterable[str],
+    region: Iterable[tuple[float, float]] | None = None,
+    max_pixels: int = Limits.max_pixels,
+) -> bytes:
+    """The upright picture as JPEG with boxes (upright pixels), their labels and the region drawn on it."""
+    opened = _open(data, max_pixels)
+    picture = Image.fromarray(_upright(opened.decode(None), opened.orientation))
+    draw = ImageDraw.Draw(picture)
+    line = max(2, round(max(picture.size) / 400))
+    font = ImageFont.load_default(max(12, round(max(picture.size) / 55)))
+    if region is not None:
+        corners = [(x * picture.width, y * picture.height) for x, y in region]
+        draw.line([*corners, corners[0]], fill=(255, 200, 0), width=line, joint="curve")
+    for box, label in zip(boxes, labels, strict=True):
+        draw.rectangle(box, outline=(0, 200, 90), width=line)
+        left, top, right, bottom = draw.textbbox((box[0], box[1]), label, font=font, anchor="lb")
+        if top < 0:  # no room above the box: write inside it
+            top, bottom = top + bottom - top, bottom + bottom - top
+        draw.rectangle((left, top, right + 2 * line, bottom), fill=(0, 200, 90))
+        draw.text((left + line, bottom), label, fill=(0, 0, 0), font=font, anchor="lb")
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A picture whose header was read and accepted; width and height are as stored, before orientation."""
+
+    data: bytes | memoryview
+    image: Image.Image | None  # None: simplejpeg decodes it
+    width: int
+    height: int
+    orientation: int
+
+    def decode(self, at_least: tuple[int, int] | None) -> Pixels:
+        """RGB pixels as stored; with at_least (width, height), perhaps smaller but not below it."""
+        if self.image is None:
+            width, height = at_least or (self.width, self.height)
+            # Below 1/4 counts change (docs/decisions.md); the decoder may choose smaller only down to this.
+            width, height = max(width, self.width // 4), max(height, self.height // 4)
+            try:
+                return simplejpeg.decode_jpeg(self.data, "RGB", min_width=width, min_height=height)
+            except ValueError:  # strict about every warning; Pillow knows which of them matter
+                return _pillow_pixels(_open_with_pillow(self.data, self.width * self.height))
+        return _pillow_pixels(self.image)
+
+
+def _open(data: bytes | memoryview, max_pixels: int) -> _Opened:
+    if not len(data):
+        raise PictureError("the picture is empty; send the bytes of a JPEG, PNG, WebP or GIF file")
+    head = bytes(data[: 1 << 16])
+    if head[:2] == b"\xff\xd8":
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            space = "unknown"  # Pillow decides
+        if space in ("YCbCr", "Gray", "RGB"):
+            _check_size(width, height, max_pixels)
+            orientation = 1
+            if b"Exif\0\0" in head:
+                orientation = _orientation(_open_with_pillow(data, max_pixels))
+            return _Opened(data, None, width, height, orientation)
+    image = _open_with_pillow(data, max_pixels)
+    return _Opened(data, image, image.width, image.height, _orientation(image))
+
+
+def _open_with_pillow(data: bytes | memoryview, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb limit; ours is checked below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        if isinstance(error, Image.DecompressionBombError):
+            raise PictureError(_too_large(max_pixels)) from None
+        raise PictureError(
+            "this is not a picture that can be read; send the bytes of a JPEG, PNG, WebP or GIF file"
+        ) from None
+    _check_size(image.width, image.height, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise PictureError(f"the picture has {width}×{height} pixels; {_too_large(max_pixels)}")
+
+
+def _too_large(max_pixels: int) -> str:
+    return (
+        f"at most {max_pixels / 1e6:g} megapixels are accepted: send it smaller, "
+        "or raise HEADCOUNT_MAX_PIXELS where the server runs"
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # broken EXIF: viewers show the picture as stored
+        return 1
+
+
+def _pillow_pixels(image: Image.Image) -> Pixels:
+    try:
+        image.load()
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
+            values = np.asarray(image).astype(np.uint32)
+            image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            # What lies under full transparency is arbitrary; viewers show the page, which is white.
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+    except Exception as error:
+        raise PictureError(f"the picture is damaged or cut short ({error}); send it again") from None
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    mirror, turns = _ORIENTATIONS.get(orientation, (False, 0))
+    if mirror:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if mirror or turns else pixels
+
+
+def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels
+    # Linear interpolation sees four pixels only: beyond 2:1 it would skip some.
+    shrinks = max(width / size[0], height / size[1])
+    how = cv2.INTER_AREA if shrinks > 2 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(pixels, size, interpolation=how), dtype=np.uint8)
