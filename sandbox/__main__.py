@@ -1,0 +1,103 @@
+"""`python -m sandbox`: the Google Cloud APIs that Headcount uses, on this machine."""
+
+import argparse
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from sandbox.cloud import Settings
+from sandbox.server import RUNNERS, Server
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sandbox", description=__doc__)
+    parser.add_argument("--port", type=int, default=8790, help="on 127.0.0.1; 0 takes a free one (8790)")
+    parser.add_argument(
+        "--state", type=Path, default=Path(".headcount/sandbox"), help="folder (.headcount/sandbox)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget the state and its containers first")
+    parser.add_argument("--runner", choices=RUNNERS, default="docker", help="stub: no containers, for tests")
+    parser.add_argument("--admin", action="store_true", help="serve /_sandbox/…: faults, journal, history")
+    parser.add_argument(
+        "--validate", action="store_true", help="check answers against the discovery documents"
+    )
+    parser.add_argument(
+        "--hold-after-undeploy",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="refuse to delete a model version this long after its undeployment; about 60 on Vertex AI (0)",
+    )
+    parser.add_argument(
+        "--operation-seconds",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="least duration of an operation (0)",
+    )
+    parser.add_argument(
+        "--service-account",
+        action="append",
+        default=[],
+        metavar="EMAIL",
+        help="an account that models may run as; repeatable; without it any may",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    args = options(arguments)
+    logging.basicConfig(level=logging.WARNING, format="sandbox: %(message)s")
+    # The protocol said outright: asyncio sets TCP_NODELAY only then, and without it answers take 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", args.port))
+    except OSError as error:
+        print(
+            f"Port {args.port} can not be used ({error.strerror}): stop what listens there, or choose "
+            "another with --port.",
+            file=sys.stderr,
+        )
+        return 1
+    port = listener.getsockname()[1]
+    try:
+        server = _open(args, port)
+    except BlockingIOError:
+        print(
+            f"Another sandbox uses the state folder {args.state}: stop it, or choose another with --state.",
+            file=sys.stderr,
+        )
+        return 1
+    # Before the application starts, so that a first request waits instead of being refused.
+    listener.listen(2048)
+    print(
+        f"Sandbox on http://127.0.0.1:{port}, state in {args.state}, containers by {args.runner}", flush=True
+    )
+    config = uvicorn.Config(
+        server, lifespan="on", log_level="error", access_log=False, timeout_graceful_shutdown=5
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def _open(args: argparse.Namespace, port: int) -> Server:
+    settings = Settings(
+        port=port,
+        state=args.state,
+        fresh=args.fresh,
+        runner=args.runner,
+        admin=args.admin,
+        validate=args.validate,
+        hold_after_undeploy=args.hold_after_undeploy,
+        operation_seconds=args.operation_seconds,
+        service_accounts=tuple(args.service_account),
+    )
+    return Server(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""What tests order and ask of the sandbox itself, under /_sandbox. Only with --admin.
+
+POST   /_sandbox/faults      orders a fault: {"method", "count", "kind", …}, see `Fault`
+GET    /_sandbox/faults      those not used up
+DELETE /_sandbox/faults      forgets them
+GET    /_sandbox/requests    every request so far: time, http, method (discovery id), name, status
+DELETE /_sandbox/requests    forgets them
+GET    /_sandbox/history     every state of an endpoint's traffic: trafficSplit, and available replicas by
+                             deployed model, after each change of either
+GET    /_sandbox/violations  what departed from the discovery documents (with --validate)
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from sandbox.errors import CODES, GoogleError, invalid, not_found
+from sandbox.store import JSON, Store, now
+
+KINDS = {
+    "status": {"code"},  # answer this HTTP status, without effect
+    "drop": {"when"},  # close the connection, before or after the effect
+    "operation_error": {
+        "when",
+        "status",
+        "message",
+    },  # the operation ends with an error, before or after its effect
+    "slow": {"seconds"},  # the operation takes this much longer
+    "latency": {"seconds"},  # the answer takes this much longer
+}
+DEFAULTS: JSON = {
+    "code": 503,
+    "when": "before",
+    "status": "INTERNAL",
+    "message": "Ordered by a fault.",
+    "seconds": 1.0,
+}
+
+
+@dataclass
+class Fault:
+    """The next `count` calls of `method` (a discovery id, or * for all) go wrong in one way.
+
+    `skip` calls go well first. `match` limits it to calls whose resource name or body contains a text.
+    """
+
+    id: int
+    method: str
+    kind: str
+    count: int
+    skip: int
+    match: str
+    details: JSON
+
+
+@dataclass
+class Admin:
+    store: Store
+    enabled: bool
+    faults: list[Fault] = field(default_factory=list)
+    requests: deque[JSON] = field(default_factory=lambda: deque(maxlen=100_000))
+    violations: deque[JSON] = field(default_factory=lambda: deque(maxlen=1_000))
+    _ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+
+    def take(self, method: str, text: str) -> JSON:
+        """The fault that this call meets, used up by one, or {}."""
+        for fault in self.faults:
+            if fault.method not in (method, "*") or fault.match not in text:
+                continue
+            if fault.skip:
+                fault.skip -= 1
+                continue
+            fault.count -= 1
+            if not fault.count:
+                self.faults.remove(fault)
+            return {"kind": fault.kind, **fault.details}
+        return {}
+
+    async def answer(self, request: Request) -> Response:
+        if not self.enabled:
+            raise GoogleError(
+                "PERMISSION_DENIED", "The admin routes are off: start the sandbox with --admin."
+            )
+        what = request.url.path.removeprefix("/_sandbox/")
+        match request.method, what:
+            case "POST", "faults":
+                return JSONResponse({"id": self._order(await request.json())})
+            case "DELETE", "faults":
+                self.faults.clear()
+                return JSONResponse({})
+            case "GET", "faults":
+                shown = [
+                    {k: v for k, v in vars(f).items() if k != "details"} | f.details for f in self.faults
+                ]
+                return JSONResponse({"faults": shown})
+            case "GET", "requests":
+                return JSONResponse({"requests": list(self.requests)})
+            case "DELETE", "requests":
+                self.requests.clear()
+                return JSONResponse({})
+            case "GET", "history":
+                return JSONResponse({"history": self.store.history()})
+            case "GET", "violations":
+                return JSONResponse({"violations": list(self.violations)})
+        raise not_found(f"No admin route {request.method} {request.url.path}; see sandbox/admin.py.")
+
+    def _order(self, order: Any) -> int:
+        kind = order.get("kind") if isinstance(order, dict) else None
+        if kind not in KINDS:
+            raise invalid(f"A fault needs a kind, one of {', '.join(KINDS)}.")
+        allowed = {"method", "kind", "count", "skip", "match", *KINDS[kind]}
+        if unknown := set(order) - allowed:
+            raise invalid(
+                f"A {kind} fault has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}."
+            )
+        details = {k: order.get(k, DEFAULTS[k]) for k in KINDS[kind]}
+        if details.get("when", "before") not in ("before", "after"):
+            raise invalid('"when" is before or after.')
+        if details.get("status", "INTERNAL") not in CODES:
+            raise invalid(f'"status" is one of {", ".join(CODES)}.')
+        fault = Fault(
+            id=next(self._ids),
+            method=order.get("method", "*"),
+            kind=kind,
+            count=int(order.get("count", 1)),
+            skip=int(order.get("skip", 0)),
+            match=order.get("match", ""),
+            details=details,
+        )
+        self.faults.append(fault)
+        return fault.id
+
+    def log(self, http: str, method: str, name: str, status: int) -> None:
+        self.requests.append({"time": now(), "http": http, "method": method, "name": name, "status": status})
+
+
+async def linger(fault: JSON) -> None:
+    if fault.get("kind") == "latency":
+        await asyncio.sleep(fault["seconds"])

@@ -1,0 +1,368 @@
+"""The replicas of deployed models: one container each, started, watched, restarted, stopped.
+
+https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox.cloud import project_number
+from sandbox.errors import GoogleError, precondition
+from sandbox.runner import LABEL, Answer, Container, Launch, Runner, UnreachableError
+from sandbox.store import JSON
+
+log = logging.getLogger("sandbox")
+
+# A health check must be answered within 10 s, and after four failures in a row Vertex AI sends the
+# replica no more predictions (the page above).
+HEALTH_TIMEOUT = 10.0
+HEALTH_PERIOD = 10.0
+HEALTH_FAILURES = 4
+# Nobody gains from waiting ten seconds for a container that is ready after one.
+START_PERIOD = 0.25
+# Vertex AI's own default is not documented.
+DEPLOYMENT_TIMEOUT = 30 * 60.0
+# Kubernetes' terminationGracePeriodSeconds.
+STOP_GRACE = 30.0
+# A request in flight may take this long before its replica is stopped: the shared endpoint's limit.
+DRAIN_SECONDS = 60.0
+LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How one deployed model is served: all that is needed to start a replica of it."""
+
+    endpoint: str
+    deployed_id: str
+    version: str  # …/models/ID@N
+    launch: Launch
+    predict_route: str
+    health_route: str
+    timeout: float
+    startup: JSON
+    health: JSON
+    liveness: JSON
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.endpoint, self.deployed_id
+
+
+def expand(text: str, variables: dict[str, str]) -> str:
+    """Kubernetes' $(VAR): an unknown one stays as it is, $$(VAR) is a literal $(VAR)."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[0].startswith("$$"):
+            return match[0][1:]
+        return variables.get(match[1], match[0])
+
+    return re.sub(r"\$?\$\(([A-Za-z_][A-Za-z0-9_]*)\)", value, text)
+
+
+def serving(state: str, endpoint: str, deployed: JSON, version_name: str, version: JSON) -> Serving:
+    """Reads a deployed model and its version's container spec as Vertex AI does.
+
+    AIP_* variables: the page above, "Environment variables available in the container".
+    """
+    resource = version["resource"]
+    spec: JSON = resource["containerSpec"]
+    port = spec.get("ports", [{}])[0].get("containerPort", 8080)
+    endpoint_id, deployed_id = endpoint.rpartition("/")[2], deployed["id"]
+    route = f"/v1/endpoints/{endpoint_id}/deployedModels/{deployed_id}"
+    health_route, predict_route = spec.get("healthRoute", route), spec.get("predictRoute", f"{route}:predict")
+    machine: JSON = deployed["dedicatedResources"]["machineSpec"]
+    env = {
+        "AIP_ACCELERATOR_TYPE": machine.get("acceleratorType", ""),
+        "AIP_DEPLOYED_MODEL_ID": deployed_id,
+        "AIP_ENDPOINT_ID": endpoint_id,
+        "AIP_FRAMEWORK": "CUSTOM_CONTAINER",
+        "AIP_HEALTH_ROUTE": health_route,
+        "AIP_HTTP_PORT": str(port),
+        "AIP_MACHINE_TYPE": machine["machineType"],
+        "AIP_MODE": "PREDICTION",
+        "AIP_MODE_VERSION": "1.0.0",
+        "AIP_PREDICT_ROUTE": predict_route,
+        "AIP_PROJECT_NUMBER": project_number(endpoint.split("/")[1]),
+        "AIP_STORAGE_URI": resource.get("artifactUri", ""),
+    }
+    for variable in spec.get("env", []):  # may refer to AIP_* and to earlier entries
+        env[variable["name"]] = expand(variable.get("value", ""), env)
+    labels = {
+        "state": state,
+        "endpoint": endpoint,
+        "deployed-model": deployed_id,
+        "version": version_name,
+        "port": str(port),
+    }
+    return Serving(
+        endpoint=endpoint,
+        deployed_id=deployed_id,
+        version=version_name,
+        launch=Launch(
+            image=version["image"],
+            command=[expand(c, env) for c in spec.get("command", [])],
+            args=[expand(a, env) for a in spec.get("args", [])],
+            env=env,
+            port=port,
+            shared_memory_mb=int(spec.get("sharedMemorySizeMb", 0)),
+            labels={LABEL + k: v for k, v in labels.items()},
+            accelerators=machine.get("acceleratorCount", 0),
+        ),
+        predict_route=predict_route,
+        health_route=health_route,
+        timeout=float(spec.get("deploymentTimeout", "0s").removesuffix("s")) or DEPLOYMENT_TIMEOUT,
+        startup=spec.get("startupProbe", {}),
+        health=spec.get("healthProbe", {}),
+        liveness=spec.get("livenessProbe", {}),
+    )
+
+
+@dataclass
+class Replica:
+    container: Container
+    healthy: bool = False
+    leaving: bool = False
+    in_flight: int = 0
+    watcher: asyncio.Task[None] | None = None
+
+    @property
+    def available(self) -> bool:
+        return self.healthy and not self.leaving
+
+
+@dataclass
+class Fleet:
+    runner: Runner
+    state: str
+    #: Called with the endpoint's name after replicas became available or ceased to be.
+    changed: Callable[[str], None] = lambda endpoint: None
+    replicas: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
+    _restoring: set[asyncio.Task[None]] = field(default_factory=set)
+
+    # ------------------------------------------------------------------------------------- serving
+
+    def available(self, endpoint: str, deployed_id: str) -> int:
+        return sum(r.available for r in self.replicas.get((endpoint, deployed_id), []))
+
+    async def predict(
+        self, endpoint: str, deployed_id: str, route: str, body: bytes, content_type: str, timeout: float
+    ) -> Answer | None:
+        """The answer of the least busy replica, or None when none is available. Raises UnreachableError."""
+        candidates = [r for r in self.replicas.get((endpoint, deployed_id), []) if r.available]
+        if not candidates:
+            return None
+        replica = min(candidates, key=lambda r: r.in_flight)
+        # Equally busy ones take turns.
+        group = self.replicas[endpoint, deployed_id]
+        group.remove(replica)
+        group.append(replica)
+        replica.in_flight += 1
+        try:
+            return await replica.container.post(route, body, content_type, timeout)
+        finally:
+            replica.in_flight -= 1
+
+    # ------------------------------------------------------------------------------------ up and down
+
+    async def bring_up(self, what: Serving, count: int) -> None:
+        """Returns when `count` replicas are available; those already there are kept.
+
+        Raises GoogleError with the container's last log lines when one exits or is not healthy in
+        time. Then the caller brings down what was started.
+        """
+        group = self.replicas.setdefault(what.key, [])
+        deadline = time.monotonic() + what.timeout
+        for replica in [r for r in group if not r.available and r.watcher is None]:  # found after a kill
+            if await replica.container.exit_code() is not None:
+                group.remove(replica)
+                await replica.container.stop(0)
+        waits = [self._ready(what, r, deadline) for r in group if not r.healthy]
+        adds = [self._add(what, group, deadline) for _ in range(count - len(group))]
+        await _together([*waits, *adds])
+
+    async def _add(self, what: Serving, group: list[Replica], deadline: float) -> None:
+        replica = Replica(await self.runner.start(what.launch))
+        group.append(replica)
+        await self._ready(what, replica, deadline)
+
+    async def _ready(self, what: Serving, replica: Replica, deadline: float) -> None:
+        container = replica.container
+        probes = [p for p in (what.startup, what.health or {"route": what.health_route}) if p]
+        for probe in probes:
+            await asyncio.sleep(float(probe.get("initialDelaySeconds", 0)))
+            failure = "not asked yet"
+            while failure := await self._probe(what, container, probe):
+                if (code := await container.exit_code()) is not None:
+                    raise await _failed(f"Model server exited unexpectedly (exit status {code}).", container)
+                if time.monotonic() > deadline:
+                    raise await _failed(
+                        f"Model server never became ready: {failure} after {what.timeout:g} s. Please "
+                        "validate that your model file or container configuration are valid.",
+                        container,
+                    )
+                await asyncio.sleep(START_PERIOD)
+        if (code := await container.exit_code()) is not None:
+            raise await _failed(f"Model server exited unexpectedly (exit status {code}).", container)
+        replica.healthy = True
+        replica.watcher = asyncio.create_task(self._watch(what, replica))
+        self.changed(what.endpoint)
+
+    async def bring_down(self, endpoint: str, deployed_id: str, keep: int = 0) -> None:
+        """Stops all but `keep` replicas: out of the traffic, requests in flight answered, SIGTERM."""
+        group = self.replicas.get((endpoint, deployed_id), [])
+        leaving = sorted(group, key=lambda r: r.available, reverse=True)[keep:]
+        if any(r.available for r in leaving):
+            for replica in leaving:
+                replica.leaving = True
+            self.changed(endpoint)
+        await asyncio.gather(*(self._stop(r) for r in leaving))
+        for replica in leaving:
+            if replica in group:
+                group.remove(replica)
+        if not group:
+            self.replicas.pop((endpoint, deployed_id), None)
+
+    async def _stop(self, replica: Replica, grace: float = STOP_GRACE) -> None:
+        replica.leaving = True
+        if replica.watcher:
+            replica.watcher.cancel()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while replica.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await replica.container.stop(grace)
+
+    # -------------------------------------------------------------------------------------- watching
+
+    async def _probe(self, what: Serving, container: Container, probe: JSON) -> str:
+        """Why a probe fails, or "" when it does not."""
+        timeout = float(probe.get("timeoutSeconds", 1.0)) if "route" not in probe else HEALTH_TIMEOUT
+        try:
+            if command := probe.get("exec", {}).get("command"):
+                status = await container.execute(command, timeout)
+                return f"{command[0]} ended with status {status}" if status else ""
+            if "tcpSocket" in probe:
+                await container.connect(probe["tcpSocket"].get("port", what.launch.port), timeout)
+                return ""
+            asked = probe.get("httpGet", {})
+            path, port = asked.get("path") or what.health_route, asked.get("port") or what.launch.port
+            status = await container.get(path, port, timeout)
+            # Kubernetes takes 200 to 399 for its probes, Vertex AI's health check 200 only.
+            good = status == 200 if "route" in probe else 200 <= status < 400
+            return "" if good else f"{path} answers {status}"
+        except UnreachableError as error:
+            return f"the health check gets no answer ({error})"
+
+    async def _watch(self, what: Serving, replica: Replica) -> None:
+        """Keeps one replica alive until it leaves; a container that ended is replaced by a new one."""
+        health = what.health or {"route": what.health_route}
+        period = float(health.get("periodSeconds", HEALTH_PERIOD))
+        limit = int(health.get("failureThreshold", HEALTH_FAILURES))
+        failures = lifeless = restarts = 0
+        while True:
+            await asyncio.sleep(min(period, 1.0) if failures else period)
+            if what.liveness:
+                dead = await self._probe(what, replica.container, what.liveness)
+                lifeless = lifeless + 1 if dead else 0
+            exited = await replica.container.exit_code() is not None
+            if exited or lifeless >= int(what.liveness.get("failureThreshold", 3)):
+                self._set_healthy(what, replica, False)
+                await replica.container.stop(0 if exited else STOP_GRACE)
+                await asyncio.sleep(min(2.0**restarts - 1, 60))
+                try:
+                    replica.container = await self.runner.start(what.launch)
+                except GoogleError as error:
+                    log.warning("%s: %s", what.deployed_id, error.message)
+                restarts += 1
+                failures, lifeless = limit, 0
+            elif failure := await self._probe(what, replica.container, health):
+                failures += 1
+                if failures >= limit and replica.healthy:
+                    log.warning("%s: out of the traffic, %s", what.deployed_id, failure)
+                    self._set_healthy(what, replica, False)
+            else:
+                failures = restarts = 0
+                self._set_healthy(what, replica, True)
+
+    def _set_healthy(self, what: Serving, replica: Replica, healthy: bool) -> None:
+        if replica.healthy != healthy:
+            replica.healthy = healthy
+            self.changed(what.endpoint)
+
+    # ------------------------------------------------------------------------------ start and end of us
+
+    async def adopt(self, wanted: list[tuple[Serving, int]], pending: set[tuple[str, str, str]]) -> None:
+        """Takes over what a killed sandbox left: picks up, restarts what is missing, removes the rest.
+
+        `pending` are (endpoint, deployed id, version) of deployments that run on.
+        """
+        owners = pending | {(s.endpoint, s.deployed_id, s.version) for s, _ in wanted}
+        orphans = []
+        for container in await self.runner.find(self.state):
+            labels = container.labels
+            owner = tuple(labels.get(LABEL + k, "") for k in ("endpoint", "deployed-model", "version"))
+            if owner in owners:
+                self.replicas.setdefault((owner[0], owner[1]), []).append(Replica(container))
+            else:
+                orphans.append(container)
+        for what, count in wanted:
+            task = asyncio.create_task(self._restore(what, count))
+            self._restoring.add(task)
+            task.add_done_callback(self._restoring.discard)
+        await asyncio.gather(*(c.stop(STOP_GRACE) for c in orphans))
+
+    async def _restore(self, what: Serving, count: int) -> None:
+        pause = 1.0
+        while True:
+            try:
+                await self.bring_up(what, count)
+                return
+            except GoogleError as error:
+                log.warning("deployed model %s does not come back: %s", what.deployed_id, error.message)
+            for replica in [r for r in self.replicas.get(what.key, []) if not r.healthy]:
+                await replica.container.stop(0)
+                self.replicas[what.key].remove(replica)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 60)
+
+    async def stop(self) -> None:
+        """Ends every container. What is deployed stays deployed in the state: the next start brings it up."""
+        for task in self._restoring:
+            task.cancel()
+        replicas = [r for group in self.replicas.values() for r in group]
+        await asyncio.gather(*(self._stop(r, grace=10) for r in replicas), return_exceptions=True)
+        await self.runner.close()
+
+
+async def _together(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Waits for all; the first error cancels the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for item in work:
+                group.create_task(item)
+    except* GoogleError as errors:
+        first = next(_leaves(errors))
+    else:
+        return
+    raise first
+
+
+def _leaves(group: BaseExceptionGroup[GoogleError]) -> Iterator[GoogleError]:
+    for error in group.exceptions:
+        if isinstance(error, GoogleError):
+            yield error
+        else:
+            yield from _leaves(error)
+
+
+async def _failed(message: str, container: Container) -> GoogleError:
+    with contextlib.suppress(Exception):
+        if lines := await container.logs(LOG_LINES):
+            message += " Last log lines of the container:\n" + "\n".join(lines)
+    return precondition(message)

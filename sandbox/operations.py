@@ -1,0 +1,234 @@
+"""Long-running operations: started in a transaction, carried on after a kill, finished in a transaction."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from sandbox.cloud import Call
+from sandbox.errors import GoogleError, invalid, not_found, precondition
+from sandbox.store import JSON, Store, now
+
+log = logging.getLogger("sandbox")
+
+#: Does an operation's work and returns what finishes it: a function that makes the effect visible and
+#: returns the response, run in the same transaction that marks the operation done. After a kill the
+#: work is begun again, so it first looks at what is there.
+Work = Callable[[JSON], Awaitable[Callable[[], JSON]]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kind of operation does, and the types that clients expect in it."""
+
+    metadata: str
+    response: str  # a message of google.cloud.aiplatform, or google.protobuf.Empty
+    work: Work
+    undo: Callable[[JSON], Awaitable[None]] | None = None  # after a failure or a cancellation
+
+
+class Operations:
+    def __init__(self, store: Store, minimum_seconds: float) -> None:
+        self.store = store
+        self.minimum_seconds = minimum_seconds
+        self.kinds: dict[str, Kind] = {}
+        # Unfinished operations by name. The store has them too; this saves reading it for every rule.
+        self.running: dict[str, JSON] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Condition()
+
+    def resume(self) -> None:
+        """Takes up what ran when the sandbox last ended."""
+        for name, operation in self.store.list("operation"):
+            if not operation.get("done"):
+                self.running[name] = operation
+                self._tasks[name] = asyncio.create_task(self._run(operation))
+
+    def start(self, call: Call, kind: str, parent: str, target: str, request: JSON) -> JSON:
+        """Begins an operation on `target` (a resource name) and answers it as it is then: not done.
+
+        Called last in a handler, inside its transaction if it has one.
+        """
+        time = now()
+        operation: JSON = {
+            "name": f"{parent}/operations/{random.randrange(10**18, 9 * 10**18)}",
+            "kind": kind,
+            "version": call.version,
+            "target": target,
+            "request": request,
+            "createTime": time,
+            "updateTime": time,
+            "fault": call.fault,
+        }
+        with self.store.transaction():
+            self.store.put("operation", operation["name"], operation)
+        self.running[operation["name"]] = operation
+        self._tasks[operation["name"]] = asyncio.create_task(self._run(operation))
+        return self.render(operation, call.version)
+
+    def on(self, target: str) -> list[JSON]:
+        """The unfinished operations on a resource."""
+        return [o for o in self.running.values() if o["target"] == target]
+
+    def check_alone(self, kind: str, target: str) -> None:
+        """One mutation of a resource at a time.
+
+        Vertex AI's words are known for its RagCorpus ("There are other operations running on the
+        RagCorpus … Operation IDs are: […]", FAILED_PRECONDITION); for others they are assumed.
+        """
+        if others := self.on(target):
+            ids = ", ".join(o["name"].rpartition("/")[2] for o in others)
+            raise precondition(
+                f'There are other operations running on the {kind} "{target}". Operation IDs are: [{ids}].'
+            )
+
+    def stage(self, operation: JSON, **metadata: str) -> None:
+        """Shows progress in the operation's metadata."""
+        operation.setdefault("metadata", {}).update(metadata)
+        self._save(operation)
+
+    def _save(self, operation: JSON) -> None:
+        operation["updateTime"] = now()
+        with self.store.transaction():
+            self.store.put("operation", operation["name"], operation)
+
+    def render(self, operation: JSON, version: str) -> JSON:
+        """google.longrunning.Operation, its types those of the API version that asks."""
+        kind = self.kinds[operation["kind"]]
+        prefix = f"type.googleapis.com/google.cloud.aiplatform.{version}."
+        answer: JSON = {
+            "name": operation["name"],
+            "metadata": {
+                "@type": prefix + kind.metadata,
+                "genericMetadata": {
+                    "createTime": operation["createTime"],
+                    "updateTime": operation["updateTime"],
+                },
+                **operation.get("metadata", {}),
+            },
+        }
+        if operation.get("done"):
+            answer["done"] = True
+            if "error" in operation:
+                answer["error"] = operation["error"]
+            elif kind.response.startswith("google."):
+                answer["response"] = {"@type": f"type.googleapis.com/{kind.response}"}
+            else:
+                answer["response"] = {"@type": prefix + kind.response, **operation["response"]}
+        return answer
+
+    async def _run(self, operation: JSON) -> None:
+        kind = self.kinds[operation["kind"]]
+        fault = operation["fault"]
+        ordered = GoogleError(fault.get("status", "INTERNAL"), fault.get("message", "Ordered by a fault."))
+        try:
+            await asyncio.sleep(self.minimum_seconds + fault.get("seconds", 0))
+            if fault.get("kind") == "operation_error" and fault["when"] == "before":
+                raise ordered
+            finish = await kind.work(operation)
+            with self.store.transaction():
+                operation["response"] = finish()
+                if fault.get("kind") == "operation_error":
+                    operation["error"] = ordered.rpc_status()
+                operation["done"] = True
+                self._save(operation)
+        except asyncio.CancelledError:
+            if not operation.get("cancelled"):
+                return  # the sandbox is stopping: the next start takes it up
+            await self._fail(operation, kind, GoogleError("CANCELLED", "The operation was cancelled."))
+        except GoogleError as error:
+            await self._fail(operation, kind, error)
+        except Exception as error:
+            log.exception("operation %s", operation["name"])
+            await self._fail(operation, kind, GoogleError("INTERNAL", f"Internal error encountered: {error}"))
+        del self.running[operation["name"]]
+        del self._tasks[operation["name"]]
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _fail(self, operation: JSON, kind: Kind, error: GoogleError) -> None:
+        if kind.undo:
+            await kind.undo(operation)
+        operation.pop("response", None)
+        operation["error"] = error.rpc_status()
+        operation["done"] = True
+        self._save(operation)
+
+    def find(self, name: str) -> JSON:
+        """The operation of a name. Raises NOT_FOUND."""
+        operation = self.running.get(name) or self.store.get("operation", name)
+        if not operation:
+            raise not_found(f"Operation {name} is not found.")
+        return operation
+
+    async def wait(self, name: str, seconds: float) -> JSON:
+        """The operation once it is done, or as it is after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: name not in self.running)
+        except TimeoutError:
+            pass
+        return self.find(name)
+
+    def cancel(self, name: str) -> None:
+        operation = self.find(name)
+        if not operation.get("done"):
+            operation["cancelled"] = True
+            self._save(operation)
+            self._tasks[name].cancel()
+
+    async def stop(self) -> None:
+        """Leaves the unfinished to the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ------------------------------------------------------------------------------------------- methods
+
+
+async def get(call: Call) -> JSON:
+    operations = call.cloud.operations
+    operation = operations.find(call.name)
+    return operations.render(operation, call.version or operation["version"])
+
+
+async def list_(call: Call) -> JSON:
+    operations = call.cloud.operations
+    parent = call.name.removesuffix("/operations")
+    found = [o for _, o in call.cloud.store.list("operation", parent + "/")]
+    if text := call.query.get("filter", "").replace(" ", "").replace('"', ""):
+        wanted = {"done=true": True, "done:true": True, "done=false": False, "done:false": False}
+        if text not in wanted:
+            raise invalid(
+                f'Invalid filter "{call.query["filter"]}": the sandbox understands done=true and done=false.'
+            )
+        found = [o for o in found if bool(o.get("done")) == wanted[text]]
+    found.sort(key=lambda o: str(o["createTime"]), reverse=True)
+    start, size = int(call.query.get("pageToken") or 0), int(call.query.get("pageSize") or 0) or 100
+    answer: JSON = {}
+    if shown := found[start : start + size]:
+        answer["operations"] = [operations.render(o, call.version or o["version"]) for o in shown]
+    if start + size < len(found):
+        answer["nextPageToken"] = str(start + size)
+    return answer
+
+
+async def wait(call: Call) -> JSON:
+    seconds = float((call.query.get("timeout") or "60s").removesuffix("s"))
+    operation = await call.cloud.operations.wait(call.name, min(seconds, 300))
+    return call.cloud.operations.render(operation, call.version or operation["version"])
+
+
+async def cancel(call: Call) -> JSON:
+    call.cloud.operations.cancel(call.name)
+    return {}
+
+
+METHODS = {
+    f"aiplatform.projects.locations.{owner}operations.{name}": handler
+    for owner in ("", "models.", "endpoints.")
+    for name, handler in (("get", get), ("list", list_), ("wait", wait), ("cancel", cancel))
+}

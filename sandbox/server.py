@@ -1,0 +1,222 @@
+"""The ASGI application: finds the method that a request means, calls its handler, answers as Google does."""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from sandbox import operations, vertex_endpoints, vertex_models, vertex_predictions
+from sandbox.admin import Admin, linger
+from sandbox.cloud import Call, Cloud, Settings, project_number
+from sandbox.discovery import Method, read_request, response_violations, route
+from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found
+from sandbox.fleet import Fleet
+from sandbox.runner import DockerRunner, Runner, StubRunner
+from sandbox.store import JSON, Store
+
+log = logging.getLogger("sandbox")
+
+Handler = Callable[[Call], Awaitable[Any]]
+
+#: Every method that the sandbox implements, by its id in the discovery documents. A further API is a
+#: further file with such a table, and its document in sandbox.discovery.
+METHODS: dict[str, Handler] = {
+    **vertex_models.METHODS,
+    **vertex_endpoints.METHODS,
+    **vertex_predictions.METHODS,
+    **operations.METHODS,
+}
+RUNNERS: dict[str, type[Runner]] = {"docker": DockerRunner, "stub": StubRunner}
+# Larger than any payload limit, so that those limits are what a caller meets.
+MAX_BODY = 64 * 2**20
+
+
+class DroppedError(Exception):
+    """A fault closes the connection."""
+
+
+class Server:
+    """One sandbox. An ASGI application; its lifespan opens and closes the state."""
+
+    def __init__(self, settings: Settings) -> None:
+        store = Store(settings.state)
+        if settings.fresh:
+            store.clear()
+        fleet = Fleet(RUNNERS[settings.runner](), store.id)
+        self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet)
+        self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
+        fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
+        self.admin = Admin(store, settings.admin)
+        # Google answers with project numbers; callers may use either.
+        self.projects: dict[str, str] = {p["number"]: name for name, p in store.list("project")}
+
+    async def start(self) -> None:
+        await vertex_endpoints.adopt(self.cloud)
+        self.cloud.operations.resume()
+
+    async def stop(self) -> None:
+        await self.cloud.operations.stop()
+        await self.cloud.fleet.stop()
+        self.cloud.store.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            request = Request(scope, receive)
+            try:
+                response = await self._answer(request)
+            except DroppedError:
+                # ASGI has no word for it. Both of uvicorn's protocols give `receive` as a method of
+                # the request's cycle, which knows its connection.
+                receive.__self__.transport.abort()  # type: ignore[attr-defined]
+                await receive()  # until uvicorn knows, else it reports a forgotten answer
+                return
+            except ClientDisconnect:
+                return
+            await response(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.start()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    # ------------------------------------------------------------------------------------ one request
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.url.path
+        try:
+            if path.startswith("/_sandbox/"):
+                return await self.admin.answer(request)
+            return await self._google(request, path.lstrip("/"))
+        except GoogleError as error:
+            return JSONResponse(error.body(), error.http)
+        except (DroppedError, ClientDisconnect):
+            raise
+        except Exception as error:
+            log.exception("%s %s", request.method, path)
+            return JSONResponse(GoogleError("INTERNAL", f"The sandbox failed: {error!r}").body(), 500)
+
+    async def _google(self, request: Request, path: str) -> Response:
+        # Google's REST clients ask for operations under /ui/ (the first of their http options).
+        version, _, name = path.partition("/")
+        method = route(request.method, f"v1/{name}" if version == "ui" else path)
+        if method is None:
+            raise not_found(f"The requested URL /{path} was not found on this server.")
+        name = self._by_id(name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name)
+        raw = await self._body(request)
+        fault = self.admin.take(method.id, f"{name} {raw[:100_000].decode(errors='replace')}")
+        status = 0
+        try:
+            await linger(fault)
+            if fault.get("kind") == "status":
+                code = fault["code"]
+                raise GoogleError(STATUS_OF_HTTP.get(code, "UNKNOWN"), "Ordered by a fault.", http=code)
+            if fault.get("kind") == "drop" and fault["when"] == "before":
+                raise DroppedError
+            call = Call(
+                cloud=self.cloud,
+                method=method,
+                version="" if version == "ui" else version,
+                name=name,
+                query=dict(request.query_params),
+                body={},
+                request=request,
+                raw=raw,
+                fault=fault if fault.get("kind") in ("operation_error", "slow") else {},
+            )
+            response = await self._handle(call, version)
+            status = response.status_code
+            if fault.get("kind") == "drop":
+                raise DroppedError
+            return response
+        except GoogleError as error:
+            status = error.http
+            self._check(method, status, error.body())
+            raise
+        finally:
+            self.admin.log(request.method, method.id, name, status)
+
+    async def _handle(self, call: Call, version: str) -> Response:
+        handler = METHODS.get(call.method.id)
+        if handler is None:
+            raise GoogleError(
+                "UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} ({version})."
+            )
+        if call.method.id in vertex_predictions.METHODS:
+            answer = await handler(call)
+        else:
+            answer = await handler(self._read(call))
+        if isinstance(answer, Response):
+            return answer
+        shown = self._by_number(call, answer)
+        if found := self._check(call.method, 200, shown):
+            raise GoogleError(
+                "INTERNAL", "The sandbox's answer departs from the discovery document: " + "; ".join(found)
+            )
+        return JSONResponse(shown)
+
+    def _read(self, call: Call) -> Call:
+        try:
+            body = json.loads(call.raw) if call.raw else {}
+        except ValueError as error:
+            raise invalid(f"Invalid JSON payload received. {error}") from None
+        try:
+            body = read_request(call.method, list(call.query), body)
+        except GoogleError as error:
+            self._violation("request", call.method, error.message)
+            raise
+        # Bodies name resources too, with the project's id or number.
+        text = json.dumps(body)
+        for number, project in self.projects.items():
+            text = text.replace(f'"projects/{number}/', f'"projects/{project}/')
+        return Call(**{**vars(call), "body": json.loads(text)})
+
+    async def _body(self, request: Request) -> bytes:
+        if int(request.headers.get("content-length", 0)) > MAX_BODY:
+            raise GoogleError(
+                "INVALID_ARGUMENT", f"Request payload size exceeds the limit: {MAX_BODY} bytes.", http=413
+            )
+        return await request.body()
+
+    # ----------------------------------------------------------------------- contract, project numbers
+
+    def _check(self, method: Method, status: int, body: JSON) -> list[str]:
+        if not self.cloud.settings.validate:
+            return []
+        found = response_violations(method, status, body)
+        for violation in found:
+            self._violation("response", method, violation)
+        return found
+
+    def _violation(self, part: str, method: Method, message: str) -> None:
+        self.admin.violations.append({"part": part, "method": method.id, "message": message})
+
+    def _by_id(self, name: str) -> str:
+        """A resource name with the project's id, where it has its number."""
+        parts = name.split("/")
+        if len(parts) > 1 and parts[1] in self.projects:
+            parts[1] = self.projects[parts[1]]
+        return "/".join(parts)
+
+    def _by_number(self, call: Call, answer: JSON) -> JSON:
+        """The answer as Google gives it: names carry the project's number."""
+        project = call.name.split("/")[1]
+        number = project_number(project)
+        if number not in self.projects:
+            self.projects[number] = project
+            with self.cloud.store.transaction():
+                self.cloud.store.put("project", project, {"number": number})
+        text = json.dumps(answer).replace(f'"projects/{project}/', f'"projects/{number}/')
+        shown: JSON = json.loads(text)
+        return shown

@@ -1,0 +1,112 @@
+"""Predictions: one deployed model chosen by the traffic split, one of its replicas, the limits, the errors.
+
+https://cloud.google.com/vertex-ai/docs/predictions/get-online-predictions
+"""
+
+import json
+import random
+
+from starlette.responses import Response
+
+from sandbox import vertex_endpoints, vertex_models
+from sandbox.cloud import Call
+from sandbox.discovery import read_request
+from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, precondition
+from sandbox.fleet import serving
+from sandbox.runner import Answer, UnreachableError
+from sandbox.store import JSON
+
+# Bytes of a request and of a response, and seconds: "Choose an endpoint type",
+# https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
+SHARED_BYTES, SHARED_SECONDS = 1_572_864, 60.0
+DEDICATED_BYTES, DEDICATED_SECONDS = 10 * 2**20, 600.0
+
+
+async def _ask(call: Call) -> tuple[JSON, Answer]:
+    """(deployed model, its answer). Raises GoogleError for the limits and for replicas that fail."""
+    cloud = call.cloud
+    endpoint = vertex_endpoints.find(cloud, call.name)
+    dedicated = endpoint.get("dedicatedEndpointEnabled")
+    limit = DEDICATED_BYTES if dedicated else SHARED_BYTES
+    seconds = SHARED_SECONDS
+    if dedicated:
+        own = endpoint.get("clientConnectionConfig", {}).get("inferenceTimeout", "")
+        seconds = float(own.removesuffix("s") or DEDICATED_SECONDS)
+    if len(call.raw) > limit:
+        raise invalid(f"Request payload size exceeds the limit: {limit} bytes.")
+    split: JSON = endpoint.get("trafficSplit", {})
+    if not split:
+        raise precondition(f"Endpoint {call.name} has no deployed model that receives traffic.")
+    (chosen,) = random.choices(list(split), weights=list(split.values()))
+    deployed = vertex_endpoints.find_deployed(endpoint, chosen)
+    name, version = vertex_models.find_version(cloud, f"{deployed['model']}@{deployed['modelVersionId']}")
+    route = serving(cloud.store.id, call.name, deployed, name, version).predict_route
+    content_type = call.request.headers.get("content-type", "application/json")
+    try:
+        answer = await cloud.fleet.predict(call.name, chosen, route, call.raw, content_type, seconds)
+    except UnreachableError as error:
+        if error.timeout:
+            raise GoogleError(
+                "DEADLINE_EXCEEDED", f"The model server gave no answer in {seconds:g} s."
+            ) from None
+        raise GoogleError(
+            "UNAVAILABLE", f"The model server of DeployedModel {chosen} broke off: {error}"
+        ) from None
+    if answer is None:
+        raise GoogleError("UNAVAILABLE", f"DeployedModel {chosen} has no available replica.")
+    if len(answer.body) > limit:
+        raise invalid(f"Response size too large. Received at least {len(answer.body)} bytes; max is {limit}.")
+    return deployed, answer
+
+
+async def predict(call: Call) -> JSON:
+    if len(call.raw) <= DEDICATED_BYTES:  # else the size is what is wrong with it
+        try:
+            request = read_request(call.method, list(call.query), json.loads(call.raw or b"{}"))
+        except ValueError as error:
+            raise invalid(f"Invalid JSON payload received. {error}") from None
+        if "instances" not in request:
+            raise invalid("Required field instances is not set.")
+    deployed, answer = await _ask(call)
+    if answer.status != 200:
+        # The container's own words, under its own status.
+        status = STATUS_OF_HTTP.get(answer.status, "INVALID_ARGUMENT" if answer.status < 500 else "INTERNAL")
+        code = answer.status if answer.status >= 400 else 500
+        raise GoogleError(status, answer.body.decode(errors="replace"), http=code)
+    try:
+        said = json.loads(answer.body)
+        predictions = said["predictions"]
+        assert isinstance(predictions, list)
+    except (ValueError, TypeError, KeyError, AssertionError):
+        start = answer.body[:200].decode(errors="replace")
+        raise GoogleError(
+            "INTERNAL",
+            f'The model server must answer a JSON object with a list "predictions"; it answered: {start}',
+        ) from None
+    model = call.cloud.store.get("model", deployed["model"])
+    response: JSON = {
+        "predictions": predictions,
+        "deployedModelId": deployed["id"],
+        "model": deployed["model"],
+        "modelVersionId": deployed["modelVersionId"],
+        "modelDisplayName": model["resource"]["displayName"] if model else deployed["displayName"],
+    }
+    if "metadata" in said:
+        response["metadata"] = said["metadata"]
+    return response
+
+
+async def raw_predict(call: Call) -> Response:
+    """Any body in, the container's status, content type and body out."""
+    deployed, answer = await _ask(call)
+    headers = {
+        "x-vertex-ai-endpoint-id": call.name.rpartition("/")[2],
+        "x-vertex-ai-deployed-model-id": deployed["id"],
+    }
+    return Response(answer.body, answer.status, headers, media_type=answer.content_type or None)
+
+
+METHODS = {
+    "aiplatform.projects.locations.endpoints.predict": predict,
+    "aiplatform.projects.locations.endpoints.rawPredict": raw_predict,
+}
