@@ -108,9 +108,9 @@ def check_act_as(cloud: Cloud, account: str | None) -> None:
         )
 
 
-def etag(resource: JSON) -> str:
-    """Changes with the resource."""
-    text = repr(sorted((k, repr(v)) for k, v in resource.items() if k != "etag"))
+def etag(resource: JSON, fields: tuple[str, ...]) -> str:
+    """Changes with the fields that an update may set: what the server adds by itself is no conflict."""
+    text = repr([(f, sorted(v.items()) if isinstance(v := resource.get(f), dict) else v) for f in fields])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

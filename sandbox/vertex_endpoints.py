@@ -78,7 +78,7 @@ def render(cloud: Cloud, endpoint: JSON) -> JSON:
     if endpoint.get("dedicatedEndpointEnabled"):
         # On Google a DNS name of the endpoint's own; here the sandbox's address serves both.
         answer["dedicatedEndpointDns"] = f"127.0.0.1:{cloud.settings.port}"
-    answer["etag"] = etag(endpoint)
+    answer["etag"] = etag(endpoint, MUTABLE)
     return answer
 
 
@@ -139,10 +139,6 @@ def check_traffic(split: JSON, ids: set[str]) -> None:
         raise invalid(
             f"The traffic percentage values must add up to 100; they add up to {sum(split.values())}."
         )
-
-
-def _without_zeros(split: JSON) -> JSON:
-    return {k: v for k, v in split.items() if v}
 
 
 # ------------------------------------------------------------------------------------------ endpoints
@@ -208,15 +204,13 @@ async def patch(call: Call) -> JSON:
     with cloud.store.transaction():
         endpoint = find(cloud, call.name)
         cloud.operations.check_alone("Endpoint", call.name)
-        if body.get("etag") and body["etag"] != etag(endpoint):
+        if body.get("etag") and body["etag"] != etag(endpoint, MUTABLE):
             raise GoogleError(
                 "ABORTED", "The etag does not match the Endpoint's: read it again and repeat the change."
             )
         if "trafficSplit" in mask:
             check_traffic(body.get("trafficSplit", {}), {d["id"] for d in endpoint.get("deployedModels", [])})
         vertex_models.apply_mask(endpoint, body, mask)
-        if "trafficSplit" in endpoint:
-            endpoint["trafficSplit"] = _without_zeros(endpoint["trafficSplit"])
         check_display_name(endpoint)
         check_labels(endpoint.get("labels", {}))
         save(cloud, endpoint, "patched")
@@ -324,7 +318,7 @@ def _deploy_kind(cloud: Cloud) -> Kind:
             endpoint.setdefault("deployedModels", []).append(deployed)
             if split := request["trafficSplit"]:
                 own = {deployed["id"] if k == "0" else k: v for k, v in split.items()}
-                endpoint["trafficSplit"] = _without_zeros(own)
+                endpoint["trafficSplit"] = own
             operation["metadata"] = {"deploymentStage": "SUCCESSFULLY_DEPLOYED"}
             save(cloud, endpoint, "deployed")
             return {"deployedModel": deployed}
@@ -357,7 +351,7 @@ async def undeploy_model(call: Call) -> JSON:
                 f'DeployedModel "{deployed_id}" has {split[deployed_id]} % of the traffic of Endpoint '
                 f"{name}: set a traffic_split that gives it to the others."
             )
-        split = _without_zeros(split)
+        split = {k: v for k, v in split.items() if k != deployed_id}
         check_traffic(split, others)
         if split != endpoint.get("trafficSplit", {}):
             endpoint["trafficSplit"] = split

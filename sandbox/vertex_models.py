@@ -26,6 +26,8 @@ from sandbox.store import JSON, now
 
 MODEL_ID = re.compile(r"[a-z_][a-z0-9_-]{0,62}")
 ALIAS = re.compile(r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]")
+MODEL_MUTABLE = ("displayName", "description", "labels")
+VERSION_MUTABLE = ("versionDescription", "labels")
 MODEL_FIELDS = ("displayName", "description", "createTime", "updateTime")
 
 # What the sandbox can not serve is refused at upload, where Vertex AI would take it.
@@ -81,7 +83,8 @@ def render(cloud: Cloud, key: str, version: JSON) -> JSON:
     if deployed := deployments(cloud, key):
         answer["deployedModels"] = deployed
     answer["supportedDeploymentResourcesTypes"] = ["DEDICATED_RESOURCES"]
-    answer["etag"] = etag(answer)
+    # One part each, because an update is of the model or of a version.
+    answer["etag"] = f"{etag(model['resource'], MODEL_MUTABLE)}-{etag(version['resource'], VERSION_MUTABLE)}"
     return answer
 
 
@@ -223,12 +226,14 @@ async def patch(call: Call) -> JSON:
     cloud = call.cloud
     key, version = find_version(cloud, call.name)
     name = key.partition("@")[0]
-    if (given := call.body.get("etag")) and given != render(cloud, key, version)["etag"]:
-        raise GoogleError(
-            "ABORTED", "The etag does not match the model's: read it again and repeat the change."
-        )
     of_version = "@" in call.name and not call.name.endswith("@-")
-    allowed = ("versionDescription", "labels") if of_version else ("displayName", "description", "labels")
+    allowed, part = (VERSION_MUTABLE, 1) if of_version else (MODEL_MUTABLE, 0)
+    if given := call.body.get("etag"):
+        current = render(cloud, key, version)["etag"]
+        if given.split("-")[part : part + 1] != current.split("-")[part : part + 1]:
+            raise GoogleError(
+                "ABORTED", "The etag does not match: read the model again and repeat the change."
+            )
     mask = update_mask(call.query)
     for path in mask:
         if path not in allowed and not path.startswith("labels."):
