@@ -1,19 +1,21 @@
 """Compile the network ahead of time: `python -m serving.compile --checkpoint FILE --out FOLDER`.
 
-Makes one AOTInductor package a precision, good for every picture shape, where a C++ compiler is at hand; it runs
-in the image's build stage. The detector falls back to eager torch wherever a package does not fit.
+Makes one shared library a precision with AOTInductor, good for every picture shape; it needs a C++ compiler and so
+runs in the image's build stage. The detector falls back to eager torch wherever no library fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
 from torch.export import Dim
 
-from serving.detector import FromPictures, best_precision, cpu_flags, file_sha256
+from serving.detector import FromPictures, best_precision, cpu_flags, file_sha256, word
 from serving.network import load_network
 
 # What a package is compiled for: GCC's micro-architecture level, vector width in bits, and what the processor
@@ -27,7 +29,7 @@ TARGETS = {
 
 
 def compile_network(checkpoint: Path, counted: str, precision: torch.dtype, out: Path) -> Path:
-    """Write `<precision>.pt2` and, last, the `.json` that says what it fits, into out."""
+    """Write `<precision>.so` and, last, the `.json` that says what it fits, into out."""
     march, bits, needs = TARGETS[precision]
     network = load_network(checkpoint)
     network.keep_only(counted)
@@ -37,19 +39,23 @@ def compile_network(checkpoint: Path, counted: str, precision: torch.dtype, out:
     most = -(-640 // stride)  # longest side in strides
     shape = {1: Dim("h", min=1, max=most) * stride, 2: Dim("w", min=1, max=most) * stride}
     out.mkdir(parents=True, exist_ok=True)
-    name = str(precision).removeprefix("torch.")
-    with torch.inference_mode():
+    library = out / f"{word(precision)}.so"
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(model, (picture,), dynamic_shapes={"pictures": shape})
         package = torch._inductor.aoti_compile_and_package(
             program,
-            package_path=str(out / f"{name}.pt2"),
+            package_path=f"{folder}/network.pt2",
             inductor_configs={"freezing": True, "cpp.march": march, "cpp.simdlen": bits},
         )
+        # The package is unpacked here: torch would do so at every start, into a folder that may be mounted noexec.
+        with zipfile.ZipFile(package) as archive:
+            inside = next(name for name in archive.namelist() if name.endswith(".so"))
+            library.write_bytes(archive.read(inside))
     facts = {
         "weights": file_sha256(checkpoint), "counted": counted, "torch": torch.__version__, "cpu_flags": needs,
     }  # fmt: skip
-    (out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return Path(package)
+    library.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    return library
 
 
 def main() -> None:

