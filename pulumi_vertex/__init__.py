@@ -1,0 +1,13 @@
+"""Model versions and rollouts on Vertex AI as Pulumi resources.
+
+    import pulumi_vertex as vertex
+
+`ModelVersion` is one version of a model in the Model Registry, `Rollout` what is deployed on an endpoint and
+how the traffic is shared, `Provider` how Vertex AI is reached. README.md shows them in a program.
+"""
+
+from .model_version import ModelVersion, Probe
+from .rollout import Deployed, Rollout
+from .settings import Provider
+
+__all__ = ["Deployed", "ModelVersion", "Probe", "Provider", "Rollout"]
