@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import httpx
 
+LOCATION = "projects/a-project/locations/europe-west4"
+
 
 class RunningSandbox:
     """`with RunningSandbox() as sandbox:` runs `python -m sandbox` on a free port until the block ends.
@@ -24,6 +26,7 @@ class RunningSandbox:
         self.options = ["--runner", runner, "--admin", "--validate", *options]
         self.port = 0
         self.process: subprocess.Popen[str] | None = None
+        self._http = httpx.Client(trust_env=False, timeout=120)
 
     @property
     def url(self) -> str:
@@ -57,13 +60,35 @@ class RunningSandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self._http.close()
         if self._temporary:
             self._temporary.cleanup()
+
+    # ------------------------------------------------------------------------------------ Google's REST
+
+    def ask(self, http: str, path: str, body: Any = None, **query: Any) -> tuple[int, Any]:
+        """(status, JSON body) of a request; a path that does not begin with `v` is one in LOCATION."""
+        where = path if path.startswith("v1") else f"v1/{LOCATION}/{path}"
+        response = self._http.request(http, f"{self.url}/{where}", json=body, params=query)
+        return response.status_code, response.json()
+
+    def do(self, http: str, path: str, body: Any = None, **query: Any) -> Any:
+        """The answer of a request that goes well; of one that starts an operation, that once it is done."""
+        status, answer = self.ask(http, path, body, **query)
+        assert status == 200, answer
+        return self.done(answer) if "/operations/" in answer.get("name", "") else answer
+
+    def done(self, operation: Any) -> Any:
+        """The operation when it is done."""
+        while not operation.get("done"):
+            status, operation = self.ask("POST", f"v1/{operation['name']}:wait", timeout="30s")
+            assert status == 200, operation
+        return operation
 
     # ------------------------------------------------------------------------------------ admin routes
 
     def admin(self, http: str, what: str, order: dict[str, Any] | None = None) -> Any:
-        response = httpx.request(http, f"{self.url}/_sandbox/{what}", json=order, timeout=30)
+        response = self._http.request(http, f"{self.url}/_sandbox/{what}", json=order)
         response.raise_for_status()
         return response.json()
 
