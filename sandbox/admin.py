@@ -67,10 +67,11 @@ class Admin:
     violations: deque[JSON] = field(default_factory=lambda: deque(maxlen=1_000))
     _ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
-    def take(self, method: str, text: str) -> JSON:
+    def take(self, method: str, name: str, body: bytes) -> JSON:
         """The fault that this call meets, used up by one, or {}."""
         for fault in self.faults:
-            if fault.method not in (method, "*") or fault.match not in text:
+            text = name.encode() + b" " + body if fault.match else b""
+            if fault.method not in (method, "*") or fault.match.encode() not in text:
                 continue
             if fault.skip:
                 fault.skip -= 1
@@ -135,8 +136,12 @@ class Admin:
         self.faults.append(fault)
         return fault.id
 
-    def log(self, http: str, method: str, name: str, status: int) -> None:
-        self.requests.append({"time": now(), "http": http, "method": method, "name": name, "status": status})
+    def journal(self, http: str, method: str, name: str, status: int) -> None:
+        """Remembers a request; status 0 is a connection that was dropped."""
+        if self.enabled:
+            self.requests.append(
+                {"time": now(), "http": http, "method": method, "name": name, "status": status}
+            )
 
 
 async def linger(fault: JSON) -> None:

@@ -54,6 +54,11 @@ class Serving:
     def key(self) -> tuple[str, str]:
         return self.endpoint, self.deployed_id
 
+    @property
+    def route_probe(self) -> JSON:
+        """Vertex AI's own health check, where the model says no other: its marker is `route`."""
+        return {"route": self.health_route}
+
 
 def expand(text: str, variables: dict[str, str]) -> str:
     """Kubernetes' $(VAR): an unknown one stays as it is, $$(VAR) is a literal $(VAR)."""
@@ -113,6 +118,7 @@ def serving(state: str, endpoint: str, deployed: JSON, version_name: str, versio
             port=port,
             shared_memory_mb=int(spec.get("sharedMemorySizeMb", 0)),
             labels={LABEL + k: v for k, v in labels.items()},
+            name=f"sandbox-{endpoint_id}-{deployed_id}",
             accelerators=machine.get("acceleratorCount", 0),
         ),
         predict_route=predict_route,
@@ -130,6 +136,9 @@ class Replica:
     healthy: bool = False
     leaving: bool = False
     in_flight: int = 0
+    failures: int = 0  # of health checks, in a row
+    lifeless: int = 0  # likewise of liveness probes
+    restarts: int = 0  # since it was last healthy
     watcher: asyncio.Task[None] | None = None
 
     @property
@@ -144,7 +153,9 @@ class Fleet:
     #: Called with the endpoint's name after replicas became available or ceased to be.
     changed: Callable[[str], None] = lambda endpoint: None
     replicas: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
-    _restoring: set[asyncio.Task[None]] = field(default_factory=set)
+    # What brings back replicas after a start, until it has, or until somebody else wants something of them.
+    _restoring: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
+    _removing: asyncio.Future[Any] | None = None
 
     # ------------------------------------------------------------------------------------- serving
 
@@ -177,13 +188,21 @@ class Fleet:
         Raises GoogleError with the container's last log lines when one exits or is not healthy in
         time. Then the caller brings down what was started.
         """
+        await self._let_go(what.key)
+        await self._bring_up(what, count)
+
+    async def _let_go(self, key: tuple[str, str]) -> None:
+        if task := self._restoring.pop(key, None):
+            await _cancelled(task)
+
+    async def _bring_up(self, what: Serving, count: int) -> None:
         group = self.replicas.setdefault(what.key, [])
-        deadline = time.monotonic() + what.timeout
-        for replica in [r for r in group if not r.available and r.watcher is None]:  # found after a kill
+        deadline = time.monotonic() + what.timeout  # counts from here: the image was fetched before
+        for replica in [r for r in group if r.watcher is None]:  # found after a kill
             if await replica.container.exit_code() is not None:
                 group.remove(replica)
                 await replica.container.stop(0)
-        waits = [self._ready(what, r, deadline) for r in group if not r.healthy]
+        waits = [self._ready(what, r, deadline) for r in group if r.watcher is None]
         adds = [self._add(what, group, deadline) for _ in range(count - len(group))]
         await _together([*waits, *adds])
 
@@ -194,7 +213,7 @@ class Fleet:
 
     async def _ready(self, what: Serving, replica: Replica, deadline: float) -> None:
         container = replica.container
-        probes = [p for p in (what.startup, what.health or {"route": what.health_route}) if p]
+        probes = [p for p in (what.startup, what.health or what.route_probe) if p]
         for probe in probes:
             await asyncio.sleep(float(probe.get("initialDelaySeconds", 0)))
             failure = "not asked yet"
@@ -216,6 +235,7 @@ class Fleet:
 
     async def bring_down(self, endpoint: str, deployed_id: str, keep: int = 0) -> None:
         """Stops all but `keep` replicas: out of the traffic, requests in flight answered, SIGTERM."""
+        await self._let_go((endpoint, deployed_id))
         group = self.replicas.get((endpoint, deployed_id), [])
         leaving = sorted(group, key=lambda r: r.available, reverse=True)[keep:]
         if any(r.available for r in leaving):
@@ -232,7 +252,7 @@ class Fleet:
     async def _stop(self, replica: Replica, grace: float = STOP_GRACE) -> None:
         replica.leaving = True
         if replica.watcher:
-            replica.watcher.cancel()
+            await _cancelled(replica.watcher)
         deadline = time.monotonic() + DRAIN_SECONDS
         while replica.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -261,34 +281,35 @@ class Fleet:
 
     async def _watch(self, what: Serving, replica: Replica) -> None:
         """Keeps one replica alive until it leaves; a container that ended is replaced by a new one."""
-        health = what.health or {"route": what.health_route}
-        period = float(health.get("periodSeconds", HEALTH_PERIOD))
-        limit = int(health.get("failureThreshold", HEALTH_FAILURES))
-        failures = lifeless = restarts = 0
+        period = float(what.health.get("periodSeconds", HEALTH_PERIOD))
         while True:
-            await asyncio.sleep(min(period, 1.0) if failures else period)
-            if what.liveness:
-                dead = await self._probe(what, replica.container, what.liveness)
-                lifeless = lifeless + 1 if dead else 0
-            exited = await replica.container.exit_code() is not None
-            if exited or lifeless >= int(what.liveness.get("failureThreshold", 3)):
+            await asyncio.sleep(min(period, 1.0) if replica.failures else period)
+            try:
+                await self._look_after(what, replica)
+            except Exception as error:  # of Docker, which may come back
+                log.warning("deployed model %s: %r", what.deployed_id, error)
+
+    async def _look_after(self, what: Serving, replica: Replica) -> None:
+        limit = int(what.health.get("failureThreshold", HEALTH_FAILURES))
+        exited = await replica.container.exit_code() is not None
+        if what.liveness and not exited:
+            dead = await self._probe(what, replica.container, what.liveness)
+            replica.lifeless = replica.lifeless + 1 if dead else 0
+        if exited or replica.lifeless >= int(what.liveness.get("failureThreshold", 3)):
+            self._set_healthy(what, replica, False)
+            replica.failures, replica.lifeless = limit, 0
+            await replica.container.stop(0 if exited else STOP_GRACE)
+            await asyncio.sleep(min(2.0**replica.restarts - 1, 60))
+            replica.restarts += 1
+            replica.container = await self.runner.start(what.launch)
+        elif failure := await self._probe(what, replica.container, what.health or what.route_probe):
+            replica.failures += 1
+            if replica.failures >= limit and replica.healthy:
+                log.warning("deployed model %s: out of the traffic, %s", what.deployed_id, failure)
                 self._set_healthy(what, replica, False)
-                await replica.container.stop(0 if exited else STOP_GRACE)
-                await asyncio.sleep(min(2.0**restarts - 1, 60))
-                try:
-                    replica.container = await self.runner.start(what.launch)
-                except GoogleError as error:
-                    log.warning("%s: %s", what.deployed_id, error.message)
-                restarts += 1
-                failures, lifeless = limit, 0
-            elif failure := await self._probe(what, replica.container, health):
-                failures += 1
-                if failures >= limit and replica.healthy:
-                    log.warning("%s: out of the traffic, %s", what.deployed_id, failure)
-                    self._set_healthy(what, replica, False)
-            else:
-                failures = restarts = 0
-                self._set_healthy(what, replica, True)
+        else:
+            replica.failures = replica.restarts = 0
+            self._set_healthy(what, replica, True)
 
     def _set_healthy(self, what: Serving, replica: Replica, healthy: bool) -> None:
         if replica.healthy != healthy:
@@ -312,20 +333,18 @@ class Fleet:
             else:
                 orphans.append(container)
         for what, count in wanted:
-            task = asyncio.create_task(self._restore(what, count))
-            self._restoring.add(task)
-            task.add_done_callback(self._restoring.discard)
-        await asyncio.gather(*(c.stop(STOP_GRACE) for c in orphans))
+            self._restoring[what.key] = asyncio.create_task(self._restore(what, count))
+        self._removing = asyncio.gather(*(c.stop(STOP_GRACE) for c in orphans))
 
     async def _restore(self, what: Serving, count: int) -> None:
         pause = 1.0
         while True:
             try:
-                await self.bring_up(what, count)
+                await self._bring_up(what, count)
                 return
             except GoogleError as error:
                 log.warning("deployed model %s does not come back: %s", what.deployed_id, error.message)
-            for replica in [r for r in self.replicas.get(what.key, []) if not r.healthy]:
+            for replica in [r for r in self.replicas.get(what.key, []) if r.watcher is None]:
                 await replica.container.stop(0)
                 self.replicas[what.key].remove(replica)
             await asyncio.sleep(pause)
@@ -333,11 +352,19 @@ class Fleet:
 
     async def stop(self) -> None:
         """Ends every container. What is deployed stays deployed in the state: the next start brings it up."""
-        for task in self._restoring:
-            task.cancel()
+        for key in list(self._restoring):
+            await self._let_go(key)
         replicas = [r for group in self.replicas.values() for r in group]
         await asyncio.gather(*(self._stop(r, grace=10) for r in replicas), return_exceptions=True)
+        if self._removing:
+            await self._removing
         await self.runner.close()
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    """Cancels a task and waits for its end: what it was starting is then gone too."""
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _together(work: list[Coroutine[Any, Any, None]]) -> None:

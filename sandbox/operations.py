@@ -144,12 +144,16 @@ class Operations:
             await self._fail(operation, kind, GoogleError("INTERNAL", f"Internal error encountered: {error}"))
         del self.running[operation["name"]]
         del self._tasks[operation["name"]]
+        # Those who wait for it.
         async with self._changed:
             self._changed.notify_all()
 
     async def _fail(self, operation: JSON, kind: Kind, error: GoogleError) -> None:
         if kind.undo:
-            await kind.undo(operation)
+            try:
+                await kind.undo(operation)
+            except Exception:  # the operation ends all the same; the next start removes what is nobody's
+                log.exception("undoing operation %s", operation["name"])
         operation.pop("response", None)
         operation["error"] = error.rpc_status()
         operation["done"] = True

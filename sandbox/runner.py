@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -40,6 +41,7 @@ class Launch:
     port: int
     shared_memory_mb: int
     labels: dict[str, str]
+    name: str  # begins the container's name, for whoever reads `docker ps`
     accelerators: int = 0
 
 
@@ -66,6 +68,7 @@ class Container(Protocol):
 
 class Runner(Protocol):
     async def resolve(self, image: str) -> str: ...
+    async def fetch(self, image: str) -> None: ...
     async def start(self, launch: Launch) -> Container: ...
     async def find(self, state: str) -> list[Container]: ...
     async def close(self) -> None: ...
@@ -118,6 +121,10 @@ class DockerRunner:
                 return image
             raise
 
+    async def fetch(self, image: str) -> None:
+        """Pulls an image that is not here yet. Raises GoogleError when it can not be had."""
+        await self._call(lambda client: _pulled(client, image))
+
     async def start(self, launch: Launch) -> Container:
         if launch.accelerators:
             raise precondition(
@@ -138,6 +145,7 @@ class DockerRunner:
             try:
                 container = client.containers.create(
                     launch.image,
+                    name=f"{launch.name}-{uuid.uuid4().hex[:6]}",
                     detach=True,
                     environment=launch.env,
                     labels=launch.labels,
@@ -300,6 +308,9 @@ class StubRunner:
 
     async def resolve(self, image: str) -> str:
         return image
+
+    async def fetch(self, image: str) -> None:
+        pass
 
     async def start(self, launch: Launch) -> Container:
         return StubContainer(launch)

@@ -1,8 +1,11 @@
 """The ASGI application: finds the method that a request means, calls its handler, answers as Google does."""
 
+import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -55,6 +58,8 @@ class Server:
         self.projects: dict[str, str] = {p["number"]: name for name, p in store.list("project")}
 
     async def start(self) -> None:
+        # A thread is held while Docker pulls or stops; the default of a few would make others wait.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
         await vertex_endpoints.adopt(self.cloud)
         self.cloud.operations.resume()
 
@@ -96,6 +101,11 @@ class Server:
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
         try:
+            # No password protects the sandbox, so no web page may speak to it through the user's browser.
+            if "origin" in request.headers:
+                raise GoogleError(
+                    "PERMISSION_DENIED", "The sandbox answers no browser (the request has an Origin)."
+                )
             if path.startswith("/_sandbox/"):
                 return await self.admin.answer(request)
             return await self._google(request, path.lstrip("/"))
@@ -115,7 +125,7 @@ class Server:
             raise not_found(f"The requested URL /{path} was not found on this server.")
         name = self._by_id(name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name)
         raw = await self._body(request)
-        fault = self.admin.take(method.id, f"{name} {raw[:100_000].decode(errors='replace')}")
+        fault = self.admin.take(method.id, name, raw)
         status = 0
         try:
             await linger(fault)
@@ -145,7 +155,7 @@ class Server:
             self._check(method, status, error.body())
             raise
         finally:
-            self.admin.log(request.method, method.id, name, status)
+            self.admin.journal(request.method, method.id, name, status)
 
     async def _handle(self, call: Call, version: str) -> Response:
         handler = METHODS.get(call.method.id)
@@ -176,11 +186,7 @@ class Server:
         except GoogleError as error:
             self._violation("request", call.method, error.message)
             raise
-        # Bodies name resources too, with the project's id or number.
-        text = json.dumps(body)
-        for number, project in self.projects.items():
-            text = text.replace(f'"projects/{number}/', f'"projects/{project}/')
-        return Call(**{**vars(call), "body": json.loads(text)})
+        return dataclasses.replace(call, body=_renamed(body, self._by_id))
 
     async def _body(self, request: Request) -> bytes:
         if int(request.headers.get("content-length", 0)) > MAX_BODY:
@@ -217,6 +223,22 @@ class Server:
             self.projects[number] = project
             with self.cloud.store.transaction():
                 self.cloud.store.put("project", project, {"number": number})
-        text = json.dumps(answer).replace(f'"projects/{project}/', f'"projects/{number}/')
-        shown: JSON = json.loads(text)
-        return shown
+        mine, shown = f"projects/{project}/", f"projects/{number}/"
+        renamed: JSON = _renamed(answer, lambda n: shown + n.removeprefix(mine) if n.startswith(mine) else n)
+        return renamed
+
+
+def _renamed(value: Any, change: Callable[[str], str]) -> Any:
+    """A body with its resource names changed, and nothing else: what users wrote stays."""
+    if isinstance(value, list):
+        return [_renamed(v, change) for v in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: change(v)
+        if k in ("name", "model", "parentModel", "endpoint") and isinstance(v, str)
+        else v
+        if k in ("predictions", "env", "labels")
+        else _renamed(v, change)
+        for k, v in value.items()
+    }

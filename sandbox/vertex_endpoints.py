@@ -309,6 +309,8 @@ def _deploy_kind(cloud: Cloud) -> Kind:
         name, request = operation["target"], operation["request"]
         deployed: JSON = request["deployedModel"]
         what = serving_of(cloud, name, deployed)
+        cloud.operations.stage(operation, deploymentStage="GETTING_CONTAINER_IMAGE")
+        await cloud.fleet.runner.fetch(what.launch.image)
         cloud.operations.stage(operation, deploymentStage="STARTING_MODEL_SERVER")
         await cloud.fleet.bring_up(what, deployed["dedicatedResources"]["minReplicaCount"])
 

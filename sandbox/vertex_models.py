@@ -355,7 +355,9 @@ def _delete_work(cloud: Cloud) -> Kind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
             target = operation["target"]
-            for key in [target] if "@" in target else [k for k, _ in versions(cloud, target)]:
+            keys = [target] if "@" in target else [k for k, _ in versions(cloud, target)]
+            _check_free(cloud, keys)  # a deployment may have begun meanwhile
+            for key in keys:
                 cloud.store.delete("version", key)
                 cloud.store.delete("hold", key)
             if "@" not in target:
