@@ -194,7 +194,9 @@ def find_people(
     corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]), 1)
     corners = (corners - np.array([picture.left, picture.top] * 2)) / np.array(picture.scale * 2)
     corners = np.clip(corners, 0, np.array([picture.width, picture.height] * 2))
-    people = [Person((c[0], c[1], c[2], c[3]), float(b[4])) for c, b in zip(corners.tolist(), boxes, strict=True)]
+    people = [
+        Person((c[0], c[1], c[2], c[3]), float(b[4])) for c, b in zip(corners.tolist(), boxes, strict=True)
+    ]
     if parameters.region is not None:
         region = np.array(parameters.region, np.float32) * np.float32([picture.width, picture.height])
         people = [person for person in people if _stands_in(person, region)]

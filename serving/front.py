@@ -59,19 +59,28 @@ class Metrics:
     def __init__(self, front: Front) -> None:
         self.registry = registry = CollectorRegistry()
         buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-        self.requests = Counter("headcount_requests", "Prediction requests by HTTP status", ["status"], registry=registry)
+        self.requests = Counter(
+            "headcount_requests", "Prediction requests by HTTP status", ["status"], registry=registry
+        )
         self.latency = Histogram(
-            "headcount_latency_seconds", "From the whole body to the answer", buckets=buckets, registry=registry
+            "headcount_latency_seconds",
+            "From the whole body to the answer",
+            buckets=buckets,
+            registry=registry,
         )
         self.stages = {
-            stage: Histogram(f"headcount_{stage}_seconds", f"A request's {stage}", buckets=buckets, registry=registry)
+            stage: Histogram(
+                f"headcount_{stage}_seconds", f"A request's {stage}", buckets=buckets, registry=registry
+            )
             for stage in ("decode", "inference")
         }
         self.people = Counter("headcount_people", "People counted", registry=registry)
         Gauge("headcount_queue", "Requests admitted and not answered", registry=registry).set_function(
             lambda: front.in_flight
         )
-        Gauge("headcount_workers", "Workers alive", registry=registry).set_function(lambda: len(front.workers()))
+        Gauge("headcount_workers", "Workers alive", registry=registry).set_function(
+            lambda: len(front.workers())
+        )
 
 
 class Front:
@@ -94,7 +103,9 @@ class Front:
             if method == "POST":
                 await self._predict(scope, receive, send)
             else:
-                await _answer_error(send, RequestError(f"{path} takes POST with a picture, not {method}", 405))
+                await _answer_error(
+                    send, RequestError(f"{path} takes POST with a picture, not {method}", 405)
+                )
         elif path in (self.settings.health_route, "/ping"):
             healthy = self.healthy()
             word = "Healthy" if healthy else "Draining" if self.draining else "Unhealthy"
@@ -103,7 +114,9 @@ class Front:
             await _answer(send, 200, generate_latest(self.metrics.registry), b"text/plain; version=0.0.4")
         else:
             route = self.settings.predict_route
-            await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
+            await _answer_error(
+                send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404)
+            )
 
     async def close(self) -> None:
         if self._client is not None:
@@ -132,7 +145,9 @@ class Front:
         if all(age > self.settings.stuck_seconds / 5 for age in self.workers().values()):
             name = self._write(picture)
             try:
-                await self._ask({"spooled": name, "content_type": "image/jpeg", "query": "", "accept": ""}, "probe")
+                await self._ask(
+                    {"spooled": name, "content_type": "image/jpeg", "query": "", "accept": ""}, "probe"
+                )
             except (aiohttp.ClientError, OSError, TimeoutError):
                 pass  # health is judged by the sign of life alone
             finally:
@@ -189,7 +204,9 @@ class Front:
             try:
                 status, answered, body = await self._ask(told, record["request_id"])
             except TimeoutError:
-                raise RequestError(f"no answer within {self.settings.answer_seconds:g} s; send less", 504) from None
+                raise RequestError(
+                    f"no answer within {self.settings.answer_seconds:g} s; send less", 504
+                ) from None
             except (aiohttp.ClientError, OSError):
                 raise RequestError("no worker is available at the moment; try again", 503) from None
             self._observe(answered, began, status)
@@ -200,7 +217,9 @@ class Front:
                 for key in (COUNT_HEADER, "Server-Timing")
                 if key in answered
             ]
-            await _answer(send, status, body, answered.get("Content-Type", "application/json").encode(), extra)
+            await _answer(
+                send, status, body, answered.get("Content-Type", "application/json").encode(), extra
+            )
         finally:
             self.in_flight -= admitted
             self._forget(name, size)
@@ -304,7 +323,11 @@ async def _answer_error(send: Send, error: RequestError, extra: Headers | None =
 
 
 async def _answer(
-    send: Send, status: int, body: bytes, content_type: bytes = b"application/json", extra: Headers | None = None
+    send: Send,
+    status: int,
+    body: bytes,
+    content_type: bytes = b"application/json",
+    extra: Headers | None = None,
 ) -> None:
     headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *(extra or [])]
     await send({"type": "http.response.start", "status": status, "headers": headers})

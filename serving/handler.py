@@ -93,7 +93,9 @@ class PeopleHandler:
         step = len(good) if self.detector.device.type == "cuda" else 1
         for start in range(0, len(good), step or 1):
             part = good[start : start + step]
-            counts = self.detector.count([box for _, _, box in part], [work.parameters for work, _, _ in part])
+            counts = self.detector.count(
+                [box for _, _, box in part], [work.parameters for work, _, _ in part]
+            )
             for (work, _, _), count in zip(part, counts, strict=True):
                 work.counts.append(count)
                 for stage, spent in count.milliseconds.items():

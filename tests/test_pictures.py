@@ -1,0 +1,162 @@
+"""Pictures of every kind a person may send count as the plain one does."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from serving.contract import Limits, Parameters
+from serving.detector import Detector
+from serving.pictures import PictureError, annotate, letterbox
+
+
+@pytest.fixture(scope="module")
+def detector(checkpoint: Path) -> Detector:
+    return Detector(checkpoint)
+
+
+def encode(picture: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def stored(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as a camera held that way stores it."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose; FLIP_TOP_BOTTOM is 1, ROTATE_180 3
+    return picture.transpose(Image.Transpose(undo[orientation])) if orientation in undo else picture
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+def sixteen_bit_grey(picture: Image.Image) -> bytes:
+    return encode(Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257), "PNG")
+
+
+def transparent(picture: Image.Image) -> bytes:
+    """The people stay; a strip of the sky is cut out and holds garbage underneath."""
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (0, 0, picture.width, 40))
+    return encode(Image.merge("RGBA", (*picture.split(), alpha)), "PNG")
+
+
+KINDS = {
+    "PNG": lambda p: encode(p, "PNG", compress_level=1),
+    "WebP": lambda p: encode(p, "WEBP", quality=90),
+    "GIF": lambda p: encode(p, "GIF", save_all=True, append_images=[Image.new("RGB", p.size)]),
+    "palette": lambda p: encode(p.quantize(256), "PNG"),
+    "CMYK": lambda p: encode(p.convert("CMYK"), "JPEG", quality=95),
+    "grey JPEG": lambda p: encode(p.convert("L"), "JPEG", quality=95),
+    "16-bit grey": sixteen_bit_grey,
+    "transparent": transparent,
+    "progressive": lambda p: encode(p, "JPEG", progressive=True, quality=95),
+    "12 megapixels": lambda p: encode(p.resize((3024, 4032)), "JPEG", quality=90),
+    **{
+        f"EXIF {o}": lambda p, o=o: encode(stored(p, o), "JPEG", quality=95, exif=exif(o))
+        for o in range(1, 9)
+    },
+    "EXIF 6 PNG": lambda p: encode(stored(p, 6), "PNG", exif=exif(6), compress_level=1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_counts_four_on_the_bus(detector: Detector, data: Path, kind: str) -> None:
+    picture = Image.open(data / "people" / "bus.jpg").convert("RGB")
+    box = detector.prepare(KINDS[kind](picture), Limits())
+    count = detector.count([box], [Parameters()])[0]
+    assert len(count.people) == 4
+    scale = count.height / 1080
+    assert (count.width, count.height) == (round(810 * scale), round(1080 * scale))
+    plain = detector.count(
+        [detector.prepare((data / "people" / "bus.jpg").read_bytes(), Limits())], [Parameters()]
+    )[0]
+    # Grey and palette pictures are found a little elsewhere.
+    np.testing.assert_allclose(
+        sorted(p.box[0] / scale for p in count.people), sorted(p.box[0] for p in plain.people), atol=25
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_what_viewers_show(orientation: int) -> None:
+    rng = np.random.default_rng(orientation)
+    shown = Image.fromarray(rng.integers(0, 255, (64, 96, 3), np.uint8)).resize((640, 416))
+    data = encode(stored(shown, orientation), "PNG", exif=exif(orientation))
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).tobytes() == shown.tobytes()
+    np.testing.assert_array_equal(letterbox(data).pixels, np.asarray(shown))
+
+
+def test_letterbox_pads_the_middle_and_knows_the_way_back() -> None:
+    box = letterbox(encode(Image.new("RGB", (1280, 720)), "PNG"))
+    assert box.pixels.shape == (384, 640, 3)
+    assert (box.left, box.top, box.scale) == (0, 12, (0.5, 0.5))
+    assert (box.pixels[:12] == 114).all()
+    assert (box.pixels[12:-12] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (100, 20000), (20000, 100), (1, 5000), (33, 31)])
+def test_extreme_sizes(detector: Detector, size: tuple[int, int]) -> None:
+    box = detector.prepare(encode(Image.new("RGB", size, "red"), "PNG"), Limits())
+    assert detector.count([box], [Parameters()])[0].people == []
+    assert (box.width, box.height) == size
+
+
+def test_bombs_are_refused_before_they_are_decoded() -> None:
+    bomb = encode(Image.new("1", (30000, 30000)), "PNG")
+    assert len(bomb) < 200_000
+    with pytest.raises(
+        PictureError, match=r"30000×30000 pixels; at most 50 megapixels.*HEADCOUNT_MAX_PIXELS"
+    ):
+        letterbox(bomb)
+    jpeg = encode(Image.new("L", (8000, 8000)), "JPEG")
+    with pytest.raises(PictureError, match="8000×8000"):
+        letterbox(jpeg)
+    assert letterbox(jpeg, max_pixels=64_000_000).width == 8000
+
+
+@pytest.mark.parametrize("data", [b"x", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(60)])
+def test_what_is_no_picture_says_so(data: bytes) -> None:
+    with pytest.raises(PictureError, match="not a picture|damaged"):
+        letterbox(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_cut_short(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    whole = encode(Image.fromarray(rng.integers(0, 255, (200, 300, 3), np.uint8)), kind)
+    with pytest.raises(PictureError, match="damaged or cut short|not a picture"):
+        letterbox(whole[: len(whole) // 2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]))
+def test_mutated_pictures_are_counted_or_refused(draw: st.DataObject, kind: str) -> None:
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 255, (40, 60, 3), np.uint8))
+    data = bytearray(encode(picture, kind))
+    for _ in range(draw.draw(st.integers(1, 8))):
+        data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
+    try:
+        letterbox(bytes(data))
+    except PictureError as error:
+        assert "picture" in str(error)
+
+
+def test_annotated_picture_is_upright_and_drawn_on(data: Path) -> None:
+    bus = Image.open(data / "people" / "bus.jpg").convert("RGB")
+    turned = encode(stored(bus, 6), "JPEG", exif=exif(6), quality=95)
+    drawn = Image.open(
+        io.BytesIO(annotate(turned, [(100, 200, 300, 500)], ["person 0.90"], [(0, 0), (1, 0), (1, 1)]))
+    )
+    assert drawn.size == bus.size
+    assert drawn.format == "JPEG"
+    red, green, blue = drawn.getpixel((100, 350))
+    assert green > 150 > max(red, blue) - 40

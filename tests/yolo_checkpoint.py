@@ -1,0 +1,100 @@
+"""Small YOLOv5 checkpoints with random weights, pickled under the names that YOLOv5 itself uses."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class _Part(nn.Module):
+    def __init__(self, f: int | list[int] = -1, **parts: Any) -> None:
+        super().__init__()
+        self.f = f
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def _kind(name: str) -> Any:
+    module, _, short = name.rpartition(".")
+    return type(short, (_Part,), {"__module__": module})
+
+
+CLASSES = {
+    name.rpartition(".")[2]: _kind(name)
+    for name in (
+        "models.yolo.Model", "models.yolo.DetectionModel", "models.yolo.Detect", "models.common.Conv",
+        "models.common.Bottleneck", "models.common.C3", "models.common.SPPF", "models.common.Concat",
+        "models.common.Focus",
+    )
+}  # fmt: skip
+
+
+def _conv(c1: int, c2: int, k: int = 1, s: int = 1, f: int | list[int] = -1) -> Any:
+    norm = nn.BatchNorm2d(c2, eps=1e-3)
+    norm.running_mean.normal_(0, 0.1)
+    norm.running_var.uniform_(0.5, 2)
+    conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
+    return CLASSES["Conv"](f, conv=conv, bn=norm, act=nn.SiLU())
+
+
+def _c3(c1: int, c2: int) -> Any:
+    block = CLASSES["Bottleneck"](cv1=_conv(c2 // 2, c2 // 2), cv2=_conv(c2 // 2, c2 // 2, 3), add=True)
+    return CLASSES["C3"](
+        cv1=_conv(c1, c2 // 2), cv2=_conv(c1, c2 // 2), cv3=_conv(c2, c2), m=nn.Sequential(block)
+    )
+
+
+def _upsample() -> nn.Module:
+    layer = nn.Upsample(None, 2, "nearest")
+    layer.f = -1
+    return layer
+
+
+def make(
+    names: list[str], era: str = "v7.0", extra: Any = None, strange_layer: bool = False
+) -> dict[str, Any]:
+    """A checkpoint of two levels (strides 8 and 16). era v6.0: a list of names, and numpy figures beside."""
+    torch.manual_seed(0)
+    width = 3 * (5 + len(names))
+    pool = CLASSES["SPPF"](cv1=_conv(16, 8), cv2=_conv(32, 16), m=nn.MaxPool2d(5, 1, 2))
+    layers = [
+        _conv(3, 8, 6, 2), _conv(8, 16, 3, 2), _conv(16, 16, 3, 2), _c3(16, 16), _conv(16, 16, 3, 2),
+        CLASSES["Focus"]() if strange_layer else pool, _upsample(), CLASSES["Concat"]([-1, 3], d=1), _conv(32, 16),
+        CLASSES["Detect"](
+            [8, 5], nc=len(names), m=nn.ModuleList(nn.Conv2d(16, width, 1) for _ in range(2)),
+            stride=torch.tensor([8, 16]).half(), anchors=torch.rand(2, 3, 2) * 4 + 1,
+        ),
+    ]  # fmt: skip
+    layers[0].conv.padding = (2, 2)
+    model = CLASSES["Model" if era == "v6.0" else "DetectionModel"](
+        model=nn.Sequential(*layers), names=names if era == "v6.0" else dict(enumerate(names))
+    )
+    figure = np.array([0.5])[0] if era == "v6.0" else None
+    return {
+        "model": model.half(),
+        "ema": None,
+        "epoch": -1,
+        "best_fitness": figure,
+        "date": "2022",
+        "extra": extra,
+    }
+
+
+def save(path: Path, *arguments: Any, **options: Any) -> Path:
+    """Write a checkpoint as YOLOv5 does, its modules importable only meanwhile."""
+    modules = {name: types.ModuleType(name) for name in ("models", "models.yolo", "models.common")}
+    for kind in CLASSES.values():
+        setattr(modules[kind.__module__], kind.__name__, kind)
+    sys.modules.update(modules)
+    try:
+        torch.save(make(*arguments, **options), path)
+    finally:
+        for name in modules:
+            del sys.modules[name]
+    return path
