@@ -12,8 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from model_archiver.model_packaging import generate_model_archive
 from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import generate_model_archive
 
 
 def make_archive(checkpoint: Path, out: Path, compiled: Path | None = None) -> None:
@@ -35,9 +35,7 @@ def make_archive(checkpoint: Path, out: Path, compiled: Path | None = None) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--compiled", type=Path)

@@ -34,7 +34,7 @@ def compile_network(checkpoint: Path, counted: str, precision: torch.dtype, out:
     network = load_network(checkpoint)
     network.keep_only(counted)
     stride = max(network.head.strides)
-    model = FromPictures(network.to(precision, memory_format=torch.channels_last)).eval()
+    model = FromPictures(network.on(torch.device("cpu"), precision)).eval()
     picture = torch.zeros((1, 20 * stride, 15 * stride, 3), dtype=torch.uint8)
     most = -(-640 // stride)  # longest side in strides
     shape = {1: Dim("h", min=1, max=most) * stride, 2: Dim("w", min=1, max=most) * stride}
@@ -59,9 +59,7 @@ def compile_network(checkpoint: Path, counted: str, precision: torch.dtype, out:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--counted", default="person")

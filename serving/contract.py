@@ -83,9 +83,7 @@ class Limits:
             instances=setting("HEADCOUNT_MAX_INSTANCES", cls.instances),
             request_bytes=setting("HEADCOUNT_MAX_REQUEST_BYTES", cls.request_bytes),
             max_pixels=setting("HEADCOUNT_MAX_PIXELS", cls.max_pixels),
-            buckets=frozenset(
-                b.strip().removeprefix("gs://").strip("/") for b in buckets.split(",") if b.strip()
-            ),
+            buckets=frozenset(b.strip().removeprefix("gs://").strip("/") for b in buckets.split(",") if b.strip()),
         )
 
 
@@ -109,9 +107,7 @@ class Parameters:
     def parse(cls, given: Mapping[str, Any]) -> Parameters:
         """From JSON values or from the texts of a query string. Raises RequestError naming the parameter."""
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
-            raise RequestError(
-                f"unknown parameter {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)}"
-            )
+            raise RequestError(f"unknown parameter {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)}")
         values: dict[str, Any] = {}
         if "confidence" in given:
             values["confidence"] = _number("confidence", given["confidence"], 0.01, 1)
@@ -159,9 +155,7 @@ def _region(value: Any) -> tuple[Point, ...]:
             value = json.loads(value)
         except ValueError:
             raise RequestError(f"region is {_short(value)}; {shape}, as JSON") from None
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(p, list | tuple) and len(p) == 2 for p in value
-    ):
+    if not isinstance(value, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
         raise RequestError(f"region is {_short(value)}; {shape}")
     if len(value) < 3:
         raise RequestError(f"region has {len(value)} points; {shape}")
@@ -173,9 +167,7 @@ def _region(value: Any) -> tuple[Point, ...]:
         for j in range(i + 1, len(sides)):
             neighbours = j == i + 1 or (i == 0 and j == len(sides) - 1)
             if not neighbours and _touch(*side, *sides[j]):
-                raise RequestError(
-                    f"region crosses itself: side {i + 1} meets side {j + 1}; reorder its points"
-                )
+                raise RequestError(f"region crosses itself: side {i + 1} meets side {j + 1}; reorder its points")
     if abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in sides)) < 1e-9:
         raise RequestError("region has no area; its points lie on a line")
     return points
@@ -221,9 +213,7 @@ class Request:
     picture_wanted: bool = False  # Accept: image/jpeg
 
 
-def parse_request(
-    body: bytes | memoryview, content_type: str, query: str, accept: str, limits: Limits
-) -> Request:
+def parse_request(body: bytes | memoryview, content_type: str, query: str, accept: str, limits: Limits) -> Request:
     """A request as it came over HTTP. Raises RequestError."""
     kind = content_type.partition(";")[0].strip().lower()
     texts = dict(parse_qsl(query, keep_blank_values=True))
@@ -232,9 +222,7 @@ def parse_request(
         data, fields = _multipart(body, content_type)
         return Request([Instance(data)], Parameters.parse(texts | fields), True, picture_wanted)
     # No picture format begins with a brace, and clients forget the header.
-    if kind == "application/json" or (
-        not kind.startswith("image/") and bytes(body[:64]).lstrip()[:1] == b"{"
-    ):
+    if kind == "application/json" or (not kind.startswith("image/") and bytes(body[:64]).lstrip()[:1] == b"{"):
         return _json_request(body, texts, limits)
     if not len(body):
         raise RequestError("the body is empty; send the bytes of a picture, or JSON with instances")
@@ -279,20 +267,14 @@ def _instance(i: int, value: Any, limits: Limits) -> Instance:
             try:
                 return Instance(base64.b64decode(image["b64"], validate=True))
             except (binascii.Error, TypeError, ValueError):
-                raise RequestError(
-                    f"{where}.image.b64 is not base64; encode the file's bytes (RFC 4648)"
-                ) from None
+                raise RequestError(f"{where}.image.b64 is not base64; encode the file's bytes (RFC 4648)") from None
         return Instance(uri=_uri(f"{where}.image.uri", image["uri"], limits))
     except RequestError as error:
         return Instance(error=error)
 
 
 def _uri(where: str, uri: Any, limits: Limits) -> str:
-    match = (
-        re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/([^\r\n]+)", uri)
-        if isinstance(uri, str)
-        else None
-    )
+    match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/([^\r\n]+)", uri) if isinstance(uri, str) else None
     if not match:
         raise RequestError(f"{where} is {_short(uri)}; only gs://bucket/object can be read")
     if match[1] not in limits.buckets:
@@ -326,9 +308,7 @@ def _multipart(body: bytes | memoryview, content_type: str) -> tuple[bytes, dict
             f"the multipart body cannot be read ({error}); send one file, e.g. curl -F image=@FILE"
         ) from None
     if len(files) != 1:
-        raise RequestError(
-            f"the multipart body has {len(files)} files; send exactly one, e.g. curl -F image=@FILE"
-        )
+        raise RequestError(f"the multipart body has {len(files)} files; send exactly one, e.g. curl -F image=@FILE")
     return files[0], fields
 
 

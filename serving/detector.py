@@ -74,8 +74,7 @@ class Detector:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = best_precision(self.device)
         self.compiled = False
-        network = network.to(self.device, self.precision, memory_format=torch.channels_last)
-        self._forward: Forward = FromPictures(network).eval()
+        self._forward: Forward = FromPictures(network.on(self.device, self.precision)).eval()
         if self.device.type == "cpu" and compiled is not None:
             library = compiled_network(compiled, digest, counted, self.precision)
             if library is not None:
@@ -189,16 +188,14 @@ def find_people(
     candidates = candidates[order].astype(np.float64)
     if not len(candidates):
         return []
-    kept = cv2.dnn.NMSBoxes(candidates[:, :4], candidates[:, 4].astype(np.float32), 0, parameters.iou)
+    kept = cv2.dnn.NMSBoxes(candidates[:, :4].tolist(), candidates[:, 4].tolist(), 0, parameters.iou)
     boxes = candidates[np.asarray(kept, dtype=np.intp).reshape(-1)]
     corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]), 1)
     corners = (corners - np.array([picture.left, picture.top] * 2)) / np.array(picture.scale * 2)
     corners = np.clip(corners, 0, np.array([picture.width, picture.height] * 2))
-    people = [
-        Person((c[0], c[1], c[2], c[3]), float(b[4])) for c, b in zip(corners.tolist(), boxes, strict=True)
-    ]
+    people = [Person((c[0], c[1], c[2], c[3]), float(b[4])) for c, b in zip(corners.tolist(), boxes, strict=True)]
     if parameters.region is not None:
-        region = np.array(parameters.region, np.float32) * np.float32([picture.width, picture.height])
+        region = np.array(parameters.region, np.float32) * np.array([picture.width, picture.height], np.float32)
         people = [person for person in people if _stands_in(person, region)]
     return people
 

@@ -69,18 +69,14 @@ class Metrics:
             registry=registry,
         )
         self.stages = {
-            stage: Histogram(
-                f"headcount_{stage}_seconds", f"A request's {stage}", buckets=buckets, registry=registry
-            )
+            stage: Histogram(f"headcount_{stage}_seconds", f"A request's {stage}", buckets=buckets, registry=registry)
             for stage in ("decode", "inference")
         }
         self.people = Counter("headcount_people", "People counted", registry=registry)
         Gauge("headcount_queue", "Requests admitted and not answered", registry=registry).set_function(
             lambda: front.in_flight
         )
-        Gauge("headcount_workers", "Workers alive", registry=registry).set_function(
-            lambda: len(front.workers())
-        )
+        Gauge("headcount_workers", "Workers alive", registry=registry).set_function(lambda: len(front.workers()))
 
 
 class Front:
@@ -103,9 +99,7 @@ class Front:
             if method == "POST":
                 await self._predict(scope, receive, send)
             else:
-                await _answer_error(
-                    send, RequestError(f"{path} takes POST with a picture, not {method}", 405)
-                )
+                await _answer_error(send, RequestError(f"{path} takes POST with a picture, not {method}", 405))
         elif path in (self.settings.health_route, "/ping"):
             healthy = self.healthy()
             word = "Healthy" if healthy else "Draining" if self.draining else "Unhealthy"
@@ -114,9 +108,7 @@ class Front:
             await _answer(send, 200, generate_latest(self.metrics.registry), b"text/plain; version=0.0.4")
         else:
             route = self.settings.predict_route
-            await _answer_error(
-                send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404)
-            )
+            await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
 
     async def close(self) -> None:
         if self._client is not None:
@@ -145,9 +137,7 @@ class Front:
         if all(age > self.settings.stuck_seconds / 5 for age in self.workers().values()):
             name = self._write(picture)
             try:
-                await self._ask(
-                    {"spooled": name, "content_type": "image/jpeg", "query": "", "accept": ""}, "probe"
-                )
+                await self._ask({"spooled": name, "content_type": "image/jpeg", "query": "", "accept": ""}, "probe")
             except (aiohttp.ClientError, OSError, TimeoutError):
                 pass  # health is judged by the sign of life alone
             finally:
@@ -170,7 +160,7 @@ class Front:
             if error.code in (429, 503):
                 extra.append((b"retry-after", b"1"))
             await _answer_error(send, error, extra)
-        except _ClientGone:
+        except _ClientGoneError:
             record["status"], record["message"] = 499, "the client went away"
         except Exception as error:  # a full disk, say
             logger.exception("a request failed")
@@ -204,9 +194,7 @@ class Front:
             try:
                 status, answered, body = await self._ask(told, record["request_id"])
             except TimeoutError:
-                raise RequestError(
-                    f"no answer within {self.settings.answer_seconds:g} s; send less", 504
-                ) from None
+                raise RequestError(f"no answer within {self.settings.answer_seconds:g} s; send less", 504) from None
             except (aiohttp.ClientError, OSError):
                 raise RequestError("no worker is available at the moment; try again", 503) from None
             self._observe(answered, began, status)
@@ -217,15 +205,13 @@ class Front:
                 for key in (COUNT_HEADER, "Server-Timing")
                 if key in answered
             ]
-            await _answer(
-                send, status, body, answered.get("Content-Type", "application/json").encode(), extra
-            )
+            await _answer(send, status, body, answered.get("Content-Type", "application/json").encode(), extra)
         finally:
             self.in_flight -= admitted
             self._forget(name, size)
 
     async def _receive_body(self, headers: dict[str, str], receive: Receive) -> tuple[str, int]:
-        """Spool the body; its name and size. Raises RequestError and _ClientGone."""
+        """Spool the body; its name and size. Raises RequestError and _ClientGoneError."""
         limit = self.settings.request_bytes
         too_large = RequestError(
             f"the body is larger than {limit / 1e6:g} MB; send a smaller picture or fewer instances, "
@@ -246,7 +232,7 @@ class Front:
                     seconds = self.settings.body_seconds
                     raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
                 if message["type"] == "http.disconnect":
-                    raise _ClientGone
+                    raise _ClientGoneError
                 chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > limit and not refused:
@@ -309,7 +295,7 @@ class Front:
         self.spooled_bytes -= size
 
 
-class _ClientGone(Exception):
+class _ClientGoneError(Exception):
     """The client closed the connection before its body was whole."""
 
 

@@ -84,18 +84,13 @@ class PeopleHandler:
     def predict(self, works: list[Work]) -> None:
         """Count in all pictures of a batch of requests."""
         good = [
-            (work, i, box)
-            for work in works
-            for i, box in enumerate(work.letterboxes)
-            if isinstance(box, Letterbox)
+            (work, i, box) for work in works for i, box in enumerate(work.letterboxes) if isinstance(box, Letterbox)
         ]
         # On a CPU one picture after the other, so that the sign of life stays fresh in long requests.
         step = len(good) if self.detector.device.type == "cuda" else 1
         for start in range(0, len(good), step or 1):
             part = good[start : start + step]
-            counts = self.detector.count(
-                [box for _, _, box in part], [work.parameters for work, _, _ in part]
-            )
+            counts = self.detector.count([box for _, _, box in part], [work.parameters for work, _, _ in part])
             for (work, _, _), count in zip(part, counts, strict=True):
                 work.counts.append(count)
                 for stage, spent in count.milliseconds.items():
@@ -181,8 +176,7 @@ class PeopleHandler:
             with ThreadPoolExecutor(8) as pool:
                 read = dict(zip(remote, pool.map(self._read, remote), strict=True))
         return [
-            instance.error or (read[instance.uri] if instance.uri else instance.data or b"")
-            for instance in instances
+            instance.error or (read[instance.uri] if instance.uri else instance.data or b"") for instance in instances
         ]
 
     def _read(self, uri: str) -> bytes | RequestError:

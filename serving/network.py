@@ -119,13 +119,18 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = x.to(self.layers[0].conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+        layers: list[Any] = list(self.layers)
+        x = x.to(layers[0].conv.weight.dtype).contiguous(memory_format=torch.channels_last)
         outputs: list[Any] = []
-        for layer, sources in zip(self.layers, self.sources, strict=True):
+        for layer, sources in zip(layers, self.sources, strict=True):
             inputs = [outputs[j] for j in sources] if sources else [x]
             outputs.append(layer(inputs) if isinstance(layer, Concat | Detect) else layer(inputs[0]))
         logits: list[Tensor] = outputs[-1]
         return logits
+
+    def on(self, device: torch.device, precision: torch.dtype) -> Network:
+        """Move it there, in the layout that convolutions are fastest in."""
+        return self.to(device, precision).to(memory_format=torch.channels_last)
 
     def keep_only(self, name: str) -> None:
         """Cut the head to one class: fewer channels to compute and nothing else to decode."""
@@ -137,7 +142,7 @@ class Network(nn.Module):
         wanted = self.head.names.index(name)
         anchors, per_anchor = self.head.anchors.shape[1], 5 + len(self.head.names)
         rows = [a * per_anchor + r for a in range(anchors) for r in (0, 1, 2, 3, 4, 5 + wanted)]
-        detect = self.layers[-1]
+        detect: Any = self.layers[-1]
         for i, conv in enumerate(detect.m):
             small = nn.Conv2d(conv.in_channels, len(rows), 1)
             small.weight = nn.Parameter(conv.weight.detach()[rows].clone(), requires_grad=False)
@@ -164,9 +169,7 @@ class _Node:
         for part in (state, *(state.get(k) or {} for k in ("_modules", "_parameters", "_buffers"))):
             if name in part:
                 return part[name]
-        raise CheckpointError(
-            f"the checkpoint's {self.kind} has no {name!r}: it is not a YOLOv5 v6.0 or v7.0 model"
-        )
+        raise CheckpointError(f"the checkpoint's {self.kind} has no {name!r}: it is not a YOLOv5 v6.0 or v7.0 model")
 
     def children(self) -> list[_Node]:
         return list(self.get("_modules").values())
@@ -174,16 +177,8 @@ class _Node:
 
 # Everything a YOLOv5 checkpoint may name, under the names it is pickled with. numpy's appear in files of
 # v6.0 and in custom ones (fitness figures); no value the network needs is among them.
-_NAMES = (
-    "models.yolo.Model models.yolo.DetectionModel models.yolo.Detect models.common.Conv models.common.Bottleneck "
-    "models.common.C3 models.common.SPPF models.common.Concat torch.nn.modules.conv.Conv2d "
-    "torch.nn.modules.batchnorm.BatchNorm2d torch.nn.modules.activation.SiLU torch.nn.modules.linear.Identity "
-    "torch.nn.modules.pooling.MaxPool2d torch.nn.modules.upsampling.Upsample "
-    "torch.nn.modules.container.ModuleList torch.nn.modules.container.Sequential "
-    "numpy.core.multiarray.scalar numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct "
-    "numpy._core.multiarray._reconstruct numpy.dtype numpy.ndarray"
-).split()
-_ALLOWED: list[tuple[Any, str]] = [(type(name.rsplit(".", 1)[1], (_Node,), {}), name) for name in _NAMES]
+_NAMES = ["models.yolo.Model", "models.yolo.DetectionModel", "models.yolo.Detect", "models.common.Conv", "models.common.Bottleneck", "models.common.C3", "models.common.SPPF", "models.common.Concat", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.batchnorm.BatchNorm2d", "torch.nn.modules.activation.SiLU", "torch.nn.modules.linear.Identity", "torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.upsampling.Upsample", "torch.nn.modules.container.ModuleList", "torch.nn.modules.container.Sequential", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray"]
+_ALLOWED: list[Any] = [(type(name.rsplit(".", 1)[1], (_Node,), {}), name) for name in _NAMES]
 
 
 def load_network(path: Path) -> Network:
@@ -194,9 +189,7 @@ def load_network(path: Path) -> Network:
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a PyTorch checkpoint ({error}); fetch a YOLOv5 .pt file again"
-        ) from None
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint ({error}); fetch a YOLOv5 .pt file again") from None
     if foreign := sorted(set(asked) - set(_NAMES)):
         raise CheckpointError(
             f"{path} asks for {', '.join(foreign)}, which no YOLOv5 v6.0 or v7.0 network needs; "
@@ -225,7 +218,8 @@ def _build(model: _Node) -> Network:
         raise CheckpointError(f"the last layer is {detect.kind}, not Detect: this is not a detection model")
     sources = [_absolute(node.get("f"), i) for i, node in enumerate(nodes)]
     layers = nn.ModuleList(_module(node) for node in nodes)
-    first = layers[0].conv
+    first: Any = layers[0]
+    first = first.conv
     first.weight = nn.Parameter(first.weight / 255)
     strides = detect.get("stride").float()
     names = model.get("names")

@@ -79,9 +79,7 @@ def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limi
         canvas = np.full((outer_h, outer_w, 3), PADDING, np.uint8)
         canvas[top : top + inner_h, left : left + inner_w] = pixels
         pixels = canvas
-    return Letterbox(
-        np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top
-    )
+    return Letterbox(np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top)
 
 
 def annotate(
@@ -107,7 +105,7 @@ def annotate(
             top, bottom = top + bottom - top, bottom + bottom - top
         draw.rectangle((left, top, right + 2 * line, bottom), fill=(0, 200, 90))
         draw.text((left + line, bottom), label, fill=(0, 0, 0), font=font, anchor="lb")
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90)
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90))
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,8 @@ class _Opened:
             # Below 1/4 counts change (docs/decisions.md); the decoder may choose smaller only down to this.
             width, height = max(width, self.width // 4), max(height, self.height // 4)
             try:
-                return simplejpeg.decode_jpeg(self.data, "RGB", min_width=width, min_height=height)
+                decoded: Pixels = simplejpeg.decode_jpeg(self.data, "RGB", min_width=width, min_height=height)
+                return decoded
             except ValueError:  # strict about every warning; Pillow knows which of them matter
                 return _pillow_pixels(_open_with_pillow(self.data, self.width * self.height))
         return _pillow_pixels(self.image)

@@ -46,16 +46,12 @@ def download_checkpoint(uri: str, folder: Path) -> Path:
     if not uri.startswith("gs://"):
         found = sorted(Path(uri.removeprefix("file://")).glob("*.pt"))
         if len(found) != 1:
-            raise StorageError(
-                f"AIP_STORAGE_URI is {uri}, where there are {len(found)} .pt files; put one there", 400
-            )
+            raise StorageError(f"AIP_STORAGE_URI is {uri}, where there are {len(found)} .pt files; put one there", 400)
         return found[0]
     bucket, _, prefix = uri.removeprefix("gs://").partition("/")
     prefix = prefix.rstrip("/") + "/" if prefix else ""
     listing = f"gs://{bucket}/"
-    with _open(
-        listing, "?" + urllib.parse.urlencode({"prefix": prefix, "fields": "items(name)"})
-    ) as response:
+    with _open(listing, "?" + urllib.parse.urlencode({"prefix": prefix, "fields": "items(name)"})) as response:
         names = [item["name"] for item in json.load(response).get("items", [])]
     names = [name for name in names if name.endswith(".pt")]
     if len(names) != 1:
@@ -72,13 +68,7 @@ def download_checkpoint(uri: str, folder: Path) -> Path:
 def _open(uri: str, query: str) -> IO[bytes]:
     bucket, _, name = uri.removeprefix("gs://").partition("/")
     emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    host = (
-        emulator
-        if "://" in emulator
-        else f"http://{emulator}"
-        if emulator
-        else "https://storage.googleapis.com"
-    )
+    host = emulator if "://" in emulator else f"http://{emulator}" if emulator else "https://storage.googleapis.com"
     url = f"{host}/storage/v1/b/{bucket}/o"
     request = urllib.request.Request(url + (f"/{urllib.parse.quote(name, safe='')}" if name else "") + query)
     try:
@@ -102,9 +92,7 @@ def _access_token() -> str:
     with _lock:
         if time.monotonic() >= _token[1]:
             host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
-            request = urllib.request.Request(
-                f"http://{host}{METADATA_TOKEN}", headers={"Metadata-Flavor": "Google"}
-            )
+            request = urllib.request.Request(f"http://{host}{METADATA_TOKEN}", headers={"Metadata-Flavor": "Google"})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 answer = json.load(response)
             _token = (answer["access_token"], time.monotonic() + answer["expires_in"] - 60)

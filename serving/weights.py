@@ -88,9 +88,7 @@ def find(wanted: str, into: Path, report: Report | None = None) -> Path:
         return fetch(wanted.removesuffix(".pt"), into, report)
     path = Path(wanted).expanduser()
     if not path.is_file():
-        raise WeightsError(
-            f"{wanted} is neither a file nor one of {', '.join(ASSETS)}; give one of these or a path"
-        )
+        raise WeightsError(f"{wanted} is neither a file nor one of {', '.join(ASSETS)}; give one of these or a path")
     return path
 
 
@@ -150,9 +148,7 @@ def _url(file_name: str) -> str:
     if "://" not in mirror:
         return (Path(mirror).expanduser().absolute() / file_name).as_uri()
     if not re.match(r"(https?|file)://", mirror):
-        raise WeightsError(
-            f"HEADCOUNT_WEIGHTS_MIRROR is {mirror!r}; set it to a folder or an http(s):// address"
-        )
+        raise WeightsError(f"HEADCOUNT_WEIGHTS_MIRROR is {mirror!r}; set it to a folder or an http(s):// address")
     return f"{mirror.rstrip('/')}/{file_name}"
 
 
@@ -183,9 +179,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free some room there" if full else "make the folder writable, or choose another"
-        raise WeightsError(
-            f"cannot write {target}: {error.strerror or error}; {advice} and run it again"
-        ) from None
+        raise WeightsError(f"cannot write {target}: {error.strerror or error}; {advice} and run it again") from None
 
 
 @contextlib.contextmanager
@@ -283,9 +277,7 @@ def _connect(url: str, have: int) -> IO[bytes]:
         if have:  # it was reachable before
             raise _CutError(reason) from None
         if url.startswith("file:"):
-            raise WeightsError(
-                f"{url.removeprefix('file://')} cannot be read: {reason}; {elsewhere}"
-            ) from None
+            raise WeightsError(f"{url.removeprefix('file://')} cannot be read: {reason}; {elsewhere}") from None
         raise WeightsError(f"cannot reach {url}: {reason}; check the network, or {elsewhere}") from None
     return answer
 

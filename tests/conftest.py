@@ -76,9 +76,7 @@ class Server:
         while time.monotonic() < began + seconds:
             assert self.process is not None
             if self.process.poll() is not None:
-                pytest.fail(
-                    f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}"
-                )
+                pytest.fail(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/ping", timeout=2).status_code == status:
                     return time.monotonic() - began

@@ -37,16 +37,13 @@ def test_count_error_on_coco128(checkpoint: Path, data: Path) -> None:
     with (data / "coco128" / "person_counts.csv").open() as file:
         rows = list(csv.DictReader(file))
     detector = Detector(checkpoint)
-    boxes = [
-        detector.prepare((data / "coco128" / "images" / row["file"]).read_bytes(), Limits()) for row in rows
-    ]
+    boxes = [detector.prepare((data / "coco128" / "images" / row["file"]).read_bytes(), Limits()) for row in rows]
     truth = np.array([int(row["persons"]) for row in rows])
     errors = {}
     for precision in (torch.float32, torch.bfloat16):
         network = load_network(checkpoint)
         network.keep_only("person")
-        network = network.to(precision, memory_format=torch.channels_last)
-        detector._forward = FromPictures(network).eval()
+        detector._forward = FromPictures(network.on(torch.device("cpu"), precision)).eval()
         counts = detector.count(boxes, [Parameters()] * len(boxes))
         errors[precision] = np.abs(np.array([len(c.people) for c in counts]) - truth).mean()
     assert errors[torch.float32] <= 0.55

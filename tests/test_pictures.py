@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -61,10 +62,7 @@ KINDS = {
     "transparent": transparent,
     "progressive": lambda p: encode(p, "JPEG", progressive=True, quality=95),
     "12 megapixels": lambda p: encode(p.resize((3024, 4032)), "JPEG", quality=90),
-    **{
-        f"EXIF {o}": lambda p, o=o: encode(stored(p, o), "JPEG", quality=95, exif=exif(o))
-        for o in range(1, 9)
-    },
+    **{f"EXIF {o}": lambda p, o=o: encode(stored(p, o), "JPEG", quality=95, exif=exif(o)) for o in range(1, 9)},
     "EXIF 6 PNG": lambda p: encode(stored(p, 6), "PNG", exif=exif(6), compress_level=1),
 }
 
@@ -77,9 +75,7 @@ def test_every_kind_counts_four_on_the_bus(detector: Detector, data: Path, kind:
     assert len(count.people) == 4
     scale = count.height / 1080
     assert (count.width, count.height) == (round(810 * scale), round(1080 * scale))
-    plain = detector.count(
-        [detector.prepare((data / "people" / "bus.jpg").read_bytes(), Limits())], [Parameters()]
-    )[0]
+    plain = detector.count([detector.prepare((data / "people" / "bus.jpg").read_bytes(), Limits())], [Parameters()])[0]
     # Grey and palette pictures are found a little elsewhere.
     np.testing.assert_allclose(
         sorted(p.box[0] / scale for p in count.people), sorted(p.box[0] for p in plain.people), atol=25
@@ -113,9 +109,7 @@ def test_extreme_sizes(detector: Detector, size: tuple[int, int]) -> None:
 def test_bombs_are_refused_before_they_are_decoded() -> None:
     bomb = encode(Image.new("1", (30000, 30000)), "PNG")
     assert len(bomb) < 200_000
-    with pytest.raises(
-        PictureError, match=r"30000×30000 pixels; at most 50 megapixels.*HEADCOUNT_MAX_PIXELS"
-    ):
+    with pytest.raises(PictureError, match=r"30000×30000 pixels; at most 50 megapixels.*HEADCOUNT_MAX_PIXELS"):
         letterbox(bomb)
     jpeg = encode(Image.new("L", (8000, 8000)), "JPEG")
     with pytest.raises(PictureError, match="8000×8000"):
@@ -125,7 +119,7 @@ def test_bombs_are_refused_before_they_are_decoded() -> None:
 
 @pytest.mark.parametrize("data", [b"x", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(60)])
 def test_what_is_no_picture_says_so(data: bytes) -> None:
-    with pytest.raises(PictureError, match="not a picture|damaged"):
+    with pytest.raises(PictureError, match=r"not a picture|damaged"):
         letterbox(data)
 
 
@@ -133,7 +127,7 @@ def test_what_is_no_picture_says_so(data: bytes) -> None:
 def test_cut_short(kind: str) -> None:
     rng = np.random.default_rng(1)
     whole = encode(Image.fromarray(rng.integers(0, 255, (200, 300, 3), np.uint8)), kind)
-    with pytest.raises(PictureError, match="damaged or cut short|not a picture"):
+    with pytest.raises(PictureError, match=r"damaged or cut short|not a picture"):
         letterbox(whole[: len(whole) // 2])
 
 
@@ -144,18 +138,14 @@ def test_mutated_pictures_are_counted_or_refused(draw: st.DataObject, kind: str)
     data = bytearray(encode(picture, kind))
     for _ in range(draw.draw(st.integers(1, 8))):
         data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
-    try:
-        letterbox(bytes(data))
-    except PictureError as error:
-        assert "picture" in str(error)
+    with contextlib.suppress(PictureError):  # any other error fails
+        assert max(letterbox(bytes(data)).pixels.shape) == 640
 
 
 def test_annotated_picture_is_upright_and_drawn_on(data: Path) -> None:
     bus = Image.open(data / "people" / "bus.jpg").convert("RGB")
     turned = encode(stored(bus, 6), "JPEG", exif=exif(6), quality=95)
-    drawn = Image.open(
-        io.BytesIO(annotate(turned, [(100, 200, 300, 500)], ["person 0.90"], [(0, 0), (1, 0), (1, 1)]))
-    )
+    drawn = Image.open(io.BytesIO(annotate(turned, [(100, 200, 300, 500)], ["person 0.90"], [(0, 0), (1, 0), (1, 1)])))
     assert drawn.size == bus.size
     assert drawn.format == "JPEG"
     red, green, blue = drawn.getpixel((100, 350))

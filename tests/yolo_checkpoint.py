@@ -45,9 +45,7 @@ def _conv(c1: int, c2: int, k: int = 1, s: int = 1, f: int | list[int] = -1) -> 
 
 def _c3(c1: int, c2: int) -> Any:
     block = CLASSES["Bottleneck"](cv1=_conv(c2 // 2, c2 // 2), cv2=_conv(c2 // 2, c2 // 2, 3), add=True)
-    return CLASSES["C3"](
-        cv1=_conv(c1, c2 // 2), cv2=_conv(c1, c2 // 2), cv3=_conv(c2, c2), m=nn.Sequential(block)
-    )
+    return CLASSES["C3"](cv1=_conv(c1, c2 // 2), cv2=_conv(c1, c2 // 2), cv3=_conv(c2, c2), m=nn.Sequential(block))
 
 
 def _upsample() -> nn.Module:
@@ -56,9 +54,7 @@ def _upsample() -> nn.Module:
     return layer
 
 
-def make(
-    names: list[str], era: str = "v7.0", extra: Any = None, strange_layer: bool = False
-) -> dict[str, Any]:
+def make(names: list[str], era: str = "v7.0", extra: Any = None, strange_layer: bool = False) -> dict[str, Any]:
     """A checkpoint of two levels (strides 8 and 16). era v6.0: a list of names, and numpy figures beside."""
     torch.manual_seed(0)
     width = 3 * (5 + len(names))
