@@ -65,10 +65,7 @@ def test_the_life_of_a_model(sandbox: RunningSandbox) -> None:
     )
     old, new = (next(d for d in endpoint.list_models() if d.model_version_id == v) for v in ("1", "2"))
     assert endpoint.traffic_split == {old.id: 90, new.id: 10}
-    assert (
-        new.dedicated_resources.machine_spec.accelerator_type
-        == aiplatform.gapic.AcceleratorType.NVIDIA_TESLA_T4
-    )
+    assert new.dedicated_resources.machine_spec.accelerator_type == aiplatform.gapic.AcceleratorType.NVIDIA_TESLA_T4
 
     answer = endpoint.predict(instances=[{"image": {"b64": ""}}, {"image": {"b64": ""}}], parameters={"a": 1})
     assert [p["imageUri"] for p in answer.predictions] == [IMAGE, IMAGE]

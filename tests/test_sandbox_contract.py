@@ -26,9 +26,7 @@ def method(http: str, path: str) -> discovery.Method:
 
 
 def test_every_implemented_method_is_one_of_googles() -> None:
-    documented = {
-        m["id"] for name in discovery.DOCUMENTS for m in discovery._methods(discovery.document(name))
-    }
+    documented = {m["id"] for name in discovery.DOCUMENTS for m in discovery._methods(discovery.document(name))}
     assert set(METHODS) <= documented
 
 
@@ -58,9 +56,7 @@ def test_paths_lead_to_methods(http: str, path: str, name: str) -> None:
         ("DELETE", "endpoints/1/operations/2", "aiplatform.projects.locations.endpoints.operations.delete"),
     ],
 )
-def test_what_is_not_implemented_says_its_name(
-    sandbox: RunningSandbox, http: str, path: str, name: str
-) -> None:
+def test_what_is_not_implemented_says_its_name(sandbox: RunningSandbox, http: str, path: str, name: str) -> None:
     for version in ("v1", "v1beta1"):
         status, body = sandbox.ask(http, f"{version}/{LOCATION}/{path}")
         assert status == 501
@@ -73,6 +69,12 @@ def test_an_unknown_path_is_not_found(sandbox: RunningSandbox) -> None:
         status, body = sandbox.ask("POST", path)
         assert (status, body["error"]["status"]) == (404, "NOT_FOUND")
     assert httpx.get(sandbox.url).status_code == 404
+
+
+def test_no_web_page_may_drive_it(sandbox: RunningSandbox) -> None:
+    url, page = f"{sandbox.url}/v1/{LOCATION}/models", {"origin": "https://example.com"}
+    assert httpx.get(url).status_code == 200
+    assert httpx.get(url, headers=page).status_code == 403
 
 
 MODEL: Any = {"displayName": "m", "containerSpec": {"imageUri": "i@sha256:0"}}
@@ -89,9 +91,7 @@ MODEL: Any = {"displayName": "m", "containerSpec": {"imageUri": "i@sha256:0"}}
         ({"model": {"containerSpec": {"ports": [{"containerPort": "x"}]}}}, "ports[0].containerPort"),
     ],
 )
-def test_requests_are_read_as_strictly_as_google_reads_them(
-    sandbox: RunningSandbox, body: Any, says: str
-) -> None:
+def test_requests_are_read_as_strictly_as_google_reads_them(sandbox: RunningSandbox, body: Any, says: str) -> None:
     status, answer = sandbox.ask("POST", "models:upload", body)
     assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
     assert says in answer["error"]["message"]
@@ -113,9 +113,7 @@ def test_requests_are_read_as_loosely_as_google_reads_them() -> None:
         }
     }
     read = discovery.read_request(method("POST", "models:upload"), ["$alt", "prettyPrint"], body)
-    assert read == {
-        "model": {"displayName": "m", "containerSpec": {"imageUri": "i", "sharedMemorySizeMb": "64"}}
-    }
+    assert read == {"model": {"displayName": "m", "containerSpec": {"imageUri": "i", "sharedMemorySizeMb": "64"}}}
 
 
 def test_enums_arrive_by_number_as_googles_clients_send_them() -> None:

@@ -25,6 +25,8 @@ from sandbox.testing import LOCATION, RunningSandbox
 
 REGISTRY = os.environ.get("HEADCOUNT_REGISTRY", "127.0.0.1:5000")
 BASE = "python:3.11-slim-bookworm"
+# A label of the image, and so of its containers: those of others on this machine are not looked at.
+RUN = f"headcount.test={uuid.uuid4().hex[:8]}"
 
 SERVER = """
 import json, os, signal, sys, threading, time
@@ -86,6 +88,10 @@ server.server_close()
 DOCKERFILE = f'FROM {BASE}\nCOPY server.py /\nENTRYPOINT ["python", "/server.py"]\nCMD ["from-the-image"]\n'
 
 
+RESIZE_MASK = "dedicatedResources.minReplicaCount,dedicatedResources.maxReplicaCount"
+RESIZED = {"id": "7", "dedicatedResources": {"minReplicaCount": 3, "maxReplicaCount": 3}}
+
+
 def absent(why: str) -> None:
     if os.environ.get("HEADCOUNT_REQUIRE_DOCKER") == "1":
         pytest.fail(f"HEADCOUNT_REQUIRE_DOCKER=1, and {why}")
@@ -118,11 +124,13 @@ def image(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory)
     except docker.errors.ImageNotFound:
         engine.images.pull(BASE)
     name = f"{REGISTRY}/sandbox-tiny"
-    tag = uuid.uuid4().hex[:8]
-    built, _ = engine.images.build(path=str(folder), tag=f"{name}:{tag}", forcerm=True)
+    label, _, tag = RUN.partition("=")
+    built, _ = engine.images.build(path=str(folder), tag=f"{name}:{tag}", forcerm=True, labels={label: tag})
     engine.images.push(name, tag=tag)
     built.reload()
     yield next(d for d in built.attrs["RepoDigests"] if d.startswith(name + "@"))
+    for left in engine.containers.list(all=True, filters={"label": RUN}):
+        left.remove(force=True)  # by a test that failed
     engine.images.remove(str(built.id), force=True)
 
 
@@ -167,9 +175,7 @@ def deploy(sandbox: RunningSandbox, where: str, *args: Any, **more: Any) -> Any:
 
 
 def predict(sandbox: RunningSandbox, where: str, **parameters: Any) -> Any:
-    return sandbox.do("POST", f"{where}:predict", {"instances": [1], "parameters": parameters})[
-        "predictions"
-    ][0]
+    return sandbox.do("POST", f"{where}:predict", {"instances": [1], "parameters": parameters})["predictions"][0]
 
 
 def undeploy(sandbox: RunningSandbox, where: str, number: int, split: Any = None) -> Any:
@@ -178,9 +184,15 @@ def undeploy(sandbox: RunningSandbox, where: str, number: int, split: Any = None
 
 
 def containers(engine: docker.DockerClient, where: str = "") -> list[Container]:
-    """Containers of every sandbox, or those of an endpoint."""
-    found = engine.containers.list(all=True, filters={"label": LABEL + "state"}, ignore_removed=True)
+    """Containers of this run, or those of an endpoint."""
+    found = engine.containers.list(all=True, filters={"label": RUN}, ignore_removed=True)
     return [c for c in found if c.labels[LABEL + "endpoint"].endswith(where)]
+
+
+def available(sandbox: RunningSandbox, where: str) -> list[int]:
+    """Available replicas, by deployed model."""
+    deployed = sandbox.do("GET", where).get("deployedModels", [])
+    return [d["status"].get("availableReplicaCount", 0) for d in deployed]
 
 
 def until(condition: Any, seconds: float = 30) -> None:
@@ -236,9 +248,7 @@ def test_the_container_gets_what_its_model_says(
     assert containers(engine, where) == []
 
 
-def test_replicas_share_the_work_and_change_in_place(
-    sandbox: RunningSandbox, engine: docker.DockerClient
-) -> None:
+def test_replicas_share_the_work_and_change_in_place(sandbox: RunningSandbox, engine: docker.DockerClient) -> None:
     where = endpoint(sandbox, "replicas")
     deploy(sandbox, where, 7, replicas=2)
     first = collections.Counter(predict(sandbox, where)["host"] for _ in range(20))
@@ -246,10 +256,7 @@ def test_replicas_share_the_work_and_change_in_place(
     assert predict(sandbox, where)["argv"] == ["from-the-image"]
     for count in (3, 1):
         resources = {"minReplicaCount": count, "maxReplicaCount": count}
-        body = {
-            "deployedModel": {"id": "7", "dedicatedResources": resources},
-            "updateMask": "dedicatedResources.minReplicaCount,dedicatedResources.maxReplicaCount",
-        }
+        body = {"deployedModel": {"id": "7", "dedicatedResources": resources}, "updateMask": RESIZE_MASK}
         assert "response" in sandbox.do("POST", f"{where}:mutateDeployedModel", body)
         assert len(containers(engine, where)) == count
     assert predict(sandbox, where)["host"] in first  # one of the first two stayed
@@ -345,35 +352,39 @@ def test_predictions_pass_as_they_are(sandbox: RunningSandbox) -> None:
     undeploy(sandbox, where, 7)
 
 
-def test_a_container_that_ends_is_replaced(
-    sandbox: RunningSandbox, engine: docker.DockerClient, image: str
-) -> None:
+def test_a_container_that_ends_is_replaced(sandbox: RunningSandbox, engine: docker.DockerClient, image: str) -> None:
     probe = {"httpGet": {"path": "/ping"}, "periodSeconds": 1, "failureThreshold": 2}
     upload(sandbox, "mortal", image, healthProbe=probe)
     where = endpoint(sandbox, "mortal")
     deploy(sandbox, where, 7, model="mortal")
 
-    def available() -> int:
-        (deployed,) = sandbox.do("GET", where)["deployedModels"]
-        return int(deployed["status"].get("availableReplicaCount", 0))
-
     # Sick: out of the traffic, and back when it is well.
     (container,) = containers(engine, where)
     container.exec_run(["touch", "/tmp/sick"])
-    until(lambda: available() == 0)
+    until(lambda: available(sandbox, where) == [0])
     status, answer = sandbox.ask("POST", f"{where}:predict", {"instances": [1]})
     assert (status, answer["error"]["status"]) == (503, "UNAVAILABLE")
     container.exec_run(["rm", "/tmp/sick"])
-    until(lambda: available() == 1)
+    until(lambda: available(sandbox, where) == [1])
     # Dead: another one in its place.
     before = predict(sandbox, where)["host"]
     status, answer = sandbox.ask("POST", f"{where}:predict", {"instances": [1], "parameters": {"exit": True}})
     assert (status, answer["error"]["status"]) == (503, "UNAVAILABLE")
-    until(lambda: available() == 0)
-    until(lambda: available() == 1)
+    until(lambda: available(sandbox, where) == [0])
+    until(lambda: available(sandbox, where) == [1])
     assert predict(sandbox, where)["host"] != before
     undeploy(sandbox, where, 7)
     assert containers(engine, where) == []
+
+
+def test_the_image_is_pulled_by_digest(sandbox: RunningSandbox, engine: docker.DockerClient, image: str) -> None:
+    where = endpoint(sandbox, "pulled")
+    local = engine.images.get(image)
+    engine.images.remove(str(local.id), force=True)
+    deploy(sandbox, where, 7)
+    assert engine.images.get(image).id == local.id
+    assert predict(sandbox, where)["argv"] == ["from-the-image"]
+    undeploy(sandbox, where, 7)
 
 
 def test_a_tag_is_the_image_that_it_was_at_upload(
@@ -428,6 +439,38 @@ def test_a_killed_sandbox_finds_its_containers_again(
     assert containers(engine) == []
 
 
+@pytest.mark.parametrize("moment", [0.05, 0.4, 1.0])
+def test_a_kill_amid_a_resize_or_an_undeployment_ends_right(
+    sandbox: RunningSandbox, engine: docker.DockerClient, moment: float
+) -> None:
+    where = endpoint(sandbox, f"amid-{moment}".replace(".", "-"))
+    deploy(sandbox, where, 7)
+    for verb, body, left in (
+        ("mutateDeployedModel", {"deployedModel": RESIZED, "updateMask": RESIZE_MASK}, 3),
+        ("undeployModel", {"deployedModelId": "7"}, 0),
+    ):
+        _, operation = sandbox.ask("POST", f"{where}:{verb}", body)
+        time.sleep(moment)
+        sandbox.kill()
+        sandbox.start()
+        assert "response" in sandbox.done(operation)
+        until(lambda left=left: len(containers(engine, where)) == left)
+        until(lambda left=left: available(sandbox, where) == ([left] if left else []))
+
+
+def test_a_fresh_start_removes_the_containers_of_before(
+    engine: docker.DockerClient, image: str, tmp_path: Path
+) -> None:
+    with RunningSandbox(runner="docker", state=tmp_path) as killed:
+        upload(killed, "tiny", image)
+        deploy(killed, endpoint(killed, "before"), 7)
+        killed.kill()
+    assert len(containers(engine, "before")) == 1
+    with RunningSandbox("--fresh", runner="docker", state=tmp_path) as fresh:
+        assert fresh.do("GET", "endpoints") == {}
+        until(lambda: containers(engine, "before") == [])
+
+
 def test_a_stop_ends_the_containers_and_a_start_brings_them_back(
     sandbox: RunningSandbox, engine: docker.DockerClient
 ) -> None:
@@ -440,9 +483,7 @@ def test_a_stop_ends_the_containers_and_a_start_brings_them_back(
     undeploy(sandbox, where, 7)
 
 
-def test_googles_client_deploys_and_predicts(
-    sandbox: RunningSandbox, engine: docker.DockerClient, image: str
-) -> None:
+def test_googles_client_deploys_and_predicts(sandbox: RunningSandbox, engine: docker.DockerClient, image: str) -> None:
     aiplatform.init(
         project="a-project",
         location="europe-west4",
@@ -466,9 +507,7 @@ def test_googles_client_deploys_and_predicts(
     assert containers(engine) == []
 
 
-def test_without_docker_a_deployment_says_what_is_missing(
-    image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_docker_a_deployment_says_what_is_missing(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
     with RunningSandbox(runner="docker") as sandbox:
         upload(sandbox, "tiny", image.partition("@")[0] + ":latest")  # everything else works

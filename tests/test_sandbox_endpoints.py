@@ -42,9 +42,7 @@ def endpoint(sandbox: RunningSandbox) -> str:
     return f"endpoints/{number}"
 
 
-def deployment(
-    number: int, model: str = MODEL, replicas: int = 1, split: Any = None, **more: Any
-) -> dict[str, Any]:
+def deployment(number: int, model: str = MODEL, replicas: int = 1, split: Any = None, **more: Any) -> dict[str, Any]:
     resources = {"minReplicaCount": replicas, "machineSpec": {"machineType": "c3-highcpu-4"}}
     deployed = {"id": str(number), "model": model, "dedicatedResources": resources, **more}
     return {"deployedModel": deployed, "trafficSplit": split or {}}
@@ -132,10 +130,7 @@ def test_traffic_is_patched_and_emptied(sandbox: RunningSandbox, endpoint: str) 
     deploy(sandbox, endpoint, 7, split={"0": 100})
     deploy(sandbox, endpoint, 8)
     split = {"7": 25, "8": 75}
-    assert (
-        sandbox.do("PATCH", endpoint, {"trafficSplit": split}, updateMask="traffic_split")["trafficSplit"]
-        == split
-    )
+    assert sandbox.do("PATCH", endpoint, {"trafficSplit": split}, updateMask="traffic_split")["trafficSplit"] == split
     assert "trafficSplit" not in sandbox.do("PATCH", endpoint, {}, updateMask="trafficSplit")
 
 
@@ -156,9 +151,7 @@ def test_replicas_change_in_place_and_nothing_else(sandbox: RunningSandbox, endp
 
     def mutate(mask: str, **resources: Any) -> tuple[int, Any]:
         deployed = {"id": "7", "dedicatedResources": resources}
-        return sandbox.ask(
-            "POST", f"{endpoint}:mutateDeployedModel", {"deployedModel": deployed, "updateMask": mask}
-        )
+        return sandbox.ask("POST", f"{endpoint}:mutateDeployedModel", {"deployedModel": deployed, "updateMask": mask})
 
     paths = "dedicated_resources.min_replica_count,dedicatedResources.maxReplicaCount"
     for count in (3, 1):
@@ -200,8 +193,7 @@ def test_one_mutation_of_an_endpoint_at_a_time(sandbox: RunningSandbox, endpoint
     [
         (
             "exits",
-            "Model server exited unexpectedly (exit status 1). "
-            "Last log lines of the container:\nloading\nno weights",
+            "Model server exited unexpectedly (exit status 1). Last log lines of the container:\nloading\nno weights",
         ),
         ("never-ready", "Model server never became ready"),
     ],
@@ -273,7 +265,5 @@ def test_v1beta1_speaks_of_the_same_resources(sandbox: RunningSandbox, endpoint:
     status, operation = sandbox.ask("POST", f"{beta}/{endpoint}:deployModel", body)
     assert (status, operation["metadata"]["@type"].split(".")[-2]) == (200, "v1beta1")
     operation = sandbox.done(operation)  # asked under v1
-    assert (
-        operation["response"]["@type"] == "type.googleapis.com/google.cloud.aiplatform.v1.DeployModelResponse"
-    )
+    assert operation["response"]["@type"] == "type.googleapis.com/google.cloud.aiplatform.v1.DeployModelResponse"
     assert sandbox.do("GET", f"{beta}/{endpoint}")["trafficSplit"] == {"7": 100}

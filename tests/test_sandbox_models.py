@@ -60,9 +60,7 @@ def test_first_version_holds_default(sandbox: RunningSandbox, name: str) -> None
 def test_versions_are_read_by_number_by_alias_and_by_default(sandbox: RunningSandbox, name: str) -> None:
     upload(sandbox, name, versionDescription="first")
     upload_version(sandbox, name, versionDescription="second", versionAliases=["next"])
-    read = {
-        v: sandbox.do("GET", f"models/{name}{v}")["versionDescription"] for v in ("", "@1", "@2", "@next")
-    }
+    read = {v: sandbox.do("GET", f"models/{name}{v}")["versionDescription"] for v in ("", "@1", "@2", "@next")}
     assert read == {"": "first", "@1": "first", "@2": "second", "@next": "second"}
     assert refusal(sandbox.ask("GET", f"models/{name}@3")) == (404, "NOT_FOUND")
     assert refusal(sandbox.ask("GET", f"models/{name}@nobody")) == (404, "NOT_FOUND")
@@ -175,9 +173,7 @@ def test_an_old_etag_is_refused(sandbox: RunningSandbox, name: str) -> None:
     upload(sandbox, name)
     old = sandbox.do("GET", f"models/{name}")["etag"]
     sandbox.do("PATCH", f"models/{name}", {"description": "one", "etag": old}, updateMask="description")
-    answer = sandbox.ask(
-        "PATCH", f"models/{name}", {"description": "two", "etag": old}, updateMask="description"
-    )
+    answer = sandbox.ask("PATCH", f"models/{name}", {"description": "two", "etag": old}, updateMask="description")
     assert refusal(answer) == (409, "ABORTED")
 
 
@@ -195,11 +191,22 @@ def test_deleting_versions(sandbox: RunningSandbox, name: str) -> None:
     assert refusal(sandbox.ask("DELETE", f"models/{name}")) == (404, "NOT_FOUND")
 
 
+def test_answers_name_projects_by_number_and_requests_may(sandbox: RunningSandbox, name: str) -> None:
+    mine = "projects/a-project/secrets/key"
+    upload(sandbox, name, containerSpec={**SPEC, "env": [{"name": "KEY", "value": mine}]})
+    read = sandbox.do("GET", f"models/{name}")
+    number = read["name"].split("/")[1]
+    assert number.isdigit()
+    assert read["containerSpec"]["env"][0]["value"] == mine  # only names change
+    assert sandbox.do("GET", f"v1/{read['name']}") == read
+    body = {"parentModel": read["name"], "model": {"displayName": name, "containerSpec": SPEC}}
+    sandbox.do("POST", f"v1/projects/{number}/locations/europe-west4/models:upload", body)
+    assert sandbox.do("GET", f"models/{name}@2")["name"] == read["name"]
+
+
 def test_lists_are_filtered_ordered_and_paged(sandbox: RunningSandbox) -> None:
     for number in range(5):
-        upload(
-            sandbox, f"paged-{number}", labels={"group": "paged", "parity": "odd" if number % 2 else "even"}
-        )
+        upload(sandbox, f"paged-{number}", labels={"group": "paged", "parity": "odd" if number % 2 else "even"})
     query = {"filter": "labels.group=paged", "orderBy": "create_time desc", "pageSize": 2}
     names, token = [], ""
     while True:

@@ -98,9 +98,7 @@ def test_latency_delays_the_answer(sandbox: RunningSandbox) -> None:
 
 def test_a_fault_can_be_meant_for_one_resource(sandbox: RunningSandbox) -> None:
     sandbox.fault("models.upload", "status", code=503, match='"two"')
-    answers = [
-        sandbox.ask("POST", "models:upload", {"modelId": m, **UPLOAD})[0] for m in ("one", "two", "three")
-    ]
+    answers = [sandbox.ask("POST", "models:upload", {"modelId": m, **UPLOAD})[0] for m in ("one", "two", "three")]
     assert answers == [200, 503, 200]
 
 

@@ -85,9 +85,7 @@ def test_payloads_are_limited(sandbox: RunningSandbox, endpoint: str, limit: int
 
 
 def test_raw_predict_passes_bodies_through(sandbox: RunningSandbox) -> None:
-    response = httpx.post(
-        f"{sandbox.url}/v1/{LOCATION}/endpoints/own:rawPredict", content=b"\xff\xd8 a picture"
-    )
+    response = httpx.post(f"{sandbox.url}/v1/{LOCATION}/endpoints/own:rawPredict", content=b"\xff\xd8 a picture")
     assert response.json()["predictions"][0]["deployedModelId"] == "1"
     assert response.headers["x-vertex-ai-deployed-model-id"] == "1"
     assert response.headers["x-vertex-ai-endpoint-id"] == "own"
