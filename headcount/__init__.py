@@ -1,0 +1,6 @@
+"""Headcount's callers' side: the Python client and the `headcount` command."""
+
+from headcount.client import Client
+from headcount.counters import Answer, CountError, Person
+
+__all__ = ["Answer", "Client", "CountError", "Person"]

@@ -1,0 +1,89 @@
+"""The Python client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from headcount.counters import Answer, Counter, CountError, Grpc, InProcess, Rest
+from serving.contract import Parameters, Point, RequestError
+from serving.weights import DEFAULT, Report, WeightsError, find, home
+
+
+def open_counter(
+    url: str | None = None, grpc: str | None = None, parallel: int = 1, report: Report | None = None
+) -> Counter:
+    """The counter for a server's URL, for a gRPC address, or for this process.
+
+    In this process the checkpoint is HEADCOUNT_WEIGHTS (a published name or a path), fetched if need be.
+    parallel: pictures counted at once in this process. Raises CountError, and ValueError for an address that
+    is none.
+    """
+    if url and grpc:
+        raise ValueError("a URL and a gRPC address are two servers; give one of them")
+    if url is not None:
+        return Rest(url)
+    if grpc is not None:
+        return Grpc(grpc)
+    try:
+        checkpoint = find(os.environ.get("HEADCOUNT_WEIGHTS") or DEFAULT, home() / "weights", report)
+    except WeightsError as error:
+        raise CountError(str(error)) from None
+    return InProcess(checkpoint, parallel)
+
+
+class Client:
+    """Counts the people in pictures.
+
+    >>> with Client("http://localhost:8080") as client:  # a server; Client() counts in this process
+    ...     answer = client.count("bus.jpg", confidence=0.5)
+    >>> answer.count, answer.people[0].box
+    (4, (671.7, 393.7, 809.6, 879.1))
+
+    url: a Headcount server. grpc: HOST:PORT of its gRPC service instead. May be used from several threads;
+    one that counts in this process loads the network, so keep it. Raises CountError, and ValueError for an
+    address that is none.
+    """
+
+    def __init__(self, url: str | None = None, *, grpc: str | None = None) -> None:
+        self._counter = open_counter(url, grpc)
+
+    def count(
+        self,
+        picture: bytes | str | os.PathLike[str],
+        *,
+        confidence: float = Parameters.confidence,
+        iou: float = Parameters.iou,
+        max_people: int | None = None,
+        region: Sequence[Point] | None = None,
+        annotate: bool = False,
+    ) -> Answer:
+        """The people in a picture.
+
+        picture: its bytes, or the path of a JPEG, PNG, WebP or GIF file. The parameters are those of
+        `serving.contract.Parameters`. Raises CountError for a picture or a server that will not do,
+        ValueError for a parameter out of range, OSError for a file that cannot be read.
+        """
+        given = {
+            "confidence": confidence,
+            "iou": iou,
+            "max_people": max_people,
+            "region": region,
+            "annotate": annotate,
+        }
+        try:
+            parameters = Parameters.parse(given)
+        except RequestError as error:
+            raise ValueError(str(error)) from None
+        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        return self._counter.count(data, parameters)
+
+    def close(self) -> None:
+        self._counter.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,329 @@
+"""Three ways to count the people in one picture: in this process, over REST, over gRPC.
+
+Each is a `Counter`; another way (another authentication, another envelope) is another class.
+torch, httpx and grpc are imported where they are used: a client of a server needs no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from serving.contract import Limits, Parameters
+
+if TYPE_CHECKING:
+    import grpc
+    import httpx
+
+ROUTE = "/predictions/people"
+TIMEOUT = 60.0  # seconds for one answer; Vertex AI's shared endpoints give no more
+PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try, unless the server names a longer one
+LONGEST_PAUSE = 30.0  # of those a server may name
+
+
+class CountError(Exception):
+    """A picture that was not counted; the message says why and what would do."""
+
+
+class Person(NamedTuple):
+    """box: left, top, right, bottom in pixels of the upright picture. confidence: 0…1."""
+
+    box: tuple[float, float, float, float]
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The people in one picture.
+
+    people: most confident first, at most max_people of them; count is of all. width, height: of the upright
+    picture in pixels. model: its name and version. annotated: if asked, a JPEG with the boxes drawn.
+    """
+
+    count: int
+    people: list[Person]
+    width: int
+    height: int
+    model: dict[str, str] = field(default_factory=dict)
+    annotated: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_json(cls, content: Any) -> Answer:
+        """From the object the serving contract describes. Raises CountError if it is an error or no such."""
+        try:
+            if "error" in content:
+                raise CountError(str(content["error"]["message"]))
+            annotated = content.get("annotated")
+            return cls(
+                int(content["count"]),
+                [Person(_box(person["box"]), float(person["confidence"])) for person in content["people"]],
+                int(content["image"]["width"]),
+                int(content["image"]["height"]),
+                dict(content["model"]),
+                base64.b64decode(annotated["b64"]) if annotated else None,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CountError(f"the answer is not Headcount's: {_start(repr(content))}; check the address") from None
+
+    def as_json(self) -> dict[str, Any]:
+        """As the serving contract writes it, without the annotated picture."""
+        return {
+            "count": self.count,
+            "people": [{"box": list(p.box), "confidence": p.confidence} for p in self.people],
+            "image": {"width": self.width, "height": self.height},
+            "model": self.model,
+        }
+
+
+class Counter(Protocol):
+    """Counts in one picture, from as many as `parallel` threads at once."""
+
+    parallel: int
+
+    def count(self, data: bytes, parameters: Parameters) -> Answer:
+        """Raises CountError."""
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """Counts here, with the server's own detector.
+
+    checkpoint: a YOLOv5 .pt file. parallel: more than one makes torch use one thread for each picture, in all
+    of this process: two pictures side by side on two cores take half the time of one after the other on both.
+    """
+
+    def __init__(self, checkpoint: Path, parallel: int = 1) -> None:
+        try:
+            import torch
+
+            from serving.detector import Detector
+            from serving.network import CheckpointError
+        except ImportError as error:
+            raise CountError(
+                f"counting without a server needs {error.name}, which is not installed; "
+                "install requirements-torch.txt, or name a server"
+            ) from None
+        self.parallel = parallel
+        if parallel > 1:
+            torch.set_num_threads(1)
+        self._limits = _limits()
+        try:
+            self._detector = Detector(checkpoint, os.environ.get("HEADCOUNT_CLASS") or "person")
+        except CheckpointError as error:
+            raise CountError(str(error)) from None
+
+    def count(self, data: bytes, parameters: Parameters) -> Answer:
+        from serving.pictures import PictureError, annotate
+
+        try:
+            picture = self._detector.prepare(data, self._limits)
+            (found,) = self._detector.count([picture], [parameters])
+            answer = Answer.from_json(found.as_json(parameters, self._detector.model))
+            if parameters.annotate:
+                listed = found.people[: parameters.max_people]
+                labels = [f"{self._detector.counted} {person.confidence:.2f}" for person in listed]
+                boxes = [person.box for person in listed]
+                drawn = annotate(data, boxes, labels, parameters.region, self._limits.max_pixels)
+                answer = replace(answer, annotated=drawn)
+        except PictureError as error:
+            raise CountError(str(error)) from None
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+class Rest:
+    """Posts a picture's bytes to a server. url: its address, with or without the route. Raises ValueError."""
+
+    parallel = 4
+
+    def __init__(self, url: str) -> None:
+        import httpx
+
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ValueError(f"{url!r} is not a server's URL; give one such as http://localhost:8080")
+        path = address.path.rstrip("/")
+        self._url = address.copy_with(path=path if path.endswith(ROUTE) else path + ROUTE)
+        self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
+        self._patience = _Patience()
+
+    def count(self, data: bytes, parameters: Parameters) -> Answer:
+        return self._patience.ask(lambda: self._ask(data, parameters))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _ask(self, data: bytes, parameters: Parameters) -> Answer:
+        import httpx
+
+        place = f"{self._url.scheme}://{self._url.netloc.decode()}"
+        try:
+            response = self._http.post(
+                self._url.copy_merge_params(parameters.as_query()),
+                content=data,
+                headers={"Content-Type": "application/octet-stream", "Accept": "application/json"},
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            reason = str(error) or "no answer"
+            raise _UnreachableError(f"cannot reach {place}: {reason}; is the server up?") from None
+        except httpx.TimeoutException:
+            raise CountError(f"{place} gave no answer within {TIMEOUT:g} seconds") from None
+        except httpx.TransportError as error:
+            raise _AgainError(f"{place} broke off the connection: {error}") from None
+        try:
+            content = response.json()
+        except ValueError:
+            content = None
+        if response.status_code == 200 and content is not None:
+            return Answer.from_json(content)
+        message = _error_message(content) or (
+            f"{place} answered HTTP {response.status_code} and not as Headcount does: "
+            f"{_start(response.text)!r}; check the address"
+        )
+        if response.status_code in (429, 503):
+            raise _AgainError(message, _retry_after(response))
+        raise CountError(message)
+
+
+class Grpc:
+    """Asks TorchServe's own gRPC service, without TLS. address: HOST:PORT. Raises ValueError."""
+
+    parallel = 4
+
+    def __init__(self, address: str) -> None:
+        if not re.fullmatch(r"[^/\s]+:\d{1,5}", address):
+            raise ValueError(f"{address!r} is not a gRPC address; give HOST:PORT, such as localhost:7070")
+        import grpc
+
+        from headcount.torchserve_grpc import METHOD, PredictionResponse, PredictionsRequest
+
+        self._request = PredictionsRequest
+        # The server has its limit; grpc's own of 4 MB for answers would refuse annotated pictures.
+        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        self._address, self._channel = address, grpc.insecure_channel(address, unlimited)
+        self._predict = self._channel.unary_unary(
+            METHOD, PredictionsRequest.SerializeToString, PredictionResponse.FromString
+        )
+        self._patience = _Patience()
+
+    def count(self, data: bytes, parameters: Parameters) -> Answer:
+        texts = {name: text.encode() for name, text in parameters.as_query().items()}
+        request = self._request(model_name="people", input={"data": data, **texts})
+        return self._patience.ask(lambda: self._ask(request))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _ask(self, request: Any) -> Answer:
+        import grpc
+
+        try:
+            response = self._predict(request, timeout=TIMEOUT)
+        except grpc.RpcError as error:
+            raise self._explained(error) from None
+        try:
+            content = json.loads(response.prediction)
+        except ValueError:
+            raise CountError(
+                f"the answer of {self._address} is not Headcount's: {_start(repr(response.prediction))}"
+            ) from None
+        if (message := _error_message(content)) and content["error"].get("code") in (429, 503):
+            raise _AgainError(message)
+        return Answer.from_json(content)
+
+    def _explained(self, error: grpc.RpcError) -> Exception:
+        import grpc
+
+        code, details = error.code(), str(error.details())
+        if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+            return _UnreachableError(f"cannot reach {self._address}: {details}; is the server up?")
+        # The status of a message that is too large is that of a full queue.
+        if code is grpc.StatusCode.UNAVAILABLE or (
+            code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than" not in details
+        ):
+            return _AgainError(details)
+        if code is grpc.StatusCode.CANCELLED:  # how TorchServe refuses a body over its limit
+            details += "; perhaps the picture is larger than the server accepts"
+        return CountError(f"{self._address} answered {code.name}: {details}")
+
+
+class _AgainError(CountError):
+    """Worth asking again. after: the seconds the server asks for."""
+
+    def __init__(self, message: str, after: float = 0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class _UnreachableError(_AgainError):
+    """There is no server at the address."""
+
+
+class _Patience:
+    """Asks again, a few times, where that may help; no more at all once the server was found unreachable."""
+
+    def __init__(self) -> None:
+        self._unreachable = ""
+
+    def ask(self, once: Callable[[], Answer]) -> Answer:
+        for pause in (*PAUSES, None):
+            if self._unreachable:
+                break
+            try:
+                return once()
+            except _AgainError as error:
+                if pause is None:
+                    if isinstance(error, _UnreachableError):
+                        self._unreachable = str(error)
+                    raise CountError(str(error)) from None
+                # At random, so that many clients that were refused together do not come back together.
+                time.sleep(max(min(error.after, LONGEST_PAUSE), random.uniform(pause / 2, pause)))
+        raise CountError(self._unreachable)
+
+
+def _limits() -> Limits:
+    try:
+        return Limits.from_environment()
+    except ValueError as error:
+        raise CountError(str(error)) from None
+
+
+def _box(values: Any) -> tuple[float, float, float, float]:
+    left, top, right, bottom = values
+    return float(left), float(top), float(right), float(bottom)
+
+
+def _error_message(content: Any) -> str | None:
+    error = content.get("error") if isinstance(content, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else None
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds, of either form of the header (RFC 9110, 10.2.3); 0 where there is none."""
+    text = response.headers.get("Retry-After", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 120 else text[:119] + "…"

@@ -1,0 +1,541 @@
+"""The command and the Python client: against a small server that misbehaves, and against the real thing."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from headcount import Answer, Client, CountError, counters
+from headcount.cli import app, in_order, parse_region
+from headcount.counters import Grpc, Rest
+from headcount.files import Input, annotated_paths, find_inputs
+from serving.contract import Parameters, RequestError
+from tests.conftest import Server
+
+COMMAND = [sys.executable, "-m", "headcount.cli", "count"]
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=60, env=os.environ | environment)
+
+
+class Stub(ThreadingHTTPServer):
+    """Finds as many people in a "picture" as the number in its bytes says.
+
+    refusals: (status, headers, body) of its next answers. hang: answers nothing while it is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.refusals: list[tuple[int, dict[str, str], str]] = []
+        self.hang = False
+        self.requests: list[tuple[str, dict[str, list[str]]]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((url.path, query))
+        while self.server.hang:
+            time.sleep(0.05)
+        if self.server.refusals:
+            self._send(*self.server.refusals.pop(0))
+        elif not data.isdigit():
+            self._send(400, {}, json.dumps({"error": {"code": 400, "message": "this is not a picture"}}))
+        else:
+            answer: dict[str, Any] = prediction(int(data))
+            if query.get("annotate") == ["true"]:
+                answer["annotated"] = {"b64": base64.b64encode(b"drawn " + data).decode()}
+            self._send(200, {}, json.dumps(answer))
+
+    def _send(self, status: int, headers: dict[str, str], body: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body.encode())))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+def prediction(count: int) -> dict[str, Any]:
+    return {
+        "count": count,
+        "people": [{"box": [1, 2, 3, 4.5], "confidence": 0.9}] * count,
+        "image": {"width": 30, "height": 20},
+        "model": {"name": "stub", "version": "1"},
+    }
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.hang = False
+        server.shutdown()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that would have been made."""
+    made: list[float] = []
+    monkeypatch.setattr(counters.time, "sleep", made.append)  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of "pictures" for the stub: 3 + 2 people, and one that is none."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"3")
+    (folder / "b.png").write_bytes(b"no")
+    (folder / "below" / "A.JPG").write_bytes(b"2")
+    (folder / "notes.txt").write_bytes(b"7")
+    return folder
+
+
+# What is printed, and the exit code
+
+
+def test_a_table_has_every_picture_the_total_and_nothing_else(stub: Stub, pictures: Path) -> None:
+    done = run(pictures, "--url", stub.url)
+    lines = [line.split() for line in done.stdout.decode().splitlines()]
+    assert lines == [
+        ["Picture", "People", "Confidence", "Size"],
+        [f"{pictures}/a.jpg", "3", "0.90", "30x20"],
+        [f"{pictures}/b.png", "-"],
+        [f"{pictures}/below/A.JPG", "2", "0.90", "30x20"],
+        ["3", "pictures,", "1", "not", "counted", "5"],
+    ]
+    assert done.stderr.decode() == f"headcount: {pictures}/b.png: this is not a picture\n"
+    assert done.returncode == 1
+
+
+def test_json_is_one_object_with_boxes_errors_and_total(stub: Stub, pictures: Path) -> None:
+    done = run(pictures, "--json", "--url", stub.url)
+    content = json.loads(done.stdout)
+    assert content["pictures"] == [
+        {"file": f"{pictures}/a.jpg", **prediction(3)},
+        {"file": f"{pictures}/b.png", "error": {"message": "this is not a picture"}},
+        {"file": f"{pictures}/below/A.JPG", **prediction(2)},
+    ]
+    assert content["total"] == {"pictures": 3, "failed": 1, "people": 5}
+    assert done.returncode == 1
+
+
+def test_csv_has_a_row_for_each_picture(stub: Stub, pictures: Path) -> None:
+    done = run(pictures, "nowhere.jpg", "--csv", "--url", stub.url)
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode())))
+    assert [(row["count"], row["error"]) for row in rows] == [
+        ("3", ""),
+        ("", "this is not a picture"),
+        ("2", ""),
+        ("", "cannot be read: No such file or directory"),
+    ]
+
+
+def test_all_good_is_exit_code_0_and_silent(stub: Stub, pictures: Path) -> None:
+    done = run(pictures / "a.jpg", pictures / "below", "--url", stub.url)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_file_names_of_any_bytes_come_through(stub: Stub, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/[red]\xff\n\x1b[31m.jpg"
+    Path(os.fsdecode(name)).write_bytes(b"1")
+    rows = list(csv.reader(io.StringIO(os.fsdecode(run(tmp_path, "--csv", "--url", stub.url).stdout))))
+    assert os.fsencode(rows[1][0]) == name
+    content = json.loads(run(tmp_path, "--json", "--url", stub.url).stdout)
+    assert os.fsencode(content["pictures"][0]["file"]) == name
+    table = run(tmp_path, "--url", stub.url).stdout.decode().splitlines()
+    assert table[1].startswith(rf"{tmp_path}/[red]\xff\n\x1b[31m.jpg")
+
+
+def test_a_long_name_is_whole_where_the_table_is_no_terminals(stub: Stub, tmp_path: Path) -> None:
+    name = "w" * 200 + ".jpg"
+    (tmp_path / name).write_bytes(b"1")
+    assert name in run(tmp_path, "--url", stub.url).stdout.decode()
+
+
+def test_the_progress_bar_is_on_stderr_only(stub: Stub, pictures: Path) -> None:
+    controller, terminal = pty.openpty()
+    done = subprocess.run(
+        [*COMMAND, str(pictures), "--json", "--url", stub.url],
+        stdout=subprocess.PIPE, stderr=terminal, timeout=60, env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = os.read(controller, 1 << 16).decode()
+    os.close(controller)
+    assert "counting" in shown
+    assert "b.png: this is not a picture" in re.sub(r"\s+", " ", shown)
+    assert json.loads(done.stdout)["total"]["people"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument 'PICTURE...'"),
+        (["a.jpg", "--confidence", "2"], "confidence is 2.0; it must be a number from 0.01 to 1"),
+        (["a.jpg", "--confidence", "nan"], "confidence is nan"),
+        (["a.jpg", "--confidence", "high"], "'--confidence'"),
+        (["a.jpg", "--iou", "-1"], "iou is -1.0"),
+        (["a.jpg", "--max-people", "-1"], "max_people is -1"),
+        (["a.jpg", "--region", "0,0 1,1"], "region has 2 points; it must be a list of at least three points"),
+        (["a.jpg", "--region", "0,0 1,1 0,1 1,0"], "region crosses itself"),
+        (["a.jpg", "--region", "here"], "region is 'here'; write it as 'x,y x,y x,y' or as JSON"),
+        (["a.jpg", "--region", "[[0,0],"], "region is '[[0,0],'; it must be a list"),
+        (["a.jpg", "--json", "--csv"], "--json and --csv are two formats"),
+        (["a.jpg", "--url", "ftp://x"], "'ftp://x' is not a server's URL; give one such as http://"),
+        (["a.jpg", "--url", ""], "'' is not a server's URL"),
+        (["a.jpg", "--grpc", "http://localhost:7070"], "is not a gRPC address; give HOST:PORT"),
+        (["a.jpg", "--url", "http://x", "--grpc", "x:1"], "two servers; give one of them"),
+        (["a.jpg", "--annotate", "/dev/null/x"], "--annotate /dev/null/x: Not a directory; name a folder"),
+    ],
+)
+def test_a_command_that_is_not_understood_is_exit_code_2(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["count", *arguments])
+    assert result.exit_code == 2
+    assert result.stdout == "" or not arguments  # without any argument: the help
+    assert message in result.stderr or not arguments
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    check = "import headcount.cli, sys; sys.exit(bool({'torch', 'httpx', 'grpc', 'cv2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+
+
+# Being stopped
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ctrl_c_ends_at_once_even_while_the_server_hangs(stub: Stub, pictures: Path) -> None:
+    stub.hang = True
+    process = start(pictures, "--json", "--url", stub.url)
+    until(lambda: stub.requests)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert (process.returncode, out, err) == (130, b"", b"headcount: stopped\n")
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(stub: Stub, tmp_path: Path) -> None:
+    for i in range(200):
+        (tmp_path / f"{i}.jpg").write_bytes(b"1")
+    process = start(tmp_path, "--csv", "--url", stub.url)
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == b""
+    assert process.wait(20) == 141
+    assert len(stub.requests) < 200
+
+
+def test_a_full_disk_below_stdout_is_told(stub: Stub, pictures: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [*COMMAND, str(pictures / "a.jpg"), "--json", "--url", stub.url]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == b"headcount: the results cannot be written: No space left on device\n"
+
+
+# Annotated pictures
+
+
+def test_annotated_pictures_collide_with_nothing(stub: Stub, pictures: Path) -> None:
+    before = {path: path.read_bytes() for path in pictures.rglob("*.*")}
+    arguments = (pictures, "--annotate", pictures, "--json", "--url", stub.url)
+    written = [item.get("annotated") for item in json.loads(run(*arguments).stdout)["pictures"]]
+    assert written == [f"{pictures}/a.counted.jpg", None, f"{pictures}/A.counted-2.jpg"]
+    assert (pictures / "a.counted.jpg").read_bytes() == b"drawn 3"
+    assert (pictures / "A.counted-2.jpg").read_bytes() == b"drawn 2"
+    assert before == {path: path.read_bytes() for path in before}
+    # Nor are they pictures to count, the next time, and nothing else was left.
+    assert len(json.loads(run(*arguments).stdout)["pictures"]) == 3
+    assert len(list(pictures.rglob("*.*"))) == len(before) + 2
+
+
+def test_a_copy_replaces_a_link_and_not_what_it_points_to(stub: Stub, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.counted.jpg").symlink_to(pictures / "notes.txt")
+    run(pictures / "a.jpg", "--annotate", out, "--url", stub.url)
+    assert (pictures / "notes.txt").read_bytes() == b"7"
+    assert (out / "a.counted.jpg").read_bytes() == b"drawn 3"
+
+
+NAME_PARTS = st.sampled_from([b"a", b"A", b".", b"-2", b".counted", b".jpg", b".png", b"\xff", "ß".encode()])
+
+
+@given(st.lists(st.lists(NAME_PARTS, min_size=1, max_size=5).map(b"".join), unique=True))
+def test_no_two_copies_and_no_original_share_a_path(file_names: list[bytes]) -> None:
+    names = [os.fsdecode(b"/pictures/" + name) for name in file_names if name not in (b".", b"..")]
+    paths = [str(path).casefold() for path in annotated_paths(names, Path("/pictures"))]
+    assert len(set(paths)) == len(names)
+    assert not set(paths) & {name.casefold() for name in names}
+
+
+# Which pictures, which region
+
+
+def test_what_files_folders_and_patterns_mean(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pictures / "[1].jpg").touch()
+    (pictures / ".hidden.jpg").touch()
+    (pictures / "empty").mkdir()
+    monkeypatch.chdir(pictures)
+
+    def names(*arguments: str) -> list[str]:
+        found = find_inputs(arguments)
+        assert not any(item.error for item in found)
+        return [item.name for item in found]
+
+    assert names(".") == ["./[1].jpg", "./a.jpg", "./b.png", "./below/A.JPG"]
+    assert names("notes.txt", ".hidden.jpg", "missing.jpg") == ["notes.txt", ".hidden.jpg", "missing.jpg"]
+    assert names("[1].jpg") == ["[1].jpg"]
+    assert names("*.jpg", "./a.jpg", str(pictures / "a.jpg")) == ["[1].jpg", "a.jpg"]
+    assert names("**/*.JPG", "b*") == ["below/A.JPG", "b.png"]
+    assert find_inputs(["*.gif"]) == [Input("*.gif", "matches nothing")]
+    assert find_inputs(["empty"])[0].error.startswith("holds no picture (.jpg, ")
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=6))
+def test_a_region_reads_the_same_in_both_spellings(points: list[tuple[float, float]]) -> None:
+    def meaning(text: str) -> Any:
+        try:
+            return Parameters.parse({"region": parse_region(text)})
+        except RequestError as error:
+            return str(error)
+
+    assert meaning(" ".join(f"{x},{y}" for x, y in points)) == meaning(json.dumps(points))
+
+
+@given(st.text())
+def test_any_text_is_a_region_or_refused(text: str) -> None:
+    with contextlib.suppress(ValueError, RequestError):
+        Parameters.parse({"region": parse_region(text)})
+
+
+# Asking a server
+
+
+def test_parameters_are_sent_and_the_route_is_added_once(stub: Stub) -> None:
+    for url in (stub.url, f"{stub.url}/", f"{stub.url}/predictions/people", f"{stub.url}/predictions/people/"):
+        with Client(url) as client:
+            region = [(0, 0), (1, 0), (1, 0.5)]
+            client.count(b"1", confidence=0.5, max_people=3, region=region, annotate=True)
+    sent = {
+        "confidence": ["0.5"], "max_people": ["3"], "annotate": ["true"],
+        "region": ["[[0.0, 0.0], [1.0, 0.0], [1.0, 0.5]]"],
+    }  # fmt: skip
+    assert stub.requests == [("/predictions/people", sent)] * 4
+
+
+def test_the_client_answers_with_numbers(stub: Stub, pictures: Path) -> None:
+    with Client(stub.url) as client:
+        answer = client.count(pictures / "below" / "A.JPG", annotate=True)
+        assert (answer.count, answer.width, answer.height, answer.annotated) == (2, 30, 20, b"drawn 2")
+        assert answer.people[0].box == (1, 2, 3, 4.5)
+        with pytest.raises(ValueError, match="confidence is 7"):
+            client.count(b"1", confidence=7)
+        with pytest.raises(CountError, match=r"^this is not a picture$"):
+            client.count(b"?")
+    with pytest.raises(ValueError, match="give one of them"):
+        Client(stub.url, grpc="localhost:7070")
+
+
+def busy(status: int, **headers: str) -> tuple[int, dict[str, str], str]:
+    body = json.dumps({"error": {"code": status, "message": "the queue is full"}})
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, body
+
+
+def test_a_busy_server_is_asked_again_when_it_says(stub: Stub, waits: list[float]) -> None:
+    later = formatdate(time.time() + 12, usegmt=True)
+    stub.refusals = [busy(429, Retry_After="7"), busy(503), busy(503, Retry_After=later)]
+    assert Client(stub.url).count(b"4").count == 4
+    assert waits[0] == 7
+    assert 0.5 <= waits[1] <= 1
+    assert 9 < waits[2] < 13
+
+
+def test_a_server_that_stays_busy_is_given_up_with_its_words(stub: Stub, waits: list[float]) -> None:
+    stub.refusals = [busy(429, Retry_After="999999")] * 100
+    with pytest.raises(CountError, match=r"^the queue is full$"):
+        Client(stub.url).count(b"4")
+    assert len(stub.requests) == 5
+    assert waits == [30] * 4
+
+
+def test_a_dropped_connection_is_tried_again(stub: Stub, waits: list[float]) -> None:
+    stub.refusals = [(200, {"Content-Length": "500"}, "cut")]
+    assert Client(stub.url).count(b"4").count == 4
+
+
+def test_an_unreachable_server_is_waited_for_once_not_for_every_picture(waits: list[float]) -> None:
+    client = Client("http://127.0.0.1:9")
+    for _ in range(3):
+        with pytest.raises(CountError, match=r"^cannot reach http://127.0.0.1:9: .*refused; is the server up\?$"):
+            client.count(b"1")
+    assert len(waits) == 4
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (busy(400), "^the queue is full$"),
+        ((404, {}, "<html>not here</html>"), "answered HTTP 404 .*'<html>not here</html>'; check the address"),
+        ((200, {}, "hello"), "answered HTTP 200 and not as Headcount does: 'hello'"),
+        ((200, {}, "[1]"), r"the answer is not Headcount's: \[1\]; check the address"),
+        ((200, {}, '{"count": "many"}'), "the answer is not Headcount's"),
+    ],
+)
+def test_any_other_answer_is_an_error_at_once(
+    stub: Stub, waits: list[float], refusal: tuple[int, dict[str, str], str], message: str
+) -> None:
+    stub.refusals = [refusal]
+    with pytest.raises(CountError, match=message):
+        Client(stub.url).count(b"4")
+    assert len(stub.requests) == 1
+
+
+def test_grpc_speaks_torchserves_wire_format(waits: list[float]) -> None:
+    """Bytes against bytes, written out by hand from inference.proto: field 1 name, 3 map entries; answer in 1."""
+    seen: list[bytes] = []
+    bodies = [b'{"error": {"code": 429, "message": "full"}}', json.dumps(prediction(2)).encode()]
+
+    def answer(request: bytes, _: object) -> bytes:
+        seen.append(request)
+        body = bodies.pop(0)
+        return b"\x0a" + bytes([len(body) % 128 + 128, len(body) // 128] if len(body) > 127 else [len(body)]) + body
+
+    class Service(grpc.GenericRpcHandler):
+        def service(self, call: Any) -> Any:
+            assert call.method == "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Service()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        answered = Grpc(f"127.0.0.1:{port}").count(b"\xff\xd8", Parameters(confidence=0.5))
+    finally:
+        server.stop(None)
+    assert answered == Answer.from_json(prediction(2))
+    data, confidence = b"\x1a\x0a\x0a\x04data\x12\x02\xff\xd8", b"\x1a\x11\x0a\x0aconfidence\x12\x030.5"
+    assert seen[0] in (b"\x0a\x06people" + data + confidence, b"\x0a\x06people" + confidence + data)
+    assert len(waits) == 1
+
+
+def test_an_unreachable_grpc_server_is_told(waits: list[float]) -> None:
+    counter = Grpc("127.0.0.1:9")
+    for _ in range(2):
+        with pytest.raises(CountError, match=r"^cannot reach 127.0.0.1:9: .*is the server up\?$"):
+            counter.count(b"1", Parameters())
+    assert len(waits) == 4
+
+
+def test_results_keep_their_order_and_few_are_ahead() -> None:
+    begun = []
+
+    def work(i: int) -> int:
+        begun.append(i)
+        time.sleep(0.02 if i == 0 else 0)
+        return i
+
+    results = in_order(work, range(100), 4)
+    assert next(results) == 0
+    time.sleep(0.05)
+    assert len(begun) <= 8
+    assert list(results) == list(range(1, 100))
+
+
+# The real thing
+
+
+def test_without_a_server_it_fetches_the_weights_and_counts_here(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    environment = {
+        "HEADCOUNT_HOME": str(tmp_path / "home"), "HEADCOUNT_WEIGHTS_MIRROR": str(checkpoint.parent),
+        "HEADCOUNT_WEIGHTS": "",
+    }  # fmt: skip
+    (tmp_path / "bad.jpg").write_bytes((data / "people" / "bus.jpg").read_bytes()[:50_000])
+    done = run(data / "people", tmp_path / "bad.jpg", "--json", "--annotate", tmp_path / "out", **environment)
+    content = json.loads(done.stdout)
+    assert {Path(item["file"]).name: item.get("count") for item in content["pictures"]} == {
+        "bus.jpg": 4, "zidane.jpg": 2, "bad.jpg": None,
+    }  # fmt: skip
+    assert content["total"] == {"pictures": 3, "failed": 1, "people": 6}
+    assert done.returncode == 1
+    assert "bad.jpg: the picture is damaged or cut short" in done.stderr.decode()
+    assert (tmp_path / "home" / "weights" / "yolov5n.pt").is_file()
+    # The boxes are drawn: green on the edges of the first one.
+    with Image.open(tmp_path / "out" / "bus.counted.jpg") as copy:
+        assert copy.size == (810, 1080)
+        left, top, _, bottom = content["pictures"][0]["people"][0]["box"]
+        red, green, blue = copy.convert("RGB").getpixel((int(left), int(top + bottom) // 2))  # type: ignore[misc]
+        assert green > red + 60
+        assert green > blue + 60
+
+
+def test_weights_that_cannot_be_had_are_one_sentence(pictures: Path, tmp_path: Path) -> None:
+    done = run(pictures, HEADCOUNT_WEIGHTS=str(tmp_path / "none.pt"))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert re.fullmatch(rb"headcount: \S+none.pt is neither a file nor one of .*\n", done.stderr)
+
+
+def test_rest_and_grpc_count_as_this_process_does(server: Server, data: Path, checkpoint: Path) -> None:
+    parameters = Parameters(confidence=0.4, max_people=2, region=((0, 0), (0.6, 0), (0.6, 1), (0, 1)), annotate=True)
+    here = counters.InProcess(checkpoint)
+    for counter in (Rest(server.url), Grpc(f"127.0.0.1:{server.grpc}")):
+        for name in ("bus.jpg", "zidane.jpg"):
+            picture = (data / "people" / name).read_bytes()
+            assert counter.count(picture, parameters) == here.count(picture, parameters)
+        with pytest.raises(CountError, match="the picture is damaged or cut short"):
+            counter.count(picture[:50_000], parameters)
