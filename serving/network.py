@@ -177,7 +177,20 @@ class _Node:
 
 # Everything a YOLOv5 checkpoint may name, under the names it is pickled with. numpy's appear in files of
 # v6.0 and in custom ones (fitness figures); no value the network needs is among them.
-_NAMES = ["models.yolo.Model", "models.yolo.DetectionModel", "models.yolo.Detect", "models.common.Conv", "models.common.Bottleneck", "models.common.C3", "models.common.SPPF", "models.common.Concat", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.batchnorm.BatchNorm2d", "torch.nn.modules.activation.SiLU", "torch.nn.modules.linear.Identity", "torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.upsampling.Upsample", "torch.nn.modules.container.ModuleList", "torch.nn.modules.container.Sequential", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray"]
+_NAMES = [
+    *(f"models.yolo.{name}" for name in ("Model", "DetectionModel", "Detect")),
+    *(f"models.common.{name}" for name in ("Conv", "Bottleneck", "C3", "SPPF", "Concat")),
+    *(f"torch.nn.modules.container.{name}" for name in ("ModuleList", "Sequential")),
+    "torch.nn.modules.conv.Conv2d",
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.activation.SiLU",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+]
 _ALLOWED: list[Any] = [(type(name.rsplit(".", 1)[1], (_Node,), {}), name) for name in _NAMES]
 
 

@@ -52,7 +52,7 @@ def download_checkpoint(uri: str, folder: Path) -> Path:
     prefix = prefix.rstrip("/") + "/" if prefix else ""
     listing = f"gs://{bucket}/"
     with _open(listing, "?" + urllib.parse.urlencode({"prefix": prefix, "fields": "items(name)"})) as response:
-        names = [item["name"] for item in json.load(response).get("items", [])]
+        names: list[str] = [item["name"] for item in json.load(response).get("items", [])]
     names = [name for name in names if name.endswith(".pt")]
     if len(names) != 1:
         raise StorageError(
