@@ -45,6 +45,19 @@ def options(arguments: list[str]) -> argparse.Namespace:
         metavar="EMAIL",
         help="an account that models may run as; repeatable; without it any may",
     )
+    parser.add_argument(
+        "--registry-port",
+        type=int,
+        default=8791,
+        metavar="PORT",
+        help="of Artifact Registry's Docker registry, on 127.0.0.1, started with the first repository (8791)",
+    )
+    parser.add_argument(
+        "--api-delay",
+        type=float,
+        metavar="SECONDS",
+        help="refuse calls of APIs that are not enabled, and this long after they were; without it all may be called",
+    )
     return parser.parse_args(arguments)
 
 
@@ -95,6 +108,8 @@ def _open(args: argparse.Namespace, port: int) -> Server:
         hold_after_undeploy=args.hold_after_undeploy,
         operation_seconds=args.operation_seconds,
         service_accounts=tuple(args.service_account),
+        registry_port=args.registry_port,
+        api_delay=args.api_delay,
     )
     return Server(settings)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sandbox.fleet import Fleet
     from sandbox.operations import Operations
+    from sandbox.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Settings:
     hold_after_undeploy: float = 0.0
     operation_seconds: float = 0.0
     service_accounts: tuple[str, ...] = ()
+    registry_port: int = 8791
+    api_delay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Cloud:
     store: Store
     operations: "Operations"
     fleet: "Fleet"
+    registry: "Registry"
 
 
 @dataclass(frozen=True)

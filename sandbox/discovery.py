@@ -1,7 +1,7 @@
 """Google's discovery documents: which method a request means, and what may stand in it.
 
 The documents are those that `google-api-python-client` ships, so names and shapes are Google's, not
-ours. Reading both of Vertex AI's takes about 40 ms.
+ours. Reading both of Vertex AI's takes about 40 ms; the others are read when they are first asked for.
 """
 
 import functools
@@ -15,7 +15,22 @@ from typing import Any
 from sandbox.errors import GoogleError
 from sandbox.store import JSON
 
-DOCUMENTS = ("aiplatform.v1", "aiplatform.v1beta1")
+DOCUMENTS = (
+    "aiplatform.v1",
+    "aiplatform.v1beta1",
+    "storage.v1",
+    "artifactregistry.v1",
+    "artifactregistry.v1beta2",
+    "iam.v1",
+    "serviceusage.v1",
+    "serviceusage.v1beta1",
+    "cloudresourcemanager.v1",
+    "cloudresourcemanager.v3",
+    "compute.v1",
+)
+# Google tells its APIs apart by host, and some have the same paths. On one host all but Vertex AI begin with
+# their name, which clients take as a part of the endpoint that they are given.
+PREFIXES = {name.partition(".")[0] for name in DOCUMENTS} - {"aiplatform"}
 
 # Query parameters of every Google API that the documents do not list.
 GLOBAL_QUERY = {"$alt", "$prettyPrint", "$fields", "$userProject", "$callback", "$unique"}
@@ -62,6 +77,10 @@ class Method:
     def version(self) -> str:
         return self.document.partition(".")[2]
 
+    @property
+    def vertex(self) -> bool:
+        return self.document.startswith("aiplatform.")
+
 
 @dataclass
 class _Node:
@@ -86,17 +105,20 @@ def _methods(resource: JSON) -> Iterator[JSON]:
 
 
 @functools.cache
-def _routes() -> _Node:
+def _routes(api: str) -> _Node:
     root = _Node()
     for name in DOCUMENTS:
+        if name.partition(".")[0] != (api or "aiplatform"):
+            continue
         doc = document(name)
         for method in _methods(doc):
-            path, _, verb = method["flatPath"].partition(":")
+            base = doc["servicePath"].removeprefix(f"{api}/")
+            path, _, verb = (base + method.get("flatPath", method["path"])).partition(":")
             node = root
             for segment in path.split("/"):
                 key = "*" if segment.startswith("{") else segment
                 node = node.children.setdefault(key, _Node())
-            query = [p for p, v in method["parameters"].items() if v["location"] == "query"]
+            query = [p for p, v in method.get("parameters", {}).items() if v["location"] == "query"]
             node.methods[method["httpMethod"], verb] = Method(
                 id=method["id"],
                 document=name,
@@ -107,14 +129,14 @@ def _routes() -> _Node:
     return root
 
 
-def route(http_method: str, path: str) -> Method | None:
+def route(http_method: str, path: str, api: str = "") -> Method | None:
     """The method that a request means, or None where Google has none.
 
-    `path` is decoded and without the leading slash: `v1/projects/p/locations/l/models:upload`.
+    `path` is decoded and without the leading slash and the prefix: `v1/projects/p/locations/l/models:upload`.
     """
     head, _, last = path.rpartition("/")
     last, _, verb = last.partition(":")
-    nodes = [_routes()]
+    nodes = [_routes(api)]
     for segment in [*head.split("/"), last]:
         if not segment:
             return None

@@ -12,12 +12,22 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from sandbox import operations, vertex_endpoints, vertex_models, vertex_predictions
+from sandbox import (
+    artifact_registry,
+    iam,
+    operations,
+    projects,
+    storage,
+    vertex_endpoints,
+    vertex_models,
+    vertex_predictions,
+)
 from sandbox.admin import Admin, linger
 from sandbox.cloud import Call, Cloud, Settings, project_number
-from sandbox.discovery import Method, read_request, response_violations, route
+from sandbox.discovery import PREFIXES, Method, read_request, response_violations, route
 from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found
 from sandbox.fleet import Fleet
+from sandbox.registry import Registry
 from sandbox.runner import DockerRunner, Runner, StubRunner
 from sandbox.store import JSON, Store
 
@@ -32,7 +42,13 @@ METHODS: dict[str, Handler] = {
     **vertex_endpoints.METHODS,
     **vertex_predictions.METHODS,
     **operations.METHODS,
+    **storage.METHODS,
+    **artifact_registry.METHODS,
+    **iam.METHODS,
+    **projects.METHODS,
 }
+# Handlers that read the body themselves: it is a container's or a file's.
+RAW = {*vertex_predictions.METHODS, *storage.RAW}
 RUNNERS: dict[str, type[Runner]] = {"docker": DockerRunner, "stub": StubRunner}
 # Larger than any payload limit, so that those limits are what a caller meets.
 MAX_BODY = 64 * 2**20
@@ -50,7 +66,10 @@ class Server:
         if settings.fresh:
             store.clear()
         fleet = Fleet(RUNNERS[settings.runner](), store.id)
-        self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet)
+        registry = Registry(settings.state / "registry", settings.registry_port, store.id)
+        self.cloud = Cloud(
+            settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry
+        )
         self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.admin = Admin(store, settings.admin)
@@ -66,6 +85,7 @@ class Server:
     async def stop(self) -> None:
         await self.cloud.operations.stop()
         await self.cloud.fleet.stop()
+        await asyncio.to_thread(self.cloud.registry.stop)
         self.cloud.store.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,9 +138,15 @@ class Server:
             return JSONResponse(GoogleError("INTERNAL", f"The sandbox failed: {error!r}").body(), 500)
 
     async def _google(self, request: Request, path: str) -> Response:
+        http = request.method
+        api, _, rest = path.partition("/")
+        if api in storage.ROOTS:
+            api, http, rest = "storage", *storage.meant(request)
+        elif api not in PREFIXES:
+            api, rest = "", path
         # Google's REST clients ask for operations under /ui/ (the first of their http options).
-        version, _, name = path.partition("/")
-        method = route(request.method, f"v1/{name}" if version == "ui" else path)
+        version, _, name = rest.partition("/")
+        method = route(http, f"v1/{name}" if version == "ui" else rest, api)
         if method is None:
             raise not_found(f"The requested URL /{path} was not found on this server.")
         name = self._by_id(name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name)
@@ -163,13 +189,14 @@ class Server:
             raise GoogleError(
                 "UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} ({version})."
             )
-        if call.method.id in vertex_predictions.METHODS:
+        projects.check_enabled(call)
+        if call.method.id in RAW:
             answer = await handler(call)
         else:
             answer = await handler(self._read(call))
         if isinstance(answer, Response):
             return answer
-        shown = self._by_number(call, answer)
+        shown = self._by_number(call, answer) if call.method.vertex else answer
         if found := self._check(call.method, 200, shown):
             raise GoogleError(
                 "INTERNAL", "The sandbox's answer departs from the discovery document: " + "; ".join(found)

@@ -1,0 +1,23 @@
+"""People counted on Vertex AI: a foundation, an image, and predictions from it."""
+
+import pulumi
+
+from infra import settings
+from infra.foundation import Foundation
+from infra.image import Image
+from infra.prediction import Prediction
+
+config = settings.load()
+
+foundation = Foundation(config)
+image = Image(config, foundation) if config.builds else None
+prediction = Prediction(config, foundation, image)
+
+pulumi.export("endpoint", prediction.endpoint.id)
+pulumi.export("url", prediction.url)
+pulumi.export("images", prediction.images)
+pulumi.export("models", {name: version.id for name, version in prediction.versions.items()})
+pulumi.export("bucket", foundation.bucket.url)
+pulumi.export("repository", foundation.repository.registry_uri)
+for name, value in prediction.how_to_use().items():
+    pulumi.export(name, value)

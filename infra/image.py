@@ -1,0 +1,118 @@
+"""The serving image: built for linux/amd64, pushed, and from here on known by its digest."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pulumi
+import pulumi_docker_build as docker_build
+from docker.utils.build import exclude_paths
+
+from infra.foundation import Foundation
+from infra.settings import Settings
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+WEIGHTS: Final = Path(".headcount/weights")
+CONTEXT: Final = Path(".headcount/context")
+NAME: Final = "headcount"
+
+
+class Image(pulumi.ComponentResource):
+    """The image of these sources, in the stack's repository.
+
+    It is not built in previews. Unchanged sources are not built again, on any machine: what the builder sees
+    is a copy without the times and modes that differ from checkout to checkout. It stays in the repository
+    when it leaves the stack, because releases may be pinned to it; the cleanup policy removes it.
+    """
+
+    def __init__(self, settings: Settings, foundation: Foundation, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("headcount:index:Image", settings.stack, None, opts)
+        fetch_weights(ROOT, settings.checkpoint)
+        context = ROOT / CONTEXT / settings.names.labels["stack"]
+        sources = stage(ROOT, context, settings.checkpoint)
+        image = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
+        cache = pulumi.Output.concat(image, ":cache")
+        build = docker_build.Image(
+            "image",
+            # Relative to this program's folder: the state is the same in every checkout.
+            context={"location": os.path.relpath(context)},
+            dockerfile={"location": os.path.relpath(context / "Dockerfile")},
+            platforms=[docker_build.Platform.LINUX_AMD64],  # what Vertex AI runs, also from Apple silicon
+            build_args={
+                "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
+                "CHECKPOINT": settings.checkpoint,
+                "SOURCES": sources,
+                **settings.build_args,
+            },
+            tags=[pulumi.Output.concat(image, ":", sources)],
+            push=True,
+            build_on_preview=False,
+            builder={"name": settings.builder} if settings.builder else None,
+            cache_from=[{"registry": {"ref": cache}}],
+            # Artifact Registry takes a cache as an OCI image only. A cache that fails is slower next time.
+            cache_to=[
+                {
+                    "registry": {
+                        "ref": cache,
+                        "mode": docker_build.CacheMode.MAX,
+                        "image_manifest": True,
+                        "oci_media_types": True,
+                        "ignore_error": True,
+                    }
+                }
+            ],
+            registries=[
+                {
+                    "address": foundation.repository.registry_uri.apply(lambda uri: uri.partition("/")[0]),
+                    "username": "oauth2accesstoken",
+                    "password": foundation.token,
+                }
+            ],
+            opts=pulumi.ResourceOptions(parent=self, retain_on_delete=True),
+        )
+        self.digest: pulumi.Output[str] = build.digest
+        self.register_outputs({})
+
+
+def fetch_weights(root: Path, checkpoint: str) -> None:
+    """Sees that the weights are there. Raises pulumi.RunError, which says what to do."""
+    if (root / WEIGHTS / f"{checkpoint}.pt").exists():
+        return
+    # A process of its own: nothing of serving/ is imported here.
+    command = [sys.executable, "-m", "serving.weights", checkpoint, "--into", str(WEIGHTS)]
+    done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise pulumi.RunError(f"The weights {checkpoint} cannot be had: {done.stderr.strip()}")
+
+
+def stage(root: Path, to: Path, checkpoint: str) -> str:
+    """Copies what `.dockerignore` lets into the image from `root` to the folder `to`; returns its hash.
+
+    Of the weights only the checkpoint's are taken. Modes become 644 or 755 and times 0: both count in a digest.
+    """
+    ignore = (root / ".dockerignore").read_text().splitlines()
+    patterns = [line.strip() for line in ignore if line.strip() and not line.lstrip().startswith("#")]
+    chosen = str(WEIGHTS / f"{checkpoint}.pt")
+    files = sorted(
+        name
+        for name in {"Dockerfile", *exclude_paths(str(root), patterns)}
+        if (root / name).is_file() and (Path(name).parent != WEIGHTS or name == chosen)
+    )
+    shutil.rmtree(to, ignore_errors=True)
+    whole = hashlib.sha256()
+    for name in files:
+        source, target = root / name, to / name
+        content, mode = source.read_bytes(), 0o755 if source.stat().st_mode & 0o100 else 0o644
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        target.chmod(mode)
+        whole.update(f"{name}\0{mode:o}\0{len(content)}\0".encode() + content)
+    for path in [to, *to.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+        os.utime(path, (0, 0))
+    return whole.hexdigest()[:16]

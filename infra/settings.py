@@ -1,0 +1,310 @@
+"""The settings of a stack, typed; and the names of what it makes.
+
+`Pulumi.<stack>.yaml` gives them, `pulumi config set` writes them. Whatever is wrong is said at once, each
+with the command that repairs it.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+import pulumi
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+PROJECT: Final = "headcount"
+BUILD: Final = "build"  # stands for the digest of the image that this stack builds
+_AT: Final = f"{PROJECT}:releases"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel)
+
+
+class Release(_Model):
+    """One model version and its share of the traffic."""
+
+    image: Annotated[
+        str,
+        Field(
+            description="`build` for the image of these sources, or the digest of an image already pushed",
+            pattern=rf"^({BUILD}|sha256:[0-9a-f]{{64}})$",
+            examples=["sha256:…", BUILD],
+        ),
+    ]
+    traffic: Annotated[int, Field(description="percent of the requests", ge=0, le=100, examples=[10])]
+
+
+# A deployed model's alias as well: https://cloud.google.com/vertex-ai/docs/model-registry/model-alias
+ReleaseName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
+
+
+class Settings(_Model):
+    """What may differ between stacks. Every field is a key of `headcount:`, but those in `KEYS`."""
+
+    stack: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+    project: Annotated[
+        str,
+        Field(
+            description="id of the Google Cloud project",
+            # https://cloud.google.com/resource-manager/docs/creating-managing-projects
+            pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$",
+            examples=["my-project"],
+        ),
+    ]
+    region: Annotated[
+        str,
+        Field(
+            description="region of everything",
+            pattern=r"^[a-z]+-[a-z]+[0-9]{1,2}$",
+            examples=["europe-west4"],
+        ),
+    ]
+    vertex_endpoint: Annotated[
+        str,
+        Field(
+            description="URL that answers as Vertex AI, instead of Google's own",
+            pattern=r"^(https?://[^/\s]+)?$",
+            examples=["http://127.0.0.1:8790"],
+        ),
+    ] = ""
+    production: Annotated[
+        bool,
+        Field(description="protects what holds data and takes images by digest only", examples=[True]),
+    ] = False
+    image_repository: Annotated[
+        str,
+        Field(
+            description="repository that pinned images come from, when it is another stack's",
+            pattern=r"^([a-z0-9.:-]+(/[a-z0-9._-]+)+)?$",
+            examples=["europe-west4-docker.pkg.dev/my-project/headcount-dev"],
+        ),
+    ] = ""
+    image_readers: Annotated[
+        list[Annotated[str, Field(pattern=r"^(serviceAccount|user|group):[^@\s]+@[^@\s]+$")]],
+        Field(
+            description="who else may pull this stack's images, such as production's Vertex AI service agent",
+            examples=['["serviceAccount:service-NUMBER@gcp-sa-aiplatform.iam.gserviceaccount.com"]'],
+        ),
+    ] = []
+    releases: Annotated[
+        dict[ReleaseName, Release],
+        Field(
+            description="what runs: a name, its image and its share of the traffic",
+            validate_default=True,
+            examples=['{"main": {"image": "build", "traffic": 100}}'],
+        ),
+    ] = {"main": Release(image=BUILD, traffic=100)}
+    paused: Annotated[
+        bool,
+        Field(description="undeploys everything and keeps the model versions: costs nothing", examples=[True]),
+    ] = False
+    # C3 is Sapphire Rapids, whose AMX multiplies bf16, which the compiled network is; N1 and E2 have
+    # neither. Its smallest has 4 vCPUs and 8 GB: room for a worker of 0.8 GB on each, and the JVM.
+    # https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
+    machine_type: Annotated[
+        str,
+        Field(
+            description="machine of one replica",
+            pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)+$",
+            examples=["c3-highcpu-4"],
+        ),
+    ] = "c3-highcpu-4"
+    accelerator: Annotated[
+        str,
+        Field(
+            description="GPU of each replica; empty for none",
+            pattern=r"^([A-Z][A-Z0-9_]+)?$",
+            examples=["NVIDIA_L4"],
+        ),
+    ] = ""
+    min_replicas: Annotated[int, Field(description="replicas that always run", ge=1, examples=[1])] = 1
+    max_replicas: Annotated[int, Field(description="replicas that may run under load", ge=1, examples=[2])] = 1
+    dedicated: Annotated[
+        bool,
+        Field(
+            description="an endpoint with a DNS name of its own: 10 MB a request instead of 1.5 MB",
+            examples=[True],
+        ),
+    ] = True
+    drain_seconds: Annotated[
+        int, Field(description="from the last traffic to the undeployment", ge=0, le=3600, examples=[30])
+    ] = 30
+    checkpoint: Annotated[
+        str,
+        Field(
+            description="weights in the image: yolov5n, yolov5s, yolov5m",
+            pattern=r"^[A-Za-z0-9._-]+$",
+            examples=["yolov5n"],
+        ),
+    ] = "yolov5n"
+    build_args: Annotated[
+        dict[str, str],
+        Field(description="further arguments of the Dockerfile", examples=['{"TORCH_INDEX": "https://…"}']),
+    ] = {}
+    builder: Annotated[
+        str,
+        Field(
+            description="buildx builder; the first usable one where empty",
+            pattern=r"^[\w.-]*$",
+            examples=["mine"],
+        ),
+    ] = ""
+    retention_days: Annotated[
+        int,
+        Field(description="days that replaced and deleted objects are kept", ge=1, le=3650, examples=[30]),
+    ] = 30
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _enough(cls, most: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_replicas", 1)
+        if most < least:
+            raise ValueError(f"it must be at least minReplicas, {least}")
+        return most
+
+    @field_validator("releases")
+    @classmethod
+    def _consistent(cls, releases: dict[str, Release], info: ValidationInfo) -> dict[str, Release]:
+        wrong: list[tuple[str, str]] = []  # what is wrong, and the end of the command that repairs it
+        if releases and (total := sum(r.traffic for r in releases.values())) != 100:
+            shares = ", ".join(f"{name} {r.traffic}" for name, r in releases.items())
+            last = list(releases)[-1]
+            share = max(0, 100 - total + releases[last].traffic)
+            wrong.append(
+                (
+                    f"the traffic must add up to 100, not {total} ({shares})",
+                    f"set --path {_AT}.{last}.traffic {share}",
+                )
+            )
+        if "default" in releases:
+            wrong.append(("`default` is Vertex AI's own name: choose another", f"rm --path {_AT}.default"))
+        builds = [name for name, r in releases.items() if r.image == BUILD]
+        pin = f"set --path {_AT}.{builds[0]}.image sha256:…" if builds else ""
+        if len(builds) > 1:
+            wrong.append((f"only one release can be built, not {' and '.join(builds)}: pin the others", pin))
+        if builds and info.data.get("production"):
+            wrong.append((f"production builds nothing: give {builds[0]} the digest that another stack proved", pin))
+        if builds and info.data.get("image_repository"):
+            wrong.append((f"{builds[0]} cannot be built into imageRepository, which is another stack's", pin))
+        if wrong:
+            raise PydanticCustomError("releases", "inconsistent", {"wrong": wrong})
+        return releases
+
+    @property
+    def builds(self) -> bool:
+        return any(release.image == BUILD for release in self.releases.values())
+
+    @property
+    def names(self) -> "Names":
+        return Names(self.project, self.region, self.stack)
+
+
+# What the configuration calls differently: the settings that Pulumi's own providers read too.
+KEYS: Final = {"project": "gcp:project", "region": "gcp:region", "vertex_endpoint": "vertex:endpoint"}
+
+
+def read(config: Mapping[str, str], stack: str) -> Settings:
+    """The settings of `stack` from its configuration: full keys to texts, objects as JSON.
+
+    Raises pulumi.RunError, which names everything that is wrong and how to repair it.
+    """
+    values: dict[str, Any] = {"stack": stack}
+    names = {KEYS.get(name, f"{PROJECT}:{to_camel(name)}"): name for name in Settings.model_fields}
+    for key, text in config.items():
+        if key in names:
+            values[to_camel(names[key])] = _value(text)
+        elif key.startswith(f"{PROJECT}:"):
+            values[key.removeprefix(f"{PROJECT}:")] = text
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(e, stack) for e in error.errors()]
+    many = f"{len(problems)} settings are" if len(problems) > 1 else "a setting is"
+    raise pulumi.RunError("\n".join([f"Stack {stack} cannot be deployed: {many} wrong.", *problems]))
+
+
+def load() -> Settings:
+    """The settings of the stack that is being deployed. Raises pulumi.RunError."""
+    return read(pulumi.runtime.config.get_config_env(), pulumi.get_stack())
+
+
+def _value(text: str) -> Any:
+    """Objects and lists arrive as JSON, everything else as its text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict | list) else text
+
+
+def _problem(error: ErrorDetails, stack: str) -> str:
+    """One wrong setting: its name, its value, what is wrong with it and the command that repairs it."""
+    steps = [str(step) for step in error["loc"] if step != "[key]"]
+    first = next((n for n, f in Settings.model_fields.items() if f.alias == steps[0]), "")
+    model: type[BaseModel] = Release if first == "releases" and len(steps) > 2 else Settings
+    field = next((f for f in model.model_fields.values() if f.alias == steps[-1]), None)
+    key = ".".join([KEYS.get(first, f"{PROJECT}:{steps[0]}"), *steps[1:]])
+    path = "--path " if len(steps) > 1 else ""
+
+    def line(said: str, *commands: str) -> str:
+        return "\n".join([f"  {key}{said}", *(f"    pulumi config {c} -s {shlex.quote(stack)}" for c in commands)])
+
+    if error["type"] == "releases":
+        return "\n".join(line(f": {said}", command) for said, command in error["ctx"]["wrong"])
+    if error["type"] == "extra_forbidden":
+        known = [f.alias or "" for f in model.model_fields.values()]
+        near = difflib.get_close_matches(steps[-1], known, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+        return line(f" is not a setting. {hint}", f"rm {path}{shlex.quote(key)}")
+    if "[key]" in error["loc"]:
+        said = " is no name for a release: 2 to 63 of a-z, 0-9 and -, beginning with a letter, not ending in -."
+        return line(said, f"rm {path}{shlex.quote(key)}")
+    said = f" ({field.description})" if field and field.description else ""
+    if error["type"] == "missing":
+        said += " is missing."
+    elif error["type"] == "string_pattern_mismatch":
+        said += f" is {json.dumps(error['input'])[:100]}, which does not have the right form."
+    else:
+        said += f" is {json.dumps(error['input'])[:100]}: {error['msg'].removeprefix('Value error, ')}."
+    example = str((field.examples or ["…"])[0] if field else "…")
+    if example[0] in "[{":
+        return line(said) + f"\n    in Pulumi.{stack}.yaml:  {key}: {example}"
+    example = example.lower() if example in ("True", "False") else example
+    return line(said, f"set {path}{shlex.quote(key)} {shlex.quote(example)}")
+
+
+class Names:
+    """Names that Google accepts, for every allowed project, region and stack; other stacks, other names."""
+
+    def __init__(self, project: str, region: str, stack: str) -> None:
+        #: Bucket, global: https://cloud.google.com/storage/docs/buckets#naming
+        self.bucket = f"{project}-{PROJECT}-{_slug(stack, 22)}"
+        #: Docker repository, at most 63: https://cloud.google.com/artifact-registry/docs/repositories/create-repos
+        self.repository = f"{PROJECT}-{_slug(stack, 50)}"
+        #: Service account, 6 to 30: https://cloud.google.com/iam/docs/service-accounts-create
+        self.service_account = f"{PROJECT}-{_slug(stack, 20)}"
+        #: Model, at most 63 of a-z, 0-9, - and _: REST reference of models.upload
+        self.model = f"{PROJECT}-{_slug(stack, 50)}"
+        #: Endpoint: digits without a leading zero, at most 10 for the google provider and 9 for Vertex AI's
+        # REST reference. Made from the stack, so that whoever lost the state finds it again.
+        number = int.from_bytes(hashlib.sha256(f"{project}/{region}/{stack}".encode()).digest()[:8])
+        self.endpoint = str(10**8 + number % (9 * 10**8))
+        #: https://cloud.google.com/resource-manager/docs/labels-overview#requirements
+        self.labels = {"project": PROJECT, "stack": _slug(stack, 63)}
+
+
+def _slug(text: str, limit: int) -> str:
+    """`text` in small letters, digits and single hyphens; with its hash where that would lose something."""
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    allowed = not re.search("g[o0]{2}g", plain)  # no bucket may be named after Google
+    if plain == text and len(plain) <= limit and allowed:
+        return plain
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    kept = plain[: limit - 9].strip("-") if allowed else ""
+    return f"{kept}-{mark}" if kept else mark
