@@ -274,7 +274,9 @@ def _instance(i: int, value: Any, limits: Limits) -> Instance:
 
 
 def _uri(where: str, uri: Any, limits: Limits) -> str:
-    match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/([^\r\n]+)", uri) if isinstance(uri, str) else None
+    # No line breaks, and no lone surrogates: nothing with those can be asked for.
+    pattern = r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/([^\r\n\ud800-\udfff]+)"
+    match = re.fullmatch(pattern, uri) if isinstance(uri, str) else None
     if not match:
         raise RequestError(f"{where} is {_short(uri)}; only gs://bucket/object can be read")
     if match[1] not in limits.buckets:
