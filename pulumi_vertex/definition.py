@@ -129,8 +129,7 @@ def properties_of(inputs: type) -> tuple[Property, ...]:
     hints = get_type_hints(inputs, localns={"Output": pulumi.Output, "T": Any}, include_extras=True)
     required: frozenset[str] = inputs.__required_keys__  # type: ignore[attr-defined]
     return tuple(
-        Property(name, camel(name), _kind(hint), _field(hint), name in required)
-        for name, hint in hints.items()
+        Property(name, camel(name), _kind(hint), _field(hint), name in required) for name, hint in hints.items()
     )
 
 
@@ -154,9 +153,7 @@ def to_wire(kind: Kind, value: Any) -> Any:
     if kind.name == "object" and isinstance(value, Mapping):
         names = {p.python: p for p in kind.properties}
         return {
-            (names[key].wire if key in names else key): to_wire(names[key].kind, item)
-            if key in names
-            else item
+            (names[key].wire if key in names else key): to_wire(names[key].kind, item) if key in names else item
             for key, item in value.items()
             if item is not None
         }
@@ -282,10 +279,7 @@ def with_defaults(properties: Sequence[Property], value: Wire) -> Wire:
         if kind.name == "object" and isinstance(item, dict):
             return with_defaults(kind.properties, item)
         if kind.name == "map" and kind.item and kind.item.name == "object" and isinstance(item, dict):
-            return {
-                k: with_defaults(kind.item.properties, v) if isinstance(v, dict) else v
-                for k, v in item.items()
-            }
+            return {k: with_defaults(kind.item.properties, v) if isinstance(v, dict) else v for k, v in item.items()}
         if prop.field.unordered and isinstance(item, list):
             return sorted(item, key=str)
         return item

@@ -42,16 +42,12 @@ class Probe(TypedDict, total=False):
     https://cloud.google.com/vertex-ai/docs/reference/rest/v1/ModelContainerSpec#Probe
     """
 
-    command: Annotated[
-        pulumi.Input[Texts], Field("Command to run in the container; exit status 0 is well.", low=1)
-    ]
+    command: Annotated[pulumi.Input[Texts], Field("Command to run in the container; exit status 0 is well.", low=1)]
     path: Annotated[
         pulumi.Input[str],
         Field("Path to GET; a status from 200 to 399 is well.", pattern=r"/.*", hint="a path from /"),
     ]
-    port: Annotated[
-        pulumi.Input[int], Field("Port to GET from; the container's own if absent.", low=1, high=65535)
-    ]
+    port: Annotated[pulumi.Input[int], Field("Port to GET from; the container's own if absent.", low=1, high=65535)]
     period_seconds: Annotated[pulumi.Input[int], Field("Seconds from one probe to the next.", low=1)]
     timeout_seconds: Annotated[pulumi.Input[int], Field("Seconds after which a probe has failed.", low=1)]
     initial_delay_seconds: Annotated[pulumi.Input[int], Field("Seconds before the first probe.", low=0)]
@@ -84,9 +80,7 @@ class ModelVersionInputs(TypedDict, total=False):
             ),
         ]
     ]
-    command: Annotated[
-        pulumi.Input[Texts], Field("Entry point, instead of the image's ENTRYPOINT.", replaces=True)
-    ]
+    command: Annotated[pulumi.Input[Texts], Field("Entry point, instead of the image's ENTRYPOINT.", replaces=True)]
     args: Annotated[
         pulumi.Input[Texts],
         Field(
@@ -122,16 +116,13 @@ class ModelVersionInputs(TypedDict, total=False):
     health_route: Annotated[
         pulumi.Input[str],
         Field(
-            "Path that Vertex AI GETs to learn whether the container can answer. Vertex AI's own default "
-            "where absent.",
+            "Path that Vertex AI GETs to learn whether the container can answer. Vertex AI's own default where absent.",
             pattern=r"/.*",
             hint="a path from /",
             replaces=True,
         ),
     ]
-    startup_probe: Annotated[
-        pulumi.Input[Probe], Field("Asked until it is well, before all others.", replaces=True)
-    ]
+    startup_probe: Annotated[pulumi.Input[Probe], Field("Asked until it is well, before all others.", replaces=True)]
     health_probe: Annotated[pulumi.Input[Probe], Field("Asked before traffic is sent.", replaces=True)]
     liveness_probe: Annotated[
         pulumi.Input[Probe],
@@ -325,9 +316,7 @@ def create(work: Work, api: Api, inputs: Wire) -> str:
     uploaded: list[str] = []
 
     def step() -> bool:
-        mine = sorted(
-            (v for v in versions(work, api, model) if environment(v).get(MARKER) == mark), key=number
-        )
+        mine = sorted((v for v in versions(work, api, model) if environment(v).get(MARKER) == mark), key=number)
         if mine or uploaded:
             uploaded[:] = [mine[0].version_id] if mine else uploaded
             for copy in mine[1:]:  # an upload that was repeated because its answer got lost

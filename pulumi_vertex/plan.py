@@ -80,9 +80,7 @@ class Deploy:
 
     def __str__(self) -> str:
         spec = self.release.spec
-        accelerators = (
-            f" with {spec.accelerator_count} {spec.accelerator_type}" if spec.accelerator_type else ""
-        )
+        accelerators = f" with {spec.accelerator_count} {spec.accelerator_type}" if spec.accelerator_type else ""
         what = spec.model or "a version that is not known yet"
         machine = f"{spec.machine_type}{accelerators}, {self.release.size}"
         return f"deploy {self.release.name}: {what} on {machine}, no traffic"
@@ -169,9 +167,7 @@ def deployed_id(endpoint: str, spec: Spec, attempt: int = 0) -> str:
     return str(10**9 + int.from_bytes(hashlib.sha256(said).digest()[:8]) % (9 * 10**9))
 
 
-def matches(
-    releases: Mapping[str, Release], observed: Sequence[Deployed], endpoint: str
-) -> dict[str, Deployed]:
+def matches(releases: Mapping[str, Release], observed: Sequence[Deployed], endpoint: str) -> dict[str, Deployed]:
     """Which deployed model serves each release: of the same spec, the one under the derived id first."""
     taken: dict[str, Deployed] = {}
     for release in releases.values():
@@ -194,34 +190,28 @@ def plan(
     if strangers := [d for d in observed if not d.ours]:
         raise NotOursError(strangers)
     serving = matches(releases, observed, endpoint)
+    models = [d.spec.model for d in observed] + [r.spec.model for r in releases.values() if r.name not in serving]
     # Without traffic and without a replica: what a failed deploy leaves behind. It is made anew. With
     # traffic it is left alone: taking it away could only make things worse.
     broken = [d for d in serving.values() if not d.available and d.traffic == 0]
     serving = {name: d for name, d in serving.items() if d not in broken}
     leaving = [d for d in observed if d not in serving.values() and d not in broken]
-    models = [d.spec.model for d in observed] + [
-        r.spec.model for r in releases.values() if r.name not in serving
-    ]
     names = {d.id: _called(d.spec, models) for d in observed}
 
     steps: list[Step] = [Undeploy(names[d.id], d.id, "it is not available") for d in broken]
     steps += [Deploy(release) for release in releases.values() if release.name not in serving]
     resizes = [
-        Resize(name, d.id, d.size, releases[name].size)
-        for name, d in serving.items()
-        if d.size != releases[name].size
+        Resize(name, d.id, d.size, releases[name].size) for name, d in serving.items() if d.size != releases[name].size
     ]
     growing = [
-        r
-        for r in resizes
-        if r.new.max_replicas >= r.old.max_replicas and r.new.min_replicas >= r.old.min_replicas
+        r for r in resizes if r.new.max_replicas >= r.old.max_replicas and r.new.min_replicas >= r.old.min_replicas
     ]
     steps += growing
 
     old = tuple(Share(names[d.id], d.id, d.traffic) for d in observed if d.traffic)
     new = tuple(
         Share(
-            f"{r.name} ({_called(r.spec, models)})",
+            f"{r.name} ({_called(r.spec, models)})" if r.spec.model else r.name,
             serving[r.name].id if r.name in serving else None,
             r.traffic,
         )
@@ -235,9 +225,7 @@ def plan(
 
     undrained = [d for d in leaving if d.traffic or not d.drained]
     if releases and undrained and drain_seconds:
-        steps.append(
-            Drain(tuple(names[d.id] for d in undrained), tuple(d.id for d in undrained), drain_seconds)
-        )
+        steps.append(Drain(tuple(names[d.id] for d in undrained), tuple(d.id for d in undrained), drain_seconds))
     steps += [r for r in resizes if r not in growing]
     last = {s.id for s in (new or old)} if not releases else set()
     leaving.sort(key=lambda d: (d.id in last, d.id))
@@ -247,6 +235,5 @@ def plan(
 
 def _called(spec: Spec, models: Sequence[str | None]) -> str:
     """A deployed model in words: its version, and its machine where the version alone is not enough."""
-    if spec.model is None:
-        return "not known yet"
-    return spec.model if models.count(spec.model) < 2 else f"{spec.model} on {spec.machine_type}"
+    name = str(spec.model)
+    return name if models.count(name) < 2 else f"{name} on {spec.machine_type}"

@@ -35,7 +35,7 @@ from pulumi.runtime.proto import (
 )
 
 from . import definition, model_version, rollout
-from .api import Api, HalfMadeError, Work
+from .api import Api, HalfMadeError, Work, import_lightly
 from .definition import UNKNOWN, VERSION, Failures, ProblemError, Wire
 from .settings import SETTINGS, Settings, is_loopback
 
@@ -105,10 +105,11 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         self._engine: engine_pb2_grpc.EngineStub | None = None
         self._api: Api | None = None
         self._stop = threading.Event()
-        # Ids that this process created, by URN. A delete of the same id under the same URN in the same
-        # process is the second half of a forced replacement (`up --replace`) that found its own work:
-        # nothing is to be deleted.
-        self._created: set[tuple[str, str]] = set()
+        # The id that stays, by URN, as far as this run of the engine has told. A create finds work of the
+        # same content again, so a replacement (`up --replace`, or a change taken back after a failed update)
+        # can end with the id it began with. Then the engine asks to delete "the old one" under the id of the
+        # one that stays.
+        self._live: dict[str, str] = {}
         if engine_address:
             self._attach(engine_address)
 
@@ -153,9 +154,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
 
     def CheckConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         news = received(request.news)
-        given = {
-            key: value for key, value in plain(news).items() if key not in ("version", "pluginDownloadURL")
-        }
+        given = {key: value for key, value in plain(news).items() if key not in ("version", "pluginDownloadURL")}
         failures: Failures = []
         definition._check_object("", SETTINGS, given, failures)
         url = given.get("endpoint")
@@ -163,8 +162,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             failures.append(
                 (
                     "endpoint",
-                    f"would send your token unencrypted to {url!r}. Use https, or an address on this "
-                    "machine.",
+                    f"would send your token unencrypted to {url!r}. Use https, or an address on this machine.",
                 )
             )
         return check_response(news, failures)
@@ -182,13 +180,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         with reported(context):
             given = plain(received(request.args))
             self._api = Api(Settings.of(given))
-            # The clients take most of a second to import: meanwhile the program runs.
-            threading.Thread(target=self._warm_up, daemon=True).start()
         return provider_pb2.ConfigureResponse(acceptSecrets=True, supportsPreview=True)
-
-    @staticmethod
-    def _warm_up() -> None:
-        from google.cloud import aiplatform_v1  # noqa: F401
 
     # -- resources
 
@@ -204,7 +196,12 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         with reported(context):
             module = resource(request.urn)
             old, new = plain(received(request.old_inputs)), plain(received(request.news))
-            return diff_response(definition.diff(module.DEFINITION, old, new))
+            found = definition.diff(module.DEFINITION, old, new)
+            if any(what.endswith("replace") for what in found.values()):
+                self._live.pop(request.urn, None)
+            else:
+                self._live[request.urn] = request.id
+            return diff_response(found)
 
     def Create(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context, received(request.properties)):
@@ -220,7 +217,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 name = inputs["endpoint"]
                 answer = Answer(name, rollout.roll_out(work, self.api, inputs, {}))
             if not request.preview:
-                self._created.add((urn, answer.id))
+                self._live[urn] = answer.id
             return provider_pb2.CreateResponse(id=answer.id, properties=state(answer, wire))
 
     def _create_version(self, work: Work, inputs: Wire) -> Answer:
@@ -294,15 +291,12 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 outputs = rollout.outputs(endpoint, known, rollout.releases_of(new))
             answer = Answer(request.id, outputs, new)
             wrapped = sealed(new, wire_inputs)
-            return provider_pb2.ReadResponse(
-                id=answer.id, properties=sent(wrapped | outputs), inputs=sent(wrapped)
-            )
+            return provider_pb2.ReadResponse(id=answer.id, properties=sent(wrapped | outputs), inputs=sent(wrapped))
 
     def Delete(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
             module = resource(request.urn)
-            if (request.urn, request.id) in self._created:
-                self._created.remove((request.urn, request.id))
+            if self._live.get(request.urn) == request.id:
                 return empty_pb2.Empty()
             work = self._work(request, module, "delete")
             if module is model_version:
@@ -353,9 +347,7 @@ def check_response(news: Wire, failures: Failures) -> Any:
 
 def diff_response(found: Mapping[str, str]) -> Any:
     kinds = provider_pb2.PropertyDiff
-    detailed = {
-        path: kinds(kind=kinds.Kind.Value(what.upper()), inputDiff=True) for path, what in found.items()
-    }
+    detailed = {path: kinds(kind=kinds.Kind.Value(what.upper()), inputDiff=True) for path, what in found.items()}
     tops = list(dict.fromkeys(path.split(".")[0].split("[")[0] for path in found))
     return provider_pb2.DiffResponse(
         changes=provider_pb2.DiffResponse.DIFF_SOME if found else provider_pb2.DiffResponse.DIFF_NONE,
@@ -432,6 +424,7 @@ def exit_with_engine(channel: grpc.Channel) -> None:
 
 def main() -> None:
     """Serves until the engine ends this process; the first line printed is the port."""
+    import_lightly()
     addresses = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     server = grpc.server(
         # A thread for each call that waits; Cancel needs one, too.
@@ -441,9 +434,7 @@ def main() -> None:
             ("grpc.max_send_message_length", MESSAGE_BYTES),
         ],
     )
-    provider_pb2_grpc.add_ResourceProviderServicer_to_server(
-        Provider(addresses[0] if addresses else ""), server
-    )
+    provider_pb2_grpc.add_ResourceProviderServicer_to_server(Provider(addresses[0] if addresses else ""), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(port, flush=True)

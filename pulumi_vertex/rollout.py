@@ -60,9 +60,7 @@ class Deployed(TypedDict, total=False):
         ]
     ]
     traffic: Required[
-        Annotated[
-            pulumi.Input[int], Field("Percent of the requests; all releases add up to 100.", low=0, high=100)
-        ]
+        Annotated[pulumi.Input[int], Field("Percent of the requests; all releases add up to 100.", low=0, high=100)]
     ]
     machine_type: Required[
         Annotated[
@@ -83,8 +81,7 @@ class Deployed(TypedDict, total=False):
     autoscaling_targets: Annotated[
         pulumi.Input[Mapping[str, pulumi.Input[int]]],
         Field(
-            "Percent of use at which replicas are added, by metric: cpu, accelerator or requests. 60 where "
-            "absent.",
+            "Percent of use at which replicas are added, by metric: cpu, accelerator or requests. 60 where absent.",
             pattern="|".join(METRICS),
             hint="cpu, accelerator or requests",
         ),
@@ -242,15 +239,11 @@ def check(inputs: Wire) -> Failures:
         total = sum(share for share in shares.values() if isinstance(share, int))
         if total != 100:
             said = ", ".join(f"{name} {share}" for name, share in shares.items())
-            failures.append(
-                ("models", f"must share 100 % of the traffic, not {total} % ({said}). Change a `traffic`.")
-            )
+            failures.append(("models", f"must share 100 % of the traffic, not {total} % ({said}). Change a `traffic`."))
     for name, release in releases.items():
         least, most = release.get("minReplicas", 1), release.get("maxReplicas")
         if isinstance(least, int) and isinstance(most, int) and most < least:
-            failures.append(
-                (f"models.{name}.maxReplicas", f"must be at least minReplicas, {least}, not {most}.")
-            )
+            failures.append((f"models.{name}.maxReplicas", f"must be at least minReplicas, {least}, not {most}."))
         if ("acceleratorType" in release) != ("acceleratorCount" in release):
             given, missing = ("acceleratorType", "acceleratorCount")
             if given not in release:
@@ -314,7 +307,8 @@ def releases_of(inputs: Wire) -> dict[str, Release]:
             size_of(release),
             release["traffic"] if isinstance(release.get("traffic"), int) else None,
         )
-        for name, release in models.items()
+        # sorted: a map from the engine comes in any order
+        for name, release in sorted(models.items())
         if isinstance(release, dict)
     }
 
@@ -366,9 +360,7 @@ def get_endpoint(work: Work, api: Api, name: str) -> "types.Endpoint | None":
             "`gcloud ai endpoints list --region LOCATION` shows the ids."
         )
     try:
-        endpoint: types.Endpoint = api.read(
-            work, api.endpoints.get_endpoint, types.GetEndpointRequest(name=name)
-        )
+        endpoint: types.Endpoint = api.read(work, api.endpoints.get_endpoint, types.GetEndpointRequest(name=name))
     except RefusedError as error:
         if error.status == "NOT_FOUND":
             return None
@@ -451,9 +443,7 @@ def refreshed(old: Wire, old_outputs: Wire, endpoint: "types.Endpoint", known: K
     for there in observed.values():
         full = next(d.model for d in endpoint.deployed_models if d.id == there.id)
         full = full if "@" in short(full) else f"{full}@{(there.spec.model or '').rsplit('@', 1)[-1]}"
-        models[_free_name(there, models) if not old else there.id] = _drifted(
-            _spec_inputs(full, there.spec), there
-        )
+        models[_free_name(there, models) if not old else there.id] = _drifted(_spec_inputs(full, there.spec), there)
     return {**old, "endpoint": old.get("endpoint", endpoint.name), "models": models}
 
 
@@ -561,9 +551,7 @@ def roll_out(work: Work, api: Api, inputs: Wire, old_outputs: Wire) -> Wire:
 def _existing(work: Work, api: Api, name: str) -> "types.Endpoint":
     endpoint = get_endpoint(work, api, name)
     if endpoint is None:
-        raise ProblemError(
-            f"There is no endpoint {name}. Make it first (gcp.vertex.AiEndpoint) and pass its `id`."
-        )
+        raise ProblemError(f"There is no endpoint {name}. Make it first (gcp.vertex.AiEndpoint) and pass its `id`.")
     return endpoint
 
 
@@ -585,9 +573,7 @@ def perform(
         _undeploy(work, api, endpoint, step)
 
 
-def _deploy(
-    work: Work, api: Api, endpoint: str, release: Release, known: Known, full_names: Mapping[str, str]
-) -> None:
+def _deploy(work: Work, api: Api, endpoint: str, release: Release, known: Known, full_names: Mapping[str, str]) -> None:
     from google.cloud.aiplatform_v1 import types
 
     spec = release.spec
@@ -649,9 +635,7 @@ def _wait_until_available(work: Work, api: Api, endpoint: str, id_: str, model: 
         if _available(deployed):
             return
         if wait.left < 1:
-            raise ProblemError(
-                f"it was deployed, but no replica is available. {deployed.status.message}".strip()
-            )
+            raise ProblemError(f"it was deployed, but no replica is available. {deployed.status.message}".strip())
         work.say(f"waiting for a replica of {model}")
         work.pause(min(next(delays), wait.left))
 
@@ -730,18 +714,18 @@ def _give_up(
     """Undoes what this run deployed, unless it was stopped or traffic has moved; then raises what the user
     reads."""
     tidy = work.settle(UNDO_SECONDS)
-    message = _explained(error, current)
+    what, why = _explained(error, current)
+    message = f"{what} {why}".strip()
     try:
         if isinstance(error, StoppedError):
             tidy = Work(work.urn, 15, threading.Event(), work.say, work.log)
         elif known.fresh and not known.moved:
             _undo(tidy, api, endpoint, known)
-            message += " It was undeployed again, and the traffic was not touched."
+            message = f"{what} It was undeployed again, and the traffic was not touched. {why}"
         there = get_endpoint(tidy, api, endpoint)
     except ProblemError as second:
         raise HalfMadeError(
-            f"{message} What is deployed now could not be brought in order: {second} The next `pulumi up` "
-            "tries again.",
+            f"{message} What is deployed now could not be brought in order: {second} The next `pulumi up` tries again.",
             endpoint,
             old_outputs,
         ) from None
@@ -756,10 +740,11 @@ def _give_up(
     raise HalfMadeError(message, endpoint, now) from None
 
 
-def _explained(error: ProblemError, current: list[planning.Step]) -> str:
+def _explained(error: ProblemError, current: list[planning.Step]) -> tuple[str, str]:
+    """What could not be done, and why. The reason comes last: it may end in the log lines of a container."""
     if isinstance(error, StoppedError) or not current:
-        return str(error)
-    return f"Could not {current[0]}. {str(error)[:1].upper()}{str(error)[1:]}".rstrip()
+        return "", str(error)
+    return f"Could not {current[0]}.", f"The reason: {error}"
 
 
 def _undo(work: Work, api: Api, endpoint: str, known: Known) -> None:
@@ -774,11 +759,7 @@ def _undo(work: Work, api: Api, endpoint: str, known: Known) -> None:
     def step() -> bool:
         api.wait_for_others(work, endpoint)
         there = get_endpoint(work, api, endpoint)
-        left = [
-            d
-            for d in (observe(there, known) if there else [])
-            if d.id in known.fresh and d.ours and not d.traffic
-        ]
+        left = [d for d in (observe(there, known) if there else []) if d.id in known.fresh and d.ours and not d.traffic]
         if not left:
             return True
         _undeploy(work, api, endpoint, Undeploy(left[0].spec.model or left[0].id, left[0].id))

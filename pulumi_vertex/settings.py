@@ -170,9 +170,7 @@ class Settings:
             elif self.credentials.lstrip().startswith("{"):
                 source, _ = auth.load_credentials_from_dict(json.loads(self.credentials), scopes=[SCOPE])
             elif self.credentials:
-                source, _ = auth.load_credentials_from_file(
-                    str(Path(self.credentials).expanduser()), scopes=[SCOPE]
-                )
+                source, _ = auth.load_credentials_from_file(str(Path(self.credentials).expanduser()), scopes=[SCOPE])
             elif is_loopback(self.url):
                 source = auth.credentials.AnonymousCredentials()
             else:

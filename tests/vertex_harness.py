@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import google.auth.credentials
 import grpc
@@ -345,3 +348,71 @@ def release(model: str, traffic: int = 100, **more: Any) -> Wire:
 
 def rollout_inputs(endpoint: str, drain: int = 0, **models: Wire) -> Wire:
     return {"endpoint": endpoint, "models": models, "drainSeconds": drain}
+
+
+class Proxy:
+    """Stands between provider and sandbox, counts the calls, and acts before or after the one that it is
+    armed for."""
+
+    def __init__(self, url: str) -> None:
+        target = urlsplit(url)
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _forward(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                number = proxy.number(self.command)
+                if proxy.armed == ("before", number):
+                    return self._act()
+                connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
+                connection.request(self.command, self.path, body, dict(self.headers.items()))
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if proxy.armed == ("after", number):
+                    return self._act()
+                with contextlib.suppress(OSError):
+                    self.send_response(answer.status)
+                    self.send_header("content-type", answer.headers.get("content-type", ""))
+                    self.send_header("content-length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
+                return None
+
+            def _act(self) -> None:
+                proxy.armed = None
+                proxy.acted = True
+                proxy.act()
+                self.close_connection = True
+
+            do_GET = do_POST = do_PATCH = do_DELETE = _forward  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.armed: tuple[str, int] | None = None
+        self.acted = False
+        self.act: Callable[[], None] = lambda: None
+        self.writes_only = True
+        self.count = 0
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def number(self, method: str) -> int:
+        with self._lock:
+            if self.writes_only and method == "GET":
+                return -1
+            self.count += 1
+            return self.count - 1
+
+    def arm(self, when: str, number: int, act: Callable[[], None]) -> None:
+        self.count, self.armed, self.acted, self.act = 0, (when, number), False, act
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

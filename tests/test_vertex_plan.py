@@ -1,0 +1,218 @@
+"""The rollout's plan: what is done next, as a function of what is wanted and what is there."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pulumi_vertex.plan import (
+    Deploy,
+    Deployed,
+    Drain,
+    MoveTraffic,
+    NotOursError,
+    Release,
+    Resize,
+    Size,
+    Spec,
+    Step,
+    Undeploy,
+    deployed_id,
+    plan,
+)
+
+ENDPOINT = "projects/p/locations/l/endpoints/1"
+OLD, NEW = Spec("people@1", "n1-standard-2"), Spec("people@2", "n1-standard-2")
+
+
+def release(name: str, spec: Spec, traffic: int | None, size: Size | None = None) -> Release:
+    return Release(name, spec, size or Size(), traffic)
+
+
+def there(spec: Spec, traffic: int = 0, **more: object) -> Deployed:
+    return Deployed(deployed_id(ENDPOINT, spec), spec, Size(), traffic, **more)  # type: ignore[arg-type]
+
+
+def lines(releases: list[Release], observed: list[Deployed], drain: int = 0) -> list[str]:
+    return [str(step) for step in plan({r.name: r for r in releases}, observed, ENDPOINT, drain)]
+
+
+def test_a_new_version_is_deployed_before_traffic_moves_and_the_old_one_leaves_last() -> None:
+    assert lines([release("main", NEW, 100)], [there(OLD, 100)], drain=30) == [
+        "deploy main: people@2 on n1-standard-2, 1 replica, no traffic",
+        "move traffic: main (people@2) 100 % (was people@1 100 %)",
+        "drain people@1 for 30 s",
+        "undeploy people@1",
+    ]
+
+
+def test_nothing_is_to_do_when_everything_is_as_wanted() -> None:
+    assert lines([release("main", OLD, 90), release("next", NEW, 10)], [there(OLD, 90), there(NEW, 10)]) == []
+
+
+def test_a_canary_that_is_promoted_and_renamed_is_not_deployed_again() -> None:
+    assert lines([release("stable", NEW, 100)], [there(OLD, 90), there(NEW, 10)]) == [
+        "move traffic: stable (people@2) 100 % (was people@1 90 %, people@2 10 %)",
+        "undeploy people@1",
+    ]
+
+
+def test_a_plan_with_an_unknown_version_says_so() -> None:
+    assert lines([release("main", Spec(None, "n1-standard-2"), None)], []) == [
+        "deploy main: a version that is not known yet on n1-standard-2, 1 replica, no traffic",
+        "move traffic: main ? %",
+    ]
+
+
+def test_replicas_grow_before_the_traffic_moves_and_shrink_after() -> None:
+    observed = [
+        replace(there(OLD, 100), size=Size(2, 2)),
+        there(NEW, 0),
+    ]
+    wanted = [release("old", OLD, 10, Size(1, 1)), release("new", NEW, 90, Size(2, 4))]
+    assert lines(wanted, observed) == [
+        "resize new: 1 replica becomes 2 to 4 replicas",
+        "move traffic: old (people@1) 10 %, new (people@2) 90 % (was people@1 100 %)",
+        "resize old: 2 replicas becomes 1 replica",
+    ]
+
+
+def test_what_a_failed_deploy_left_behind_is_made_anew_but_never_with_traffic_on_it() -> None:
+    wanted = [release("main", NEW, 100)]
+    assert lines(wanted, [there(NEW, 0, available=False)])[:2] == [
+        "undeploy people@2, it is not available",
+        "deploy main: people@2 on n1-standard-2, 1 replica, no traffic",
+    ]
+    assert lines(wanted, [there(NEW, 100, available=False)]) == []
+
+
+def test_an_empty_rollout_lets_the_one_with_traffic_leave_last() -> None:
+    assert lines([], [there(OLD, 90), there(NEW, 10)])[0].startswith("move traffic: people@1 100 %")
+    assert lines([], [there(OLD, 0), there(NEW, 100)], drain=30) == ["undeploy people@1", "undeploy people@2"]
+
+
+def test_deployed_models_of_somebody_else_are_not_touched() -> None:
+    with pytest.raises(NotOursError):
+        lines([release("main", NEW, 100)], [there(OLD, 100, ours=False)])
+
+
+def test_an_adopted_deployed_model_of_the_same_spec_keeps_its_own_id() -> None:
+    adopted = Deployed("77", OLD, Size(), 100)
+    assert lines([release("main", OLD, 100)], [adopted]) == []
+
+
+def test_a_run_killed_after_the_traffic_moved_still_drains() -> None:
+    observed = [there(NEW, 100), there(OLD, 0, drained=False)]
+    assert lines([release("main", NEW, 100)], observed, drain=30) == [
+        "drain people@1 for 30 s",
+        "undeploy people@1",
+    ]
+
+
+SPECS = [Spec(f"people@{n}", machine) for n in (1, 2, 3) for machine in ("n1-standard-2", "n1-standard-4")]
+SIZES = st.builds(lambda least, more: Size(least, least + more), st.integers(1, 3), st.integers(0, 2))
+
+
+@given(st.sampled_from(SPECS), st.integers(0, 4))
+def test_an_id_has_at_most_ten_digits_and_no_leading_zero(spec: Spec, attempt: int) -> None:
+    id_ = deployed_id(ENDPOINT, spec, attempt)
+    assert id_.isdecimal()
+    assert len(id_) <= 10
+    assert id_[0] != "0"
+    assert id_ == deployed_id(ENDPOINT, replace(spec), attempt)
+
+
+def split(parts: list[int]) -> list[int]:
+    """Percentages that sum to 100, from any positive or zero weights."""
+    total = sum(parts) or 1
+    shares = [part * 100 // total for part in parts]
+    shares[0] += 100 - sum(shares)
+    return shares
+
+
+@st.composite
+def wanted_sets(draw: st.DrawFn) -> dict[str, Release]:
+    specs = draw(st.lists(st.sampled_from(SPECS), unique=True, max_size=3))
+    if not specs:
+        return {}
+    weights = draw(st.lists(st.integers(0, 9), min_size=len(specs), max_size=len(specs)))
+    return {
+        f"r{n}": Release(f"r{n}", spec, draw(SIZES), share)
+        for n, (spec, share) in enumerate(zip(specs, split(weights), strict=True))
+    }
+
+
+@st.composite
+def endpoints(draw: st.DrawFn) -> list[Deployed]:
+    specs = draw(st.lists(st.sampled_from(SPECS), unique=True, max_size=4))
+    shares = (
+        split(draw(st.lists(st.integers(0, 9), min_size=len(specs), max_size=len(specs)))) if specs else []
+    )
+    return [
+        Deployed(
+            draw(st.sampled_from([deployed_id(ENDPOINT, spec), str(n)])),
+            spec,
+            draw(SIZES),
+            share,
+            available=share > 0 or draw(st.booleans()),
+            drained=share == 0 and draw(st.booleans()),
+        )
+        for n, (spec, share) in enumerate(zip(specs, shares, strict=True))
+    ]
+
+
+def done(step: Step, observed: list[Deployed]) -> list[Deployed]:
+    """The endpoint after one step; fails if Vertex AI would refuse it or a caller would notice."""
+    by_id = {d.id: d for d in observed}
+    if isinstance(step, Deploy):
+        new = Deployed(deployed_id(ENDPOINT, step.release.spec), step.release.spec, step.release.size)
+        assert new.id not in by_id
+        return [*observed, new]
+    if isinstance(step, Resize):
+        assert by_id[step.id].size == step.old
+        return [replace(d, size=step.new) if d.id == step.id else d for d in observed]
+    if isinstance(step, MoveTraffic):
+        shares = {share.id: share.traffic for share in step.new}
+        assert sum(share or 0 for share in shares.values()) == 100
+        for id_ in shares:
+            assert id_ in by_id
+            assert by_id[id_].available
+        return [
+            replace(d, traffic=shares.get(d.id) or 0, drained=d.drained and not d.traffic) for d in observed
+        ]
+    if isinstance(step, Drain):
+        assert not any(by_id[id_].traffic for id_ in step.ids)
+        return [replace(d, drained=True) if d.id in step.ids else d for d in observed]
+    assert isinstance(step, Undeploy)
+    assert not by_id[step.id].traffic or len(observed) == 1
+    return [d for d in observed if d.id != step.id]
+
+
+def shape(step: Step) -> tuple[object, ...]:
+    """What a step does, without its words: a plan may come to call a deployed model by a shorter name."""
+    if isinstance(step, Deploy):
+        return Deploy, step.release.spec
+    if isinstance(step, Resize | Undeploy):
+        return type(step), step.id
+    if isinstance(step, Drain):
+        return Drain, step.ids
+    return MoveTraffic, [(share.name.split(" ")[0], share.traffic) for share in step.new]
+
+
+@given(wanted_sets(), endpoints(), st.sampled_from([0, 30]))
+def test_every_plan_ends_as_wanted_and_goes_on_from_any_step(
+    wanted: dict[str, Release], observed: list[Deployed], drain: int
+) -> None:
+    steps = plan(wanted, observed, ENDPOINT, drain)
+    while steps:
+        gone_undrained = [d for d in observed if isinstance(steps[0], Undeploy) and d.id == steps[0].id]
+        if wanted and drain:
+            assert all(d.drained or not d.available for d in gone_undrained)
+        observed = done(steps[0], observed)
+        rest = plan(wanted, observed, ENDPOINT, drain)
+        assert list(map(shape, rest)) == list(map(shape, steps[1:]))
+        steps = rest
+    assert sorted((d.spec.model or "", d.spec.machine_type, d.size, d.traffic) for d in observed) == sorted(
+        (r.spec.model or "", r.spec.machine_type, r.size, r.traffic or 0) for r in wanted.values()
+    )
