@@ -458,6 +458,21 @@ def test_a_kill_amid_a_resize_or_an_undeployment_ends_right(
         until(lambda left=left: available(sandbox, where) == ([left] if left else []))
 
 
+def test_replicas_that_are_being_brought_back_can_be_undeployed(
+    sandbox: RunningSandbox, engine: docker.DockerClient, image: str
+) -> None:
+    upload(sandbox, "tardy", image, env={"TINY_SECONDS": "2"})
+    where = endpoint(sandbox, "tardy")
+    deploy(sandbox, where, 7, model="tardy")
+    sandbox.kill()
+    containers(engine, where)[0].remove(force=True)
+    sandbox.start()
+    until(lambda: containers(engine, where))
+    undeploy(sandbox, where, 7)
+    time.sleep(2)  # what brings them back would start another one now
+    assert containers(engine, where) == []
+
+
 def test_a_fresh_start_removes_the_containers_of_before(
     engine: docker.DockerClient, image: str, tmp_path: Path
 ) -> None:
