@@ -7,6 +7,7 @@ name. So nothing copies a picture through the JVM, a slow client holds no worker
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -90,6 +91,7 @@ class Front:
         self.spool = settings.run_folder / "spool"
         self.metrics = Metrics(self)
         self._client: aiohttp.ClientSession | None = None
+        self._looked, self._had_worker = 0.0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,6 +130,12 @@ class Front:
                 file.unlink(missing_ok=True)
         return alive
 
+    def _some_worker(self) -> bool:
+        """Whether there was a worker a moment ago: looking costs more than it is worth for every request."""
+        if time.monotonic() > self._looked + 0.2:
+            self._looked, self._had_worker = time.monotonic(), bool(self.workers())
+        return self._had_worker
+
     def healthy(self) -> bool:
         """Whether a worker that has run a picture is alive and was seen working lately."""
         return not self.draining and any(age < self.settings.stuck_seconds for age in self.workers().values())
@@ -159,6 +167,8 @@ class Front:
             extra: Headers = [(b"x-request-id", request_id.encode())]
             if error.code in (429, 503):
                 extra.append((b"retry-after", b"1"))
+            if error.code in (408, 413):
+                extra.append((b"connection", b"close"))  # the rest of the body may never end
             await _answer_error(send, error, extra)
         except _ClientGoneError:
             record["status"], record["message"] = 499, "the client went away"
@@ -176,7 +186,7 @@ class Front:
     ) -> None:
         if self.draining:
             raise RequestError("this server is shutting down; ask another one", 503)
-        if not self.workers():
+        if not self._some_worker():
             raise RequestError("no worker is ready; try again in some seconds", 503)
         name, size = await self._receive_body(headers, receive)
         admitted = False
@@ -199,6 +209,8 @@ class Front:
                 raise RequestError("no worker is available at the moment; try again", 503) from None
             self._observe(answered, began, status)
             record |= {"status": status, "bytes": size, "count": answered.get(COUNT_HEADER)}
+            if status != 200:
+                record["message"] = json.loads(body)["error"]["message"]
             extra: Headers = [(b"x-request-id", record["request_id"].encode())]
             extra += [
                 (key.lower().encode(), answered[key].encode())
@@ -222,37 +234,35 @@ class Front:
         if refused and "expect" in headers:
             raise too_large  # the client waits for leave to send: it is not given
         name, size, taken = secrets.token_hex(16), 0, 0
-        deadline = time.monotonic() + self.settings.body_seconds
         file = -1 if refused else os.open(self.spool / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            while True:
-                try:
-                    message = await _within(deadline, receive)
-                except TimeoutError:
-                    seconds = self.settings.body_seconds
-                    raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
-                if message["type"] == "http.disconnect":
-                    raise _ClientGoneError
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > limit and not refused:
-                    refused = True
-                # A refused body is read to its end, within reason: a client that is still sending sees no answer.
-                if refused and size > 4 * limit:
-                    raise too_large
-                if not refused and chunk:
-                    if self.spooled_bytes + len(chunk) > self.settings.spool_bytes:
-                        raise RequestError("too many pictures are on their way at once; try again", 429)
-                    os.write(file, chunk)
-                    taken += len(chunk)
-                    self.spooled_bytes += len(chunk)
-                if not message.get("more_body", False):
-                    break
+            async with asyncio.timeout(self.settings.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGoneError
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    refused = refused or size > limit
+                    # A refused body is read to its end, within reason: a client still sending sees no answer.
+                    if refused and size > 4 * limit:
+                        raise too_large
+                    if not refused and chunk:
+                        if self.spooled_bytes + len(chunk) > self.settings.spool_bytes:
+                            raise RequestError("too many pictures are on their way at once; try again", 429)
+                        if os.write(file, chunk) < len(chunk):
+                            raise OSError(errno.ENOSPC, "no room for the body in the run folder")
+                        taken += len(chunk)
+                        self.spooled_bytes += len(chunk)
             if refused:
                 raise too_large
             return name, size
-        except BaseException:
+        except BaseException as error:
             self._forget(name, taken)
+            if isinstance(error, TimeoutError):
+                seconds = self.settings.body_seconds
+                raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
             raise
         finally:
             if file >= 0:
@@ -270,7 +280,7 @@ class Front:
         headers = {"Content-Type": "application/octet-stream", "x-request-id": request_id}
         async with self._client.post(self.settings.upstream, data=_json(told), headers=headers) as answer:
             body = await answer.read()
-            if answer.status >= 500 and not body.startswith(b'{"error"'):
+            if answer.status >= 400 and not body.startswith(b'{"error"'):
                 # TorchServe's own words name Java classes.
                 message = "no worker could answer; the server's log says why. Try again"
                 return 503, {}, _json(error_json(503, message))
@@ -297,11 +307,6 @@ class Front:
 
 class _ClientGoneError(Exception):
     """The client closed the connection before its body was whole."""
-
-
-async def _within(deadline: float, receive: Receive) -> MutableMapping[str, Any]:
-    async with asyncio.timeout(max(0, deadline - time.monotonic())):
-        return await receive()
 
 
 async def _answer_error(send: Send, error: RequestError, extra: Headers | None = None) -> None:
