@@ -227,7 +227,7 @@ def _progress(total: int, hidden: bool) -> Iterator[Callable[[], object]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("counting", total=total)
         yield lambda: bar.advance(task)
 

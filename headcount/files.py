@@ -85,7 +85,6 @@ def annotated_paths(names: Sequence[str], folder: Path) -> list[Path]:
             if _key(place / file_name) not in taken:
                 break
         used[_key(stem)] = number
-        taken.add(_key(place / file_name))
         paths.append(folder / file_name)
     return paths
 

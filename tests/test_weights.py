@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import random
 import re
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -139,6 +141,7 @@ def test_a_server_without_ranges_starts_over(mirror: Mirror, tmp_path: Path, par
     (tmp_path / f"{NAME}.pt.part").write_bytes(part)
     assert weights.fetch(NAME, tmp_path).read_bytes() == CONTENT
     assert files(tmp_path) == WHOLE
+    assert len(mirror.ranges) == (part != CONTENT)  # no second request, and none for a part that is whole
 
 
 def test_a_part_of_another_file_starts_over(mirror: Mirror, tmp_path: Path) -> None:
@@ -233,6 +236,25 @@ def test_processes_that_fetch_at_once_fetch_once(mirror: Mirror, tmp_path: Path)
     assert files(tmp_path) == WHOLE
 
 
+def test_a_part_that_another_process_removes_is_not_written_to(mirror: Mirror, tmp_path: Path) -> None:
+    waiting = threading.Event()
+
+    class Report(weights.Lines):
+        def line(self, text: str) -> None:
+            if text.startswith("waiting for another process"):
+                waiting.set()
+
+    part = tmp_path / f"{NAME}.pt.part"
+    with part.open("wb") as other, ThreadPoolExecutor() as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        fetched = pool.submit(weights.fetch, NAME, tmp_path, Report())
+        assert waiting.wait(10)
+        part.unlink()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        assert fetched.result(10).read_bytes() == CONTENT
+    assert files(tmp_path) == WHOLE
+
+
 def test_a_killed_fetch_is_gone_on_from(mirror: Mirror, tmp_path: Path) -> None:
     mirror.cut_after = [100_000]
     process = fetching(tmp_path, "weights.PAUSES = (60,)")
@@ -254,9 +276,7 @@ def test_a_file_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
         weights.find(str(tmp_path / "none.pt"), tmp_path)
 
 
-def test_home_is_the_checkout_or_what_the_environment_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_home_is_the_checkout_or_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HEADCOUNT_HOME", raising=False)
     assert weights.home() == Path(weights.__file__).resolve().parent.parent / ".headcount"
     monkeypatch.setattr(weights, "__file__", str(tmp_path / "site-packages" / "serving" / "weights.py"))
