@@ -54,6 +54,7 @@ class PeopleHandler:
                 folder,
             )
             self.alive = self.run_folder / "workers" / str(os.getpid())
+            self.busy = self.run_folder / "busy" / str(os.getpid())
             self._warm_up()
         except Exception as error:
             # The launcher ends the container with this as its last word.
@@ -62,6 +63,14 @@ class PeopleHandler:
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """TorchServe's entry point: one answer for each row, whatever is wrong with the others."""
+        if any("data" in row for row in rows):  # over gRPC: the front does not know of it
+            self.busy.touch()
+        try:
+            return self._handle(rows, context)
+        finally:
+            self.busy.unlink(missing_ok=True)
+
+    def _handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         works = [self._guarded(row) for row in rows]
         try:
             self.predict(works)
@@ -77,7 +86,10 @@ class PeopleHandler:
         request = self._request(row)
         work = Work(request)
         work.pictures = self._pictures(request.instances)
-        work.letterboxes = [self._letterbox(picture) for picture in work.pictures]
+        work.letterboxes = [
+            self._letterbox(picture, "" if request.single else f"instances[{i}]: ")
+            for i, picture in enumerate(work.pictures)
+        ]
         work.milliseconds["decode"] = (time.perf_counter() - began) * 1e3
         return work
 
@@ -185,13 +197,13 @@ class PeopleHandler:
         except StorageError as error:
             return RequestError(str(error), error.code)
 
-    def _letterbox(self, picture: bytes | memoryview | RequestError) -> Letterbox | RequestError:
+    def _letterbox(self, picture: bytes | memoryview | RequestError, where: str) -> Letterbox | RequestError:
         if isinstance(picture, RequestError):
             return picture
         try:
             return self.detector.prepare(picture, self.limits)
         except PictureError as error:
-            return RequestError(str(error))
+            return RequestError(f"{where}{error}")
         finally:
             self._sign_of_life()
 

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,7 +32,7 @@ import numpy as np
 import simplejpeg
 import uvicorn
 
-from serving.contract import setting
+from serving.contract import Limits, setting
 from serving.front import PREDICT_ROUTE, Front, Settings
 from serving.storage import StorageError, download_checkpoint
 
@@ -55,27 +56,35 @@ class StartError(Exception):
     """The server cannot start; the message says why and what would do."""
 
 
-def available_cpus() -> int:
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def workers_that_fit(root: Path = CGROUP) -> int:
+    """One worker a CPU, fewer where the memory is not enough for that, at least 1."""
+    return int(max(1, min(available_cpus(root), available_memory(root) // MEMORY_PER_WORKER)))
+
+
+def available_cpus(root: Path = CGROUP) -> int:
     """CPUs this process may use: its affinity, and its cgroup's quota rounded down, at least 1."""
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    quota = _cgroup("cpu.max", "cpu/cpu.cfs_quota_us").split()
+    quota = _cgroup(root, "cpu.max", "cpu/cpu.cfs_quota_us").split()
     if quota and quota[0].lstrip("-").isdigit() and int(quota[0]) > 0:
-        period = quota[1] if len(quota) > 1 else _cgroup("", "cpu/cpu.cfs_period_us") or "100000"
+        period = quota[1] if len(quota) > 1 else _cgroup(root, "cpu/cpu.cfs_period_us") or "100000"
         cpus = min(cpus, int(quota[0]) / int(period))
     return max(1, math.floor(cpus))
 
 
-def available_memory() -> float:
+def available_memory(root: Path = CGROUP) -> float:
     """Bytes this process' cgroup may use; infinite where there is no limit."""
-    limit = _cgroup("memory.max", "memory/memory.limit_in_bytes").strip()
+    limit = _cgroup(root, "memory.max", "memory/memory.limit_in_bytes").strip()
     return float(limit) if limit.isdigit() else math.inf
 
 
-def _cgroup(v2: str, v1: str, root: Path = Path("/sys/fs/cgroup")) -> str:
-    for name in (v2, v1):
+def _cgroup(root: Path, *names: str) -> str:
+    """The first of these files that there is: version 2's name, then version 1's."""
+    for name in names:
         with contextlib.suppress(OSError):
-            if name:
-                return (root / name).read_text()
+            return (root / name).read_text()
     return ""
 
 
@@ -99,9 +108,10 @@ class Launcher:
         self.workers, self.sample = workers, sample
         self.stop = asyncio.Event()
         self.run_folder = Path(tempfile.mkdtemp(prefix="headcount-"))
-        for name in ("spool", "workers", "models"):
+        for name in ("spool", "workers", "busy", "models"):
             (self.run_folder / name).mkdir()
         self.torchserve: asyncio.subprocess.Process | None = None
+        self.relaying: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C. Raises StartError."""
@@ -109,7 +119,7 @@ class Launcher:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         public = _listen(self.host, self.port)
-        inference_port = await self._start_torchserve()
+        (inference_port,) = free_ports(1)
         front = Front(
             Settings(
                 run_folder=self.run_folder,
@@ -127,12 +137,11 @@ class Launcher:
         server = _Server(
             uvicorn.Config(
                 front, lifespan="off", loop="uvloop", http="httptools", log_config=None, access_log=False,
-                server_header=False, timeout_keep_alive=75, backlog=1024,
+                server_header=False, timeout_keep_alive=75, backlog=1024, ws="none",
             )
         )  # fmt: skip
         serving = asyncio.create_task(server.serve([public]))
-        watching = asyncio.create_task(self._watch(front))
-        relaying = asyncio.create_task(self._relay_output())
+        watching = asyncio.create_task(self._serve_model(front, inference_port))
         stopping = asyncio.create_task(self.stop.wait())
         try:
             done, _ = await asyncio.wait((serving, watching, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -140,27 +149,35 @@ class Launcher:
             for task in done - {stopping}:
                 task.result()  # raises what ended it
             log("draining", in_flight=front.in_flight)
-            deadline = time.monotonic() + DRAIN_SECONDS
-            while front.in_flight and time.monotonic() < deadline and self._running():
-                await asyncio.sleep(0.02)
+            await self._drain(front)
         finally:
             watching.cancel()
-            relaying.cancel()
+            if self.relaying is not None:
+                self.relaying.cancel()
             server.should_exit = server.force_exit = True
             await asyncio.wait([serving], timeout=1)
             await front.close()
 
+    async def _drain(self, front: Front) -> None:
+        """Wait for requests in flight. Those over gRPC pass the front by: their worker says that it is busy."""
+        began = quiet_since = time.monotonic()
+        while self._running() and (now := time.monotonic()) < began + DRAIN_SECONDS:
+            if front.in_flight or any((self.run_folder / "busy").iterdir()):
+                quiet_since = now
+            elif now > quiet_since + 0.1:  # between two of them no worker is busy for a moment
+                break
+            await asyncio.sleep(0.02)
+
     def close(self) -> None:
-        """End TorchServe with its workers and remove the run folder."""
-        if self._running():
-            assert self.torchserve is not None
+        """End TorchServe with its workers, even if it died before them, and remove the run folder."""
+        if self.torchserve is not None:
             with contextlib.suppress(ProcessLookupError):
                 # It has no request left to finish, and its own way out takes seconds.
                 os.killpg(self.torchserve.pid, signal.SIGKILL)
         shutil.rmtree(self.run_folder, ignore_errors=True)
 
-    async def _start_torchserve(self) -> int:
-        inference, management, metrics, grpc_management = _free_ports(4)
+    async def _start_torchserve(self, inference: int) -> None:
+        management, metrics, grpc_management, worker = free_ports(4)
         grpc_host, _, grpc_port = self.grpc.rpartition(":")
         _listen(grpc_host, int(grpc_port)).close()  # says in our words that it is taken
         seconds = setting("HEADCOUNT_TIMEOUT", int(Settings.answer_seconds))
@@ -174,7 +191,7 @@ grpc_inference_address={grpc_host}
 grpc_inference_port={grpc_port}
 grpc_management_address=127.0.0.1
 grpc_management_port={grpc_management}
-initial_worker_port={_free_ports(1)[0]}
+initial_worker_port={worker}
 model_store={self.run_folder / "models"}
 default_workers_per_model={self.workers}
 default_response_timeout={seconds}
@@ -193,7 +210,9 @@ max_response_size=200000000
         }  # fmt: skip
         if uri := os.environ.get("AIP_STORAGE_URI"):
             log("fetching the model", uri=uri)
-            environment["HEADCOUNT_CHECKPOINT"] = str(download_checkpoint(uri, self.run_folder))
+            environment["HEADCOUNT_CHECKPOINT"] = str(
+                await asyncio.to_thread(download_checkpoint, uri, self.run_folder)
+            )
         import importlib.util
 
         # Found, not imported: importing ts brings torch.
@@ -212,13 +231,19 @@ max_response_size=200000000
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
-        return inference
+        self.relaying = asyncio.create_task(self._relay_output())
 
     async def _relay_output(self) -> None:
         """Pass TorchServe's log on; the few lines that Java and netty print past it become JSON as well."""
         assert self.torchserve is not None
         assert self.torchserve.stdout is not None
-        async for line in self.torchserve.stdout:
+        while True:
+            try:
+                line = await self.torchserve.stdout.readline()
+            except ValueError:  # longer than asyncio takes; a pipe that nobody reads would stop TorchServe
+                continue
+            if not line:
+                return
             text = line.decode(errors="replace").rstrip()
             try:
                 told = json.loads(text)
@@ -229,11 +254,13 @@ max_response_size=200000000
     def _running(self) -> bool:
         return self.torchserve is not None and self.torchserve.returncode is None
 
-    async def _watch(self, front: Front) -> None:
-        """Keep the sign of life fresh; return never. Raises StartError when there is nothing left to serve with."""
+    async def _serve_model(self, front: Front, inference_port: int) -> None:
+        """Start TorchServe and keep the sign of life fresh; return never. Raises StartError when there is nothing
+        left to serve with."""
         began, ready = time.monotonic(), False
+        await self._start_torchserve(inference_port)
         picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
-        probe: asyncio.Task[None] | None = None
+        probes: set[asyncio.Task[None]] = set()
         while True:
             if not self._running():
                 raise StartError(
@@ -251,8 +278,10 @@ max_response_size=200000000
                     raise StartError(failed.read_text())
                 log("a worker could not be set up again", logging.ERROR, reason=failed.read_text())
                 failed.unlink()
-            if ready and (probe is None or probe.done()):
-                probe = asyncio.create_task(front.probe(picture))
+            # One a worker: a stuck worker keeps one of them, and the next must find a worker that is not.
+            probes = {probe for probe in probes if not probe.done()}
+            if ready and len(probes) < self.workers:
+                probes.add(asyncio.create_task(front.probe(picture)))
             await asyncio.sleep(0.1 if not ready else front.settings.stuck_seconds / 10)
 
 
@@ -279,7 +308,8 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nothing listens on at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -343,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", type=Path, required=True, help="what serving.archive made")
     parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
-    parser.add_argument("--port", type=int, default=int(os.environ.get("AIP_HTTP_PORT") or 8080))
+    parser.add_argument("--port", type=int, help="default: AIP_HTTP_PORT, or 8080")
     parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
     parser.add_argument("--console", action="store_true", help="log for people instead of machines")
     parser.add_argument("--sample", default="", help="a picture for the line that --console prints")
@@ -354,17 +384,18 @@ def main() -> None:
     logging.basicConfig(level=os.environ.get("HEADCOUNT_LOG_LEVEL", "INFO"), handlers=[handler])
     launcher = None
     try:
-        memory = int(available_memory() // MEMORY_PER_WORKER) if available_memory() < math.inf else available_cpus()
-        workers = setting("HEADCOUNT_WORKERS", max(1, min(available_cpus(), memory)))
+        workers = setting("HEADCOUNT_WORKERS", workers_that_fit())
+        Limits.from_environment()  # the workers read it; a mistake there is better known now
+        port = arguments.port or setting("AIP_HTTP_PORT", 8080)
+        if not re.fullmatch(r".+:\d{1,5}", arguments.grpc):
+            raise StartError(f"the gRPC address {arguments.grpc!r} is not HOST:PORT, such as 127.0.0.1:7070")
         if not list(arguments.archive.glob("MAR-INF/MANIFEST.json")):
             raise StartError(f"{arguments.archive} is no model archive; make one with python -m serving.archive")
-        launcher = Launcher(
-            arguments.archive, arguments.host, arguments.port, arguments.grpc, workers, arguments.sample
-        )
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(launcher.run())
+        launcher = Launcher(arguments.archive, arguments.host, port, arguments.grpc, workers, arguments.sample)
+        # Not asyncio.run: at the end it would wait for a download.
+        _new_loop().run_until_complete(launcher.run())
         code = 0
-    except (StartError, StorageError, ValueError) as error:
+    except (StartError, StorageError, ValueError, OSError) as error:
         code, reason = 1, str(error)
     finally:
         if launcher is not None:

@@ -6,6 +6,7 @@ emulator, as it does Google's own clients, and then no token is sent.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -34,8 +35,11 @@ class StorageError(Exception):
 
 def read_object(uri: str, limit: int) -> bytes:
     """The bytes of gs://bucket/object, at most limit of them. Raises StorageError."""
-    with _open(uri, "?alt=media") as response:
-        data = bytes(response.read(limit + 1))
+    try:
+        with _open(uri, "?alt=media") as response:
+            data = bytes(response.read(limit + 1))
+    except (OSError, http.client.HTTPException) as error:
+        raise StorageError(f"reading {uri} broke off: {error}", 503) from None
     if len(data) > limit:
         raise StorageError(f"{uri} is larger than {limit / 1e6:g} MB", 400)
     return data
@@ -71,9 +75,12 @@ def _open(uri: str, query: str) -> IO[bytes]:
     host = emulator if "://" in emulator else f"http://{emulator}" if emulator else "https://storage.googleapis.com"
     url = f"{host}/storage/v1/b/{bucket}/o"
     request = urllib.request.Request(url + (f"/{urllib.parse.quote(name, safe='')}" if name else "") + query)
-    try:
-        if not emulator:
+    if not emulator:
+        try:
             request.add_header("Authorization", f"Bearer {_access_token()}")
+        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+            raise StorageError(f"no token of a service account to read {uri} with: {error}", 503) from None
+    try:
         response: IO[bytes] = urllib.request.urlopen(request, timeout=TIMEOUT)
         return response
     except urllib.error.HTTPError as error:
@@ -82,8 +89,9 @@ def _open(uri: str, query: str) -> IO[bytes]:
             403: f"the server's service account may not read {uri}; grant it roles/storage.objectViewer on the bucket",
             401: f"the server's service account may not read {uri}",
         }
-        raise StorageError(reasons.get(error.code, f"reading {uri} failed: {error}"), 400) from None
-    except OSError as error:
+        reason = reasons.get(error.code, f"reading {uri} failed: {error}")
+        raise StorageError(reason, 503 if error.code == 429 or error.code >= 500 else 400) from None
+    except (OSError, http.client.HTTPException) as error:
         raise StorageError(f"reading {uri} failed: {error}", 503) from None
 
 

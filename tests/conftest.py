@@ -63,10 +63,11 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.predict = f"{self.url}/predictions/people"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serving.launcher", "--archive", str(self.archive),
-             "--port", str(self.port), "--grpc", f"127.0.0.1:{self.grpc}"],
+            [sys.executable, "-m", "serving.launcher", "--archive", str(self.archive)],
             stdout=self.log.open("wb"), stderr=subprocess.STDOUT, cwd=self.log.parent,
-            env=os.environ | {"HEADCOUNT_WORKERS": "2"} | self.environment,
+            env=os.environ | {
+                "HEADCOUNT_WORKERS": "2", "AIP_HTTP_PORT": str(self.port), "HEADCOUNT_GRPC": f"127.0.0.1:{self.grpc}",
+            } | self.environment,
         )  # fmt: skip
         return self
 
@@ -108,7 +109,11 @@ class Server:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(20)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
 
     def log_lines(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -138,7 +143,7 @@ def running(archive: Path, log: Path, **environment: str) -> Iterator[Server]:
         server.wait()
         yield server
     finally:
-        server.stop(signal.SIGKILL if server.process and server.process.poll() is None else signal.SIGTERM)
+        server.stop()
 
 
 @pytest.fixture(scope="session")
