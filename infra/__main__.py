@@ -5,7 +5,7 @@ import pulumi
 from infra import settings
 from infra.foundation import Foundation
 from infra.image import Image
-from infra.prediction import Prediction
+from infra.prediction import MAX_REQUEST_BYTES, Prediction
 
 config = settings.load()
 
@@ -15,6 +15,7 @@ prediction = Prediction(config, foundation, image)
 
 pulumi.export("endpoint", prediction.endpoint.id)
 pulumi.export("url", prediction.url)
+pulumi.export("maxRequestBytes", MAX_REQUEST_BYTES[config.dedicated])
 pulumi.export("images", prediction.images)
 pulumi.export("models", {name: version.id for name, version in prediction.versions.items()})
 pulumi.export("bucket", foundation.bucket.url)

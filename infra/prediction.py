@@ -10,6 +10,8 @@ from infra.settings import BUILD, Release, Settings
 
 PREDICT_ROUTE = "/predictions/people"
 HEALTH_ROUTE = "/ping"
+# By whether the endpoint is dedicated: https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
+MAX_REQUEST_BYTES = {True: 10 * 2**20, False: 1_500_000}
 
 
 class Prediction(pulumi.ComponentResource):

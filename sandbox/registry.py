@@ -115,9 +115,11 @@ class Registry:
     def remove(self, folder: str) -> None:
         """Removes the images below `folder` and their layers; without one, all, and stops.
 
-        The registry does not run meanwhile: it would remember layers that are gone.
+        The registry does not run meanwhile: it would remember layers that are gone. What Docker pulled from it
+        goes too.
         """
         self.stop()
+        self._forget_pulled(f"{self.address}/{folder}".rstrip("/") + "/")
         if not self._program:
             # Layers that only it used stay until the last repository goes.
             if not folder and (client := self._docker()):
@@ -152,6 +154,17 @@ class Registry:
         return found
 
     # -------------------------------------------------------------------------------------- container
+
+    def _forget_pulled(self, prefix: str) -> None:
+        import docker
+
+        if not (client := self._docker()):
+            return
+        for image in client.images.list():
+            for name in (*image.tags, *image.attrs.get("RepoDigests", [])):
+                if name.startswith(prefix):
+                    with contextlib.suppress(docker.errors.DockerException):
+                        client.images.remove(name)
 
     def _docker(self) -> "docker.DockerClient | None":
         import docker

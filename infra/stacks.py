@@ -1,0 +1,215 @@
+"""Pulumi's command line as this project calls it: which program, which state, what a stack put out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+HOME: Final = ROOT / ".headcount"
+CLI: Final = HOME / "pulumi" / "cli"
+LOCAL: Final = "local"
+# The state of the sandbox's stack holds nothing secret: its token is the word "sandbox". A passphrase that is known
+# lets Pulumi.local.yaml be the same for everybody.
+LOCAL_STATE: Final = {
+    "PULUMI_BACKEND_URL": f"file://{HOME / 'pulumi' / 'state'}",
+    "PULUMI_CONFIG_PASSPHRASE": "headcount",
+    # The google provider makes one call to Compute Engine at its start, whatever endpoint is set.
+    "PULUMI_GCP_SKIP_REGION_VALIDATION": "true",
+}
+INSTALL: Final = (
+    "Pulumi's command line is not installed. See https://www.pulumi.com/docs/install/, put `pulumi` on the PATH "
+    "and repeat."
+)
+
+
+class StackError(Exception):
+    """Something the user can repair; its text says how."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a stack's pictures are counted."""
+
+    url: str  # without `:predict` or `:rawPredict`
+    needs_token: bool  # Application Default Credentials; the sandbox wants none
+    max_bytes: int  # of a request: https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
+
+
+def environment(stack: str) -> dict[str, str]:
+    """The environment of Pulumi's process: this Python first on the PATH, `local`'s state in .headcount."""
+    given = dict(os.environ)
+    folders = [str(Path(sys.executable).parent), str(CLI / "bin"), given.get("PATH", "")]
+    given |= {"PATH": os.pathsep.join(folders), "PULUMI_SKIP_UPDATE_CHECK": "true"}
+    return given | LOCAL_STATE if stack == LOCAL else given
+
+
+def pulumi(stack: str, *arguments: str) -> str:
+    """What Pulumi prints. Raises StackError with its own words."""
+    try:
+        done = subprocess.run(
+            ["pulumi", *arguments, "--non-interactive", "--stack", stack],
+            cwd=ROOT,
+            env=environment(stack),
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        raise StackError(INSTALL) from None
+    if done.returncode:
+        raise StackError(done.stderr.strip() or done.stdout.strip())
+    return done.stdout
+
+
+def run(stack: str, *arguments: str) -> int:
+    """Runs Pulumi on this terminal and returns its exit status. Ctrl-C reaches it, and it ends in its own time."""
+    try:
+        process = subprocess.Popen(["pulumi", *arguments, "--stack", stack], cwd=ROOT, env=environment(stack))
+    except FileNotFoundError:
+        raise StackError(INSTALL) from None
+    with _interrupts_ignored():
+        return process.wait()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def outputs(stack: str) -> dict[str, Any]:
+    """What the stack exports. Raises StackError when it was never deployed."""
+    found: dict[str, Any] = json.loads(pulumi(stack, "stack", "output", "--json"))
+    if not found:
+        how = "make up" if stack == LOCAL else f"pulumi up -s {stack}"
+        raise StackError(f"Stack {stack} is not deployed. Deploy it: {how}")
+    return found
+
+
+def endpoint(stack: str) -> Endpoint:
+    """Where `stack` counts pictures. Raises StackError."""
+    return endpoint_of(outputs(stack))
+
+
+def endpoint_of(found: Mapping[str, Any]) -> Endpoint:
+    url = str(found["url"])
+    return Endpoint(url, needs_token=url.startswith("https://"), max_bytes=int(found["maxRequestBytes"]))
+
+
+def exists(stack: str) -> bool:
+    listed = subprocess.run(
+        ["pulumi", "stack", "ls", "--json", "--project", "headcount"],
+        cwd=ROOT,
+        env=environment(stack),
+        capture_output=True,
+        text=True,
+    )
+    return listed.returncode == 0 and any(s["name"] == stack for s in json.loads(listed.stdout))
+
+
+# ---------------------------------------------------------------------------------------- after a kill
+
+
+def clear_lock(stack: str) -> str:
+    """Removes the lock of a Pulumi that was killed on this machine. Returns what it did, or "".
+
+    Raises StackError when that Pulumi still runs. Only for a state in files, where a lock is a file.
+    """
+    backend = environment(stack).get("PULUMI_BACKEND_URL", "")
+    folder = Path(backend.removeprefix("file://")) / ".pulumi" / "locks"
+    for lock in folder.glob(f"organization/headcount/{stack}/*.json"):
+        holder = json.loads(lock.read_text())
+        if holder.get("hostname") == os.uname().nodename and _runs(int(holder["pid"])):
+            raise StackError(f"Another pulumi is at work on stack {stack} (process {holder['pid']}). Wait for it.")
+        lock.unlink(missing_ok=True)
+        return f"cleared the lock of process {holder['pid']}, which was killed"
+    return ""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# What the google provider calls a resource that Google may have made before Pulumi was killed. The others are not
+# listed: making them again does no harm.
+_IDS: Final = {
+    "gcp:storage/bucket:Bucket": "{project}/{name}",
+    "gcp:artifactregistry/repository:Repository": "projects/{project}/locations/{region}/repositories/{repositoryId}",
+    "gcp:serviceaccount/account:Account": (
+        "projects/{project}/serviceAccounts/{accountId}@{project}.iam.gserviceaccount.com"
+    ),
+    "gcp:vertex/aiEndpoint:AiEndpoint": "projects/{project}/locations/{region}/endpoints/{name}",
+}
+
+
+def pending(state: Mapping[str, Any], project: str, region: str) -> dict[str, str]:
+    """URN → id of what was being created when Pulumi was killed; "" for what can just be made again."""
+    found = {}
+    for operation in state.get("deployment", {}).get("pending_operations") or []:
+        resource = operation["resource"]
+        if operation["type"] == "creating":
+            known = {"project": project, "region": region, **resource.get("inputs", {})}
+            found[resource["urn"]] = _IDS.get(resource["type"], "").format(**known)
+    return found
+
+
+def recover(stack: str) -> list[str]:
+    """Takes into the state what a killed run left half-made, and returns what it did.
+
+    Pulumi keeps a list of what it was creating. What is there is imported, what is not is forgotten, so that the
+    next `up` finds its own work instead of a name that is taken. Raises StackError.
+    """
+    said = [line] if (line := clear_lock(stack)) else []
+    state = json.loads(pulumi(stack, "stack", "export"))
+    config = {key: entry.get("value", "") for key, entry in json.loads(pulumi(stack, "config", "--json")).items()}
+    for urn, id_ in pending(state, config["gcp:project"], config["gcp:region"]).items():
+        name = urn.rpartition("::")[2]
+        if id_:
+            try:
+                pulumi(
+                    stack,
+                    "refresh",
+                    "--yes",
+                    "--skip-preview",
+                    "--target",
+                    urn,
+                    "--import-pending-creates",
+                    urn,
+                    "--import-pending-creates",
+                    id_,
+                )
+                said.append(f"took over {name}, which was being created")
+                continue
+            except StackError:
+                pass
+        said.append(f"forgot {name}, which was not created")
+    if said:
+        pulumi(stack, "refresh", "--yes", "--skip-preview", "--clear-pending-creates")
+    return said
+
+
+def installed() -> bool:
+    return shutil.which("pulumi", path=environment(LOCAL)["PATH"]) is not None
+
+
+if __name__ == "__main__":
+    try:
+        print("\n".join(recover(sys.argv[2])))
+    except StackError as error:
+        sys.exit(str(error))

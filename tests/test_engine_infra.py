@@ -1,0 +1,361 @@
+"""The whole program under Pulumi's engine, with the google and docker-build providers, against the sandbox.
+
+A tiny image with the same contract stands in for the serving image. Skipped where `pulumi` or Docker is missing;
+HEADCOUNT_REQUIRE_ENGINE=1 makes that a failure.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sandbox.testing import RunningSandbox
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = os.environ.get("HEADCOUNT_REQUIRE_ENGINE") == "1"
+DOCKERFILE = """\
+FROM python:3.11-slim-bookworm
+ARG SOURCES=
+LABEL headcount.sources="${SOURCES}"
+COPY serving/server.py /server.py
+ENTRYPOINT ["python", "/server.py"]
+"""
+SERVER = """\
+import http.server, json, os, signal, threading
+
+COUNT = 4
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer({"status": "Healthy"})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        one = {"count": COUNT, "people": []}
+        self.answer({"predictions": [one]} if body[:1] == b"{" else one)
+
+    def answer(self, what):
+        body = json.dumps(what).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+server = http.server.ThreadingHTTPServer(("0.0.0.0", int(os.environ["AIP_HTTP_PORT"])), Handler)
+signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+server.serve_forever()
+"""
+
+
+def missing() -> str:
+    if not shutil.which("pulumi"):
+        return "pulumi is not on the PATH"
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        return "Docker does not answer"
+    return ""
+
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()) and not REQUIRED, reason=missing() or "it is all there"),
+    pytest.mark.timeout(600),
+]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Project:
+    """A copy of the checkout with a tiny image, a state of its own, and a sandbox."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "project"
+        self.registry_port = free_port()
+        self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), "--api-delay", "2", runner="docker")
+        for name in ("infra", "pulumi_vertex"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("Pulumi.yaml", "Pulumi.local.yaml", ".dockerignore"):
+            shutil.copy(ROOT / name, self.folder / name)
+        (self.folder / ".venv").symlink_to(sys.prefix)
+        for name, text in (
+            ("Dockerfile", DOCKERFILE),
+            ("serving/server.py", SERVER),
+            (".headcount/weights/yolov5n.pt", "weights"),
+        ):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(text)
+        state = self.folder / ".headcount/pulumi/state"  # where infra/stacks.py has it
+        state.mkdir(parents=True)
+        self.environment = os.environ | {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]),
+            "PULUMI_HOME": str(folder / "home"),
+            "PULUMI_BACKEND_URL": f"file://{state}",
+            "PULUMI_CONFIG_PASSPHRASE": "headcount",
+            "PULUMI_SKIP_UPDATE_CHECK": "true",
+            "PULUMI_GCP_SKIP_REGION_VALIDATION": "true",
+        }
+
+    def start(self) -> None:
+        self.sandbox.start()
+        stack = self.folder / "Pulumi.local.yaml"
+        stack.write_text(stack.read_text().replace(":8790", f":{self.sandbox.port}"))
+        self.pulumi("stack", "init", "local")
+
+    def pulumi(self, *arguments: str, fails: bool = False) -> str:
+        command = ["pulumi", *arguments, "--non-interactive"]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        assert bool(done.returncode) == fails, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def up(self) -> str:
+        return self.pulumi("up", "-s", "local", "--yes", "--skip-preview")
+
+    def python(self, module: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def release(self, *arguments: str) -> str:
+        return self.python("infra.releases", "-s", "local", *arguments)
+
+    def outputs(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.pulumi("stack", "output", "-s", "local", "--json"))
+        return found
+
+    def handler(self, count: int) -> None:
+        """The sources change: the container counts differently."""
+        (self.folder / "serving/server.py").write_text(SERVER.replace("COUNT = 4", f"COUNT = {count}"))
+
+    def count(self, url: str) -> int:
+        request = urllib.request.Request(f"{url}:rawPredict", data=b"\xff\xd8picture")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(json.load(answer)["count"])
+
+    def containers(self) -> list[str]:
+        """The images, as they were named at the start, of the containers of this sandbox."""
+        ours = ["--filter", f"label=headcount.sandbox.state={self.state_id()}"]
+        ids = subprocess.run(["docker", "ps", "-a", "-q", *ours], capture_output=True, text=True).stdout.split()
+        if not ids:
+            return []
+        inspect = ["docker", "inspect", "--format", "{{.Config.Image}}", *ids]
+        return subprocess.run(inspect, capture_output=True, text=True).stdout.split()
+
+    def state_id(self) -> str:
+        with sqlite3.connect(f"file:{self.sandbox.state}/state.sqlite?mode=ro", uri=True) as state:
+            (body,) = state.execute("SELECT body FROM documents WHERE kind = 'meta' AND name = 'id'").fetchone()
+        return str(json.loads(body)["id"])
+
+    def close(self) -> None:
+        self.sandbox.stop()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    if why := missing():
+        pytest.fail(why)
+    project = Project(tmp_path_factory.mktemp("engine"))
+    project.start()
+    yield project
+    project.close()
+
+
+@pytest.fixture(scope="module")
+def deployed(project: Project) -> Project:
+    project.up()
+    return project
+
+
+def test_up_ends_in_a_count_by_a_container_of_the_image_by_digest(deployed: Project) -> None:
+    found = deployed.outputs()
+    assert deployed.count(found["url"]) == 4
+    image = found["images"]["main"]
+    assert image.startswith(f"127.0.0.1:{deployed.registry_port}/")
+    assert "@sha256:" in image
+    assert deployed.containers() == [image]
+
+
+def test_a_second_up_is_empty_and_a_preview_of_it_quick(deployed: Project) -> None:
+    started = time.monotonic()
+    preview = deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
+    assert time.monotonic() - started < 15
+    assert "unchanged" in preview
+    assert "unchanged" in deployed.pulumi("up", "-s", "local", "--yes", "--expect-no-changes")
+
+
+def test_another_checkout_with_other_modes_and_times_sees_no_change(deployed: Project) -> None:
+    for path in (deployed.folder / "serving").rglob("*.py"):
+        path.chmod(0o600)
+        os.utime(path, (1, 1))
+    deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
+
+
+def test_refresh_finds_no_drift(deployed: Project) -> None:
+    deployed.pulumi("refresh", "-s", "local", "--yes", "--expect-no-changes")
+
+
+def test_a_preview_builds_and_writes_nothing(deployed: Project) -> None:
+    deployed.handler(5)
+    deployed.sandbox.admin("DELETE", "requests")
+    try:
+        deployed.pulumi("preview", "-s", "local")
+    finally:
+        deployed.handler(4)
+    written = [r for r in deployed.sandbox.requests() if r["http"] != "GET"]
+    assert written == []
+
+
+class Load:
+    """Requests all the time, from `threads` clients; `lost` says which did not get a count."""
+
+    def __init__(self, url: str, threads: int = 4) -> None:
+        self.url, self.sent, self.lost, self.counts = url, 0, list[str](), set[int]()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            while not self._stop.is_set():
+                self.sent += 1
+                try:
+                    answer = client.post(f"{self.url}:rawPredict", content=b"\xff\xd8picture")
+                    if answer.status_code == 200:
+                        self.counts.add(answer.json()["count"])
+                    else:
+                        self.lost.append(answer.text)
+                except httpx.HTTPError as error:
+                    self.lost.append(repr(error))
+                time.sleep(0.02)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_changed_handler_is_rolled_out_without_losing_a_request(deployed: Project) -> None:
+    before = deployed.outputs()
+    deployed.handler(6)
+    with Load(before["url"]) as load:
+        deployed.up()
+        time.sleep(1)
+    after = deployed.outputs()
+    assert load.lost == []
+    assert load.sent > 50
+    assert load.counts == {4, 6}
+    assert after["images"]["main"] != before["images"]["main"]
+    assert after["models"]["main"] != before["models"]["main"]
+
+
+def traffic(project: Project) -> dict[str, int]:
+    """Percent by the count that the release's container gives, from 200 requests."""
+    url = project.outputs()["url"]
+    counts = [project.count(url) for _ in range(200)]
+    return {str(c): round(counts.count(c) / 2) for c in set(counts)}
+
+
+def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deployed: Project) -> None:
+    running = deployed.count(deployed.outputs()["url"])
+    old = deployed.outputs()["models"]["main"]
+    diff = deployed.release("canary", "next", "10")
+    assert "+    next:" in diff or "+  headcount:releases:" in diff
+    deployed.handler(8)
+    deployed.up()
+    found = deployed.outputs()
+    assert found["models"]["main"] == old, "what runs is not uploaded again"
+    shares = traffic(deployed)
+    assert 2 <= shares["8"] <= 22
+    assert shares[str(running)] + shares["8"] == 100
+
+    deployed.release("promote", "next")
+    deployed.up()
+    assert traffic(deployed) == {"8": 100}
+
+    deployed.release("promote", "main")
+    deployed.sandbox.admin("DELETE", "requests")
+    deployed.up()
+    assert traffic(deployed) == {str(running): 100}
+    called = {r["method"].rpartition(".")[2] for r in deployed.sandbox.requests()}
+    assert "deployModel" not in called, "a rollback only moves traffic"
+
+    deployed.release("pause")
+    deployed.up()
+    assert deployed.containers() == []
+    deployed.release("resume")
+    deployed.up()
+    assert traffic(deployed) == {str(running): 100}
+    deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
+
+
+@pytest.mark.parametrize("seconds", [3.0, 5.0, 8.0])
+def test_an_up_that_was_killed_is_repeated_to_the_end(deployed: Project, seconds: float) -> None:
+    deployed.pulumi("destroy", "-s", "local", "--yes", "--skip-preview")
+    process = subprocess.Popen(
+        ["pulumi", "up", "-s", "local", "--yes", "--skip-preview", "--non-interactive"],
+        cwd=deployed.folder,
+        env=deployed.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deployed.python("infra.stacks", "recover", "local")
+    deployed.up()
+    found = deployed.outputs()
+    deployed.count(found["url"])
+    assert len(found["models"]) == len({*found["models"].values()})
+    deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
+
+
+def test_destroy_leaves_nothing(deployed: Project) -> None:
+    deployed.pulumi("destroy", "-s", "local", "--yes", "--skip-preview")
+    url = deployed.sandbox.url
+    location = "projects/headcount-local/locations/europe-west4"
+    left = {
+        "models": httpx.get(f"{url}/v1/{location}/models").json(),
+        "endpoints": httpx.get(f"{url}/v1/{location}/endpoints").json(),
+        "repositories": httpx.get(f"{url}/artifactregistry/v1/{location}/repositories").json(),
+        "accounts": httpx.get(f"{url}/iam/v1/projects/headcount-local/serviceAccounts").json(),
+        "buckets": httpx.get(f"{url}/storage/v1/b", params={"project": "headcount-local"}).json().get("items", {}),
+    }
+    assert left == {name: {} for name in left}
+    listed = subprocess.run(["docker", "ps", "-a", "--format", "{{.Image}}"], capture_output=True, text=True).stdout
+    assert f":{deployed.registry_port}/" not in listed
+    images = subprocess.run(["docker", "images", "--format", "{{.Repository}}"], capture_output=True, text=True).stdout
+    assert f":{deployed.registry_port}/" not in images
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{deployed.registry_port}/v2/")
+    assert not (deployed.sandbox.state / "registry").exists()
+    assert deployed.sandbox.violations() == []
