@@ -134,16 +134,11 @@ def serving(state: str, endpoint: str, deployed: JSON, version_name: str, versio
 class Replica:
     container: Container
     healthy: bool = False
-    leaving: bool = False
     in_flight: int = 0
     failures: int = 0  # of health checks, in a row
     lifeless: int = 0  # likewise of liveness probes
     restarts: int = 0  # since it was last healthy
     watcher: asyncio.Task[None] | None = None
-
-    @property
-    def available(self) -> bool:
-        return self.healthy and not self.leaving
 
 
 @dataclass
@@ -155,18 +150,18 @@ class Fleet:
     replicas: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
     # What brings back replicas after a start, until it has, or until somebody else wants something of them.
     _restoring: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
-    _removing: asyncio.Future[Any] | None = None
+    _stopping: set[asyncio.Task[None]] = field(default_factory=set)
 
     # ------------------------------------------------------------------------------------- serving
 
     def available(self, endpoint: str, deployed_id: str) -> int:
-        return sum(r.available for r in self.replicas.get((endpoint, deployed_id), []))
+        return sum(r.healthy for r in self.replicas.get((endpoint, deployed_id), []))
 
     async def predict(
         self, endpoint: str, deployed_id: str, route: str, body: bytes, content_type: str, timeout: float
     ) -> Answer | None:
         """The answer of the least busy replica, or None when none is available. Raises UnreachableError."""
-        candidates = [r for r in self.replicas.get((endpoint, deployed_id), []) if r.available]
+        candidates = [r for r in self.replicas.get((endpoint, deployed_id), []) if r.healthy]
         if not candidates:
             return None
         replica = min(candidates, key=lambda r: r.in_flight)
@@ -234,25 +229,30 @@ class Fleet:
         self.changed(what.endpoint)
 
     async def bring_down(self, endpoint: str, deployed_id: str, keep: int = 0) -> None:
-        """Stops all but `keep` replicas: out of the traffic, requests in flight answered, SIGTERM."""
+        """Stops all but `keep` replicas: out of the traffic, requests in flight answered, SIGTERM.
+
+        Cancelled, it stops them all the same, only nobody waits for it.
+        """
         await self._let_go((endpoint, deployed_id))
         group = self.replicas.get((endpoint, deployed_id), [])
-        leaving = sorted(group, key=lambda r: r.available, reverse=True)[keep:]
-        if any(r.available for r in leaving):
-            for replica in leaving:
-                replica.leaving = True
-            self.changed(endpoint)
-        await asyncio.gather(*(self._stop(r) for r in leaving))
+        leaving = sorted(group, key=lambda r: r.healthy, reverse=True)[keep:]
         for replica in leaving:
-            if replica in group:
-                group.remove(replica)
+            group.remove(replica)
         if not group:
             self.replicas.pop((endpoint, deployed_id), None)
+        if any(r.healthy for r in leaving):
+            self.changed(endpoint)
+        stops = [asyncio.create_task(self._stop(r)) for r in leaving]
+        for stop in stops:
+            self._stopping.add(stop)
+            stop.add_done_callback(self._stopping.discard)
+        await asyncio.shield(asyncio.gather(*stops))
 
     async def _stop(self, replica: Replica, grace: float = STOP_GRACE) -> None:
-        replica.leaving = True
         if replica.watcher:
             await _cancelled(replica.watcher)
+        else:
+            grace = 0  # it never served: there is nothing that it could end well
         deadline = time.monotonic() + DRAIN_SECONDS
         while replica.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -333,8 +333,15 @@ class Fleet:
             else:
                 orphans.append(container)
         for what, count in wanted:
-            self._restoring[what.key] = asyncio.create_task(self._restore(what, count))
-        self._removing = asyncio.gather(*(c.stop(STOP_GRACE) for c in orphans))
+            self.restore(what, count)
+        for container in orphans:
+            task = asyncio.create_task(container.stop(STOP_GRACE))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
+
+    def restore(self, what: Serving, count: int) -> None:
+        """Brings back the replicas of something deployed, in the background and until it has."""
+        self._restoring[what.key] = asyncio.create_task(self._restore(what, count))
 
     async def _restore(self, what: Serving, count: int) -> None:
         pause = 1.0
@@ -356,8 +363,8 @@ class Fleet:
             await self._let_go(key)
         replicas = [r for group in self.replicas.values() for r in group]
         await asyncio.gather(*(self._stop(r, grace=10) for r in replicas), return_exceptions=True)
-        if self._removing:
-            await self._removing
+        if self._stopping:
+            await asyncio.wait(self._stopping)
         await self.runner.close()
 
 

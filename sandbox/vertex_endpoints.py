@@ -72,9 +72,7 @@ def render(cloud: Cloud, endpoint: JSON) -> JSON:
     """The Endpoint resource as it is read."""
     answer = dict(endpoint)
     if endpoint.get("deployedModels"):
-        answer["deployedModels"] = [
-            render_deployed(cloud, endpoint["name"], d) for d in endpoint["deployedModels"]
-        ]
+        answer["deployedModels"] = [render_deployed(cloud, endpoint["name"], d) for d in endpoint["deployedModels"]]
     if endpoint.get("dedicatedEndpointEnabled"):
         # On Google a DNS name of the endpoint's own; here the sandbox's address serves both.
         answer["dedicatedEndpointDns"] = f"127.0.0.1:{cloud.settings.port}"
@@ -106,9 +104,7 @@ def snapshot(cloud: Cloud, endpoint: JSON, event: str) -> None:
             "endpoint": name,
             "event": event,
             "trafficSplit": endpoint.get("trafficSplit", {}),
-            "available": {
-                d["id"]: cloud.fleet.available(name, d["id"]) for d in endpoint.get("deployedModels", [])
-            },
+            "available": {d["id"]: cloud.fleet.available(name, d["id"]) for d in endpoint.get("deployedModels", [])},
         }
     )
 
@@ -130,15 +126,11 @@ def check_traffic(split: JSON, ids: set[str]) -> None:
     if not split:
         return
     if unknown := sorted(set(split) - ids):
-        raise invalid(
-            f"traffic_split names deployed models that are not on the Endpoint: {', '.join(unknown)}."
-        )
+        raise invalid(f"traffic_split names deployed models that are not on the Endpoint: {', '.join(unknown)}.")
     if any(not 0 <= percent <= 100 for percent in split.values()):
         raise invalid("Every traffic percentage must be between 0 and 100.")
     if sum(split.values()) != 100:
-        raise invalid(
-            f"The traffic percentage values must add up to 100; they add up to {sum(split.values())}."
-        )
+        raise invalid(f"The traffic percentage values must add up to 100; they add up to {sum(split.values())}.")
 
 
 # ------------------------------------------------------------------------------------------ endpoints
@@ -147,9 +139,7 @@ def check_traffic(split: JSON, ids: set[str]) -> None:
 def _check_supported(call: Call, resource: JSON, fields: tuple[str, ...], where: str) -> None:
     for name in fields:
         if resource.get(name):
-            raise GoogleError(
-                "UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with {where}.{name}."
-            )
+            raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with {where}.{name}.")
 
 
 async def create(call: Call) -> JSON:
@@ -198,16 +188,12 @@ async def patch(call: Call) -> JSON:
     mask = update_mask(call.query)
     for path in mask:
         if path not in MUTABLE and not path.startswith("labels."):
-            raise invalid(
-                f'Field "{path}" of an Endpoint can not be updated; these can: {", ".join(MUTABLE)}.'
-            )
+            raise invalid(f'Field "{path}" of an Endpoint can not be updated; these can: {", ".join(MUTABLE)}.')
     with cloud.store.transaction():
         endpoint = find(cloud, call.name)
         cloud.operations.check_alone("Endpoint", call.name)
         if body.get("etag") and body["etag"] != etag(endpoint, MUTABLE):
-            raise GoogleError(
-                "ABORTED", "The etag does not match the Endpoint's: read it again and repeat the change."
-            )
+            raise GoogleError("ABORTED", "The etag does not match the Endpoint's: read it again and repeat the change.")
         if "trafficSplit" in mask:
             check_traffic(body.get("trafficSplit", {}), {d["id"] for d in endpoint.get("deployedModels", [])})
         vertex_models.apply_mask(endpoint, body, mask)
@@ -220,11 +206,7 @@ async def patch(call: Call) -> JSON:
 async def delete(call: Call) -> JSON:
     cloud = call.cloud
     endpoint = find(cloud, call.name)
-    busy = [
-        o["request"]["deployedModel"]["id"]
-        for o in cloud.operations.on(call.name)
-        if o["kind"] == "deployModel"
-    ]
+    busy = [o["request"]["deployedModel"]["id"] for o in cloud.operations.on(call.name) if o["kind"] == "deployModel"]
     if ids := [d["id"] for d in endpoint.get("deployedModels", [])] + busy:
         raise precondition(
             f'The Endpoint "{call.name}" has deployed or being-deployed DeployedModel(s) with ID(s): '
@@ -253,9 +235,7 @@ def _check_resources(call: Call, resources: JSON) -> None:
     _check_supported(call, resources, RESOURCES_UNSUPPORTED, "dedicated_resources")
     least = resources.get("minReplicaCount", 0)
     if least < 1:
-        raise invalid(
-            f"dedicated_resources.min_replica_count must be greater than or equal to 1; it is {least}."
-        )
+        raise invalid(f"dedicated_resources.min_replica_count must be greater than or equal to 1; it is {least}.")
     most = resources.setdefault("maxReplicaCount", least) or least
     if most < least:
         raise invalid(f"max_replica_count ({most}) must not be less than min_replica_count ({least}).")
@@ -273,9 +253,7 @@ async def deploy_model(call: Call) -> JSON:
         raise invalid("Required field deployed_model.model is not set.")
     _check_supported(call, deployed, DEPLOYED_UNSUPPORTED, "deployed_model")
     if "dedicatedResources" not in deployed:
-        raise invalid(
-            "Required field deployed_model.dedicated_resources is not set: the Model supports no other."
-        )
+        raise invalid("Required field deployed_model.dedicated_resources is not set: the Model supports no other.")
     resources: JSON = deployed["dedicatedResources"]
     _check_resources(call, resources)
     machine: JSON = resources.setdefault("machineSpec", {})
@@ -289,9 +267,7 @@ async def deploy_model(call: Call) -> JSON:
         if not DEPLOYED_ID.fullmatch(given) or int(given) == 0:
             raise invalid(f'Invalid deployed_model.id "{given}": 1-10 characters of [0-9], and not 0.')
         if given in taken:
-            raise GoogleError(
-                "ALREADY_EXISTS", f'DeployedModel with ID "{given}" already exists on Endpoint {name}.'
-            )
+            raise GoogleError("ALREADY_EXISTS", f'DeployedModel with ID "{given}" already exists on Endpoint {name}.')
     check_traffic(call.body.get("trafficSplit", {}), taken | {"0"})
     cloud.operations.check_alone("Endpoint", name)
     deployed.setdefault("id", str(random.randrange(10**8, 10**10)))
@@ -378,7 +354,16 @@ def _undeploy_kind(cloud: Cloud) -> Kind:
 
         return finish
 
-    return Kind("UndeployModelOperationMetadata", "UndeployModelResponse", work)
+    async def undo(operation: JSON) -> None:  # still deployed: then it has its replicas, though no traffic
+        _restore(cloud, operation["target"], operation["request"]["deployedModelId"])
+
+    return Kind("UndeployModelOperationMetadata", "UndeployModelResponse", work, undo)
+
+
+def _restore(cloud: Cloud, name: str, deployed_id: str) -> None:
+    """Brings the replicas of a deployed model to the number that is stored."""
+    deployed = find_deployed(find(cloud, name), deployed_id)
+    cloud.fleet.restore(serving_of(cloud, name, deployed), deployed["dedicatedResources"]["minReplicaCount"])
 
 
 # In place only: replica counts, autoscaling targets and container logging (discovery document,
@@ -400,8 +385,7 @@ async def mutate_deployed_model(call: Call) -> JSON:
     for path in paths:
         if path not in MUTABLE_DEPLOYED:
             raise invalid(
-                f'Field "{path}" of a DeployedModel can not be mutated; these can: '
-                f"{', '.join(MUTABLE_DEPLOYED)}."
+                f'Field "{path}" of a DeployedModel can not be mutated; these can: {", ".join(MUTABLE_DEPLOYED)}.'
             )
         outer, _, inner = path.partition(".")
         source: JSON = wanted.get(outer) or {} if inner else wanted
@@ -435,6 +419,7 @@ def _mutate_kind(cloud: Cloud) -> Kind:
         name, deployed_id = operation["target"], operation["request"]["deployedModel"]["id"]
         before = find_deployed(find(cloud, name), deployed_id)
         await cloud.fleet.bring_down(name, deployed_id, keep=before["dedicatedResources"]["minReplicaCount"])
+        _restore(cloud, name, deployed_id)
 
     return Kind("MutateDeployedModelOperationMetadata", "MutateDeployedModelResponse", work, undo)
 

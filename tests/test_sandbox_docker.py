@@ -311,6 +311,39 @@ def test_undeploying_answers_what_is_in_flight(sandbox: RunningSandbox, engine: 
     assert answers[0]["env"]["AIP_DEPLOYED_MODEL_ID"] == "7"
 
 
+def test_a_cancelled_undeployment_leaves_the_model_deployed(
+    sandbox: RunningSandbox, engine: docker.DockerClient
+) -> None:
+    where = endpoint(sandbox, "undecided")
+    deploy(sandbox, where, 7)
+    thread = threading.Thread(target=lambda: predict(sandbox, where, sleep=1.5))  # keeps it from ending at once
+    thread.start()
+    time.sleep(0.5)
+    _, operation = sandbox.ask("POST", f"{where}:undeployModel", {"deployedModelId": "7"})
+    sandbox.do("POST", f"v1/{operation['name']}:cancel")
+    assert sandbox.done(operation)["error"]["code"] == 1
+    thread.join()
+    until(lambda: available(sandbox, where) == [1])
+    sandbox.do("PATCH", where, {"trafficSplit": {"7": 100}}, updateMask="trafficSplit")
+    assert predict(sandbox, where)["env"]["AIP_DEPLOYED_MODEL_ID"] == "7"
+    undeploy(sandbox, where, 7)
+    assert containers(engine, where) == []
+
+
+def test_an_answer_that_takes_too_long_is_given_up(sandbox: RunningSandbox) -> None:
+    body = {
+        "displayName": "impatient",
+        "dedicatedEndpointEnabled": True,
+        "clientConnectionConfig": {"inferenceTimeout": "1s"},
+    }
+    sandbox.do("POST", "endpoints", body, endpointId="impatient")
+    deploy(sandbox, "endpoints/impatient", 7)
+    body = {"instances": [1], "parameters": {"sleep": 3}}
+    status, answer = sandbox.ask("POST", "endpoints/impatient:predict", body)
+    assert (status, answer["error"]["status"]) == (504, "DEADLINE_EXCEEDED")
+    undeploy(sandbox, "endpoints/impatient", 7)
+
+
 def test_a_change_of_versions_under_load_loses_nothing(sandbox: RunningSandbox) -> None:
     where = endpoint(sandbox, "load")
     deploy(sandbox, where, 1)

@@ -16,21 +16,23 @@ SHARED, DEDICATED = 1_572_864, 10 * 2**20
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[RunningSandbox]:
     with RunningSandbox() as running:
-        for name, variables in {
+        models: dict[str, dict[str, str]] = {
             "old": {},
             "new": {},
             "bad": {"STUB_STATUS": "500", "STUB_LOG": "boom"},
-        }.items():
-            spec: Any = {
-                "imageUri": IMAGE + name,
-                "env": [{"name": k, "value": v} for k, v in variables.items()],
-            }
-            running.do(
-                "POST",
-                "models:upload",
-                {"modelId": name, "model": {"displayName": name, "containerSpec": spec}},
-            )
-        for endpoint, dedicated in (("shared", False), ("own", True), ("none", False), ("broken", False)):
+            "long": {"STUB_STATUS": "200", "STUB_LOG": "x" * (SHARED + 1)},
+        }
+        for name, variables in models.items():
+            env = [{"name": k, "value": v} for k, v in variables.items()]
+            model: Any = {"displayName": name, "containerSpec": {"imageUri": IMAGE + name, "env": env}}
+            running.do("POST", "models:upload", {"modelId": name, "model": model})
+        for endpoint, dedicated in (
+            ("shared", False),
+            ("own", True),
+            ("none", False),
+            ("broken", False),
+            ("long", False),
+        ):
             body = {"displayName": endpoint, "dedicatedEndpointEnabled": dedicated}
             running.do("POST", "endpoints", body, endpointId=endpoint)
         deploy(running, "shared", "old", 1, {"0": 100})
@@ -38,6 +40,7 @@ def sandbox() -> Iterator[RunningSandbox]:
         deploy(running, "own", "old", 1, {"0": 100})
         deploy(running, "none", "old", 1, {})
         deploy(running, "broken", "bad", 1, {"0": 100})
+        deploy(running, "long", "long", 1, {"0": 100})
         yield running
         assert [v for v in running.violations() if v["part"] == "response"] == []
 
@@ -82,6 +85,12 @@ def test_payloads_are_limited(sandbox: RunningSandbox, endpoint: str, limit: int
         "message": f"Request payload size exceeds the limit: {limit} bytes.",
         "status": "INVALID_ARGUMENT",
     }
+
+
+def test_answers_are_limited(sandbox: RunningSandbox) -> None:
+    response = httpx.post(f"{sandbox.url}/v1/{LOCATION}/endpoints/long:rawPredict", content=b"x")
+    assert response.status_code == 400
+    assert f"max is {SHARED}" in response.json()["error"]["message"]
 
 
 def test_raw_predict_passes_bodies_through(sandbox: RunningSandbox) -> None:
