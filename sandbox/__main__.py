@@ -15,15 +15,11 @@ from sandbox.server import RUNNERS, Server
 def options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sandbox", description=__doc__)
     parser.add_argument("--port", type=int, default=8790, help="on 127.0.0.1; 0 takes a free one (8790)")
-    parser.add_argument(
-        "--state", type=Path, default=Path(".headcount/sandbox"), help="folder (.headcount/sandbox)"
-    )
+    parser.add_argument("--state", type=Path, default=Path(".headcount/sandbox"), help="folder (.headcount/sandbox)")
     parser.add_argument("--fresh", action="store_true", help="forget the state and its containers first")
     parser.add_argument("--runner", choices=RUNNERS, default="docker", help="stub: no containers, for tests")
     parser.add_argument("--admin", action="store_true", help="serve /_sandbox/…: faults, journal, history")
-    parser.add_argument(
-        "--validate", action="store_true", help="check answers against the discovery documents"
-    )
+    parser.add_argument("--validate", action="store_true", help="check answers against the discovery documents")
     parser.add_argument(
         "--hold-after-undeploy",
         type=float,
@@ -87,12 +83,8 @@ def main(arguments: list[str]) -> int:
         return 1
     # Before the application starts, so that a first request waits instead of being refused.
     listener.listen(2048)
-    print(
-        f"Sandbox on http://127.0.0.1:{port}, state in {args.state}, containers by {args.runner}", flush=True
-    )
-    config = uvicorn.Config(
-        server, lifespan="on", log_level="error", access_log=False, timeout_graceful_shutdown=5
-    )
+    print(f"Sandbox on http://127.0.0.1:{port}, state in {args.state}, containers by {args.runner}", flush=True)
+    config = uvicorn.Config(server, lifespan="on", log_level="error", access_log=False, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -84,9 +84,7 @@ class Admin:
 
     async def answer(self, request: Request) -> Response:
         if not self.enabled:
-            raise GoogleError(
-                "PERMISSION_DENIED", "The admin routes are off: start the sandbox with --admin."
-            )
+            raise GoogleError("PERMISSION_DENIED", "The admin routes are off: start the sandbox with --admin.")
         what = request.url.path.removeprefix("/_sandbox/")
         match request.method, what:
             case "POST", "faults":
@@ -95,9 +93,7 @@ class Admin:
                 self.faults.clear()
                 return JSONResponse({})
             case "GET", "faults":
-                shown = [
-                    {k: v for k, v in vars(f).items() if k != "details"} | f.details for f in self.faults
-                ]
+                shown = [{k: v for k, v in vars(f).items() if k != "details"} | f.details for f in self.faults]
                 return JSONResponse({"faults": shown})
             case "GET", "requests":
                 return JSONResponse({"requests": list(self.requests)})
@@ -116,9 +112,7 @@ class Admin:
             raise invalid(f"A fault needs a kind, one of {', '.join(KINDS)}.")
         allowed = {"method", "kind", "count", "skip", "match", *KINDS[kind]}
         if unknown := set(order) - allowed:
-            raise invalid(
-                f"A {kind} fault has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}."
-            )
+            raise invalid(f"A {kind} fault has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}.")
         details = {k: order.get(k, DEFAULTS[k]) for k in KINDS[kind]}
         if details.get("when", "before") not in ("before", "after"):
             raise invalid('"when" is before or after.')
@@ -139,9 +133,7 @@ class Admin:
     def journal(self, http: str, method: str, name: str, status: int) -> None:
         """Remembers a request; status 0 is a connection that was dropped."""
         if self.enabled:
-            self.requests.append(
-                {"time": now(), "http": http, "method": method, "name": name, "status": status}
-            )
+            self.requests.append({"time": now(), "http": http, "method": method, "name": name, "status": status})
 
 
 async def linger(fault: JSON) -> None:

@@ -82,13 +82,9 @@ def check_labels(labels: JSON) -> None:
         raise invalid(f"At most 64 labels are allowed; there are {len(labels)}.")
     for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key) or key != key.lower():
-            raise invalid(
-                f'Invalid label key "{key}": at most 63 lower-case letters, digits, _ and -, a letter first.'
-            )
+            raise invalid(f'Invalid label key "{key}": at most 63 lower-case letters, digits, _ and -, a letter first.')
         if not _LABEL_VALUE.fullmatch(value) or value != value.lower():
-            raise invalid(
-                f'Invalid value "{value}" of label "{key}": at most 63 lower-case letters, digits, _ and -.'
-            )
+            raise invalid(f'Invalid value "{value}" of label "{key}": at most 63 lower-case letters, digits, _ and -.')
 
 
 def check_display_name(resource: JSON) -> None:
@@ -107,9 +103,7 @@ def check_act_as(cloud: Cloud, account: str | None) -> None:
     """
     known = cloud.settings.service_accounts
     if account and known and account not in known:
-        raise invalid(
-            f"You do not have permission to act as service_account: {account}. (or it may not exist)."
-        )
+        raise invalid(f"You do not have permission to act as service_account: {account}. (or it may not exist).")
 
 
 def etag(resource: JSON, fields: tuple[str, ...]) -> str:
@@ -184,9 +178,7 @@ def page(call: Call, key: str, items: list[JSON], id_field: str) -> JSON:
             "asc",
             "desc",
         ):
-            raise invalid(
-                f'Invalid order_by "{order}": create_time, update_time or display_name, asc or desc.'
-            )
+            raise invalid(f'Invalid order_by "{order}": create_time, update_time or display_name, asc or desc.')
         items = sorted(items, key=lambda i: i.get(field_name, ""), reverse=direction == "desc")
     try:
         start = int(query.get("pageToken") or 0)

@@ -253,9 +253,7 @@ def read_request(method: Method, query: list[str], body: Any) -> JSON:
     elif body:
         reader.errors.append("Request body is not expected by this method.")
     if reader.errors:
-        lines = "\n".join(
-            f"Invalid JSON payload received. {e}" if "Unknown" in e else e for e in reader.errors
-        )
+        lines = "\n".join(f"Invalid JSON payload received. {e}" if "Unknown" in e else e for e in reader.errors)
         violations = [{"description": e} for e in reader.errors]
         detail = {"@type": "type.googleapis.com/google.rpc.BadRequest", "fieldViolations": violations}
         raise GoogleError("INVALID_ARGUMENT", lines, details=[detail])

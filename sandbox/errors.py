@@ -39,9 +39,7 @@ STATUS_OF_HTTP = {
 class GoogleError(Exception):
     """An answer that is an error: as an HTTP response, or as the error of an operation."""
 
-    def __init__(
-        self, status: str, message: str, *, http: int | None = None, details: list[Any] | None = None
-    ) -> None:
+    def __init__(self, status: str, message: str, *, http: int | None = None, details: list[Any] | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message

@@ -206,9 +206,7 @@ async def list_(call: Call) -> JSON:
     if text := call.query.get("filter", "").replace(" ", "").replace('"', ""):
         wanted = {"done=true": True, "done:true": True, "done=false": False, "done:false": False}
         if text not in wanted:
-            raise invalid(
-                f'Invalid filter "{call.query["filter"]}": the sandbox understands done=true and done=false.'
-            )
+            raise invalid(f'Invalid filter "{call.query["filter"]}": the sandbox understands done=true and done=false.')
         found = [o for o in found if bool(o.get("done")) == wanted[text]]
     found.sort(key=lambda o: str(o["createTime"]), reverse=True)
     start, size = int(call.query.get("pageToken") or 0), int(call.query.get("pageSize") or 0) or 100

@@ -127,9 +127,7 @@ class DockerRunner:
 
     async def start(self, launch: Launch) -> Container:
         if launch.accelerators:
-            raise precondition(
-                "The sandbox runs no accelerators: deploy without accelerator_count, or --runner stub."
-            )
+            raise precondition("The sandbox runs no accelerators: deploy without accelerator_count, or --runner stub.")
 
         def work(client: "docker.DockerClient") -> "DockerHandle":
             import docker
@@ -195,9 +193,7 @@ def _pulled(client: "docker.DockerClient", image: str) -> Any:
     except docker.errors.ImageNotFound:
         pass
     try:
-        return client.images.pull(
-            *((image,) if "@" in image or ":" in image.rpartition("/")[2] else (image, "latest"))
-        )
+        return client.images.pull(*((image,) if "@" in image or ":" in image.rpartition("/")[2] else (image, "latest")))
     except docker.errors.DockerException as error:
         why = getattr(error, "explanation", None) or error
         raise precondition(f"Failed to pull the container image {image}: {why}") from None
@@ -220,9 +216,7 @@ class DockerContainer:
             raise UnreachableError(f"port {port} is not published")
         return "127.0.0.1", int(published[0]["HostPort"])
 
-    async def _request(
-        self, method: str, path: str, port: int, timeout: float, **content: Any
-    ) -> httpx.Response:
+    async def _request(self, method: str, path: str, port: int, timeout: float, **content: Any) -> httpx.Response:
         host, published = self._address(port)
         try:
             async with asyncio.timeout(timeout):

@@ -67,9 +67,7 @@ class Server:
             store.clear()
         fleet = Fleet(RUNNERS[settings.runner](), store.id)
         registry = Registry(settings.state / "registry", settings.registry_port, store.id)
-        self.cloud = Cloud(
-            settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry
-        )
+        self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry)
         self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.admin = Admin(store, settings.admin)
@@ -123,9 +121,7 @@ class Server:
         try:
             # No password protects the sandbox, so no web page may speak to it through the user's browser.
             if "origin" in request.headers:
-                raise GoogleError(
-                    "PERMISSION_DENIED", "The sandbox answers no browser (the request has an Origin)."
-                )
+                raise GoogleError("PERMISSION_DENIED", "The sandbox answers no browser (the request has an Origin).")
             if path.startswith("/_sandbox/"):
                 return await self.admin.answer(request)
             return await self._google(request, path.lstrip("/"))
@@ -186,9 +182,7 @@ class Server:
     async def _handle(self, call: Call, version: str) -> Response:
         handler = METHODS.get(call.method.id)
         if handler is None:
-            raise GoogleError(
-                "UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} ({version})."
-            )
+            raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} ({version}).")
         projects.check_enabled(call)
         if call.method.id in RAW:
             answer = await handler(call)

@@ -65,9 +65,7 @@ class Store:
         self._db.execute("COMMIT")
 
     def get(self, kind: str, name: str) -> JSON | None:
-        row = self._db.execute(
-            "SELECT body FROM documents WHERE kind = ? AND name = ?", (kind, name)
-        ).fetchone()
+        row = self._db.execute("SELECT body FROM documents WHERE kind = ? AND name = ?", (kind, name)).fetchone()
         return json.loads(row[0]) if row else None
 
     def put(self, kind: str, name: str, body: JSON) -> None:

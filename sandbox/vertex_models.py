@@ -53,9 +53,7 @@ def find_version(cloud: Cloud, name: str) -> tuple[str, JSON]:
 
 def versions(cloud: Cloud, model: str) -> list[tuple[str, JSON]]:
     """The versions of a model, oldest first."""
-    return sorted(
-        cloud.store.list("version", model + "@"), key=lambda item: int(item[1]["resource"]["versionId"])
-    )
+    return sorted(cloud.store.list("version", model + "@"), key=lambda item: int(item[1]["resource"]["versionId"]))
 
 
 def deployments(cloud: Cloud, version: str) -> list[JSON]:
@@ -108,9 +106,7 @@ def check_container(spec: JSON) -> None:
         raise invalid("Limit for deployment timeout is 2 hours.")
     for probe in ("startupProbe", "healthProbe", "livenessProbe"):
         if "grpc" in spec.get(probe, {}):
-            raise GoogleError(
-                "UNIMPLEMENTED", f"The sandbox has no gRPC probes (container_spec.{probe}.grpc)."
-            )
+            raise GoogleError("UNIMPLEMENTED", f"The sandbox has no gRPC probes (container_spec.{probe}.grpc).")
 
 
 async def upload(call: Call) -> JSON:
@@ -121,9 +117,7 @@ async def upload(call: Call) -> JSON:
     check_act_as(cloud, body.get("serviceAccount"))
     for name in UNSUPPORTED:
         if model.get(name):
-            raise GoogleError(
-                "UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with model.{name}."
-            )
+            raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with model.{name}.")
     if "containerSpec" not in model:
         raise invalid("Required field model.container_spec is not set.")
     check_container(model["containerSpec"])
@@ -139,9 +133,7 @@ async def upload(call: Call) -> JSON:
     else:
         model_id = body.get("modelId") or str(random.randrange(10**18, 9 * 10**18))
         if body.get("modelId") and not MODEL_ID.fullmatch(model_id):
-            raise invalid(
-                f'Invalid model_id "{model_id}": up to 63 of [a-z0-9_-], the first not a digit or a hyphen.'
-            )
+            raise invalid(f'Invalid model_id "{model_id}": up to 63 of [a-z0-9_-], the first not a digit or a hyphen.')
         name = f"{call.location}/models/{model_id}"
         if cloud.store.get("model", name) or cloud.operations.on(name):
             raise GoogleError("ALREADY_EXISTS", f"Model {name} already exists.")
@@ -231,9 +223,7 @@ async def patch(call: Call) -> JSON:
     if given := call.body.get("etag"):
         current = render(cloud, key, version)["etag"]
         if given.split("-")[part : part + 1] != current.split("-")[part : part + 1]:
-            raise GoogleError(
-                "ABORTED", "The etag does not match: read the model again and repeat the change."
-            )
+            raise GoogleError("ABORTED", "The etag does not match: read the model again and repeat the change.")
     mask = update_mask(call.query)
     for path in mask:
         if path not in allowed and not path.startswith("labels."):
@@ -277,17 +267,14 @@ async def merge_version_aliases(call: Call) -> JSON:
     remove: set[str] = set()
     for alias in call.body.get("versionAliases", []):
         if not ALIAS.fullmatch(alias.removeprefix("-")):
-            raise invalid(
-                f'Invalid version alias "{alias}": it must match {ALIAS.pattern}, after a "-" to remove it.'
-            )
+            raise invalid(f'Invalid version alias "{alias}": it must match {ALIAS.pattern}, after a "-" to remove it.')
         (remove if alias.startswith("-") else add).add(alias.removeprefix("-"))
     if not add | remove:
         raise invalid("Required field version_aliases is not set.")
     add, remove = add - remove, remove - add  # both in one request cancel out
     if "default" in remove and "default" in version["resource"]["versionAliases"]:
         raise precondition(
-            'The alias "default" can not be removed: exactly one version holds it. '
-            "Give it to another version instead."
+            'The alias "default" can not be removed: exactly one version holds it. Give it to another version instead.'
         )
     with cloud.store.transaction():
         held = set(version["resource"]["versionAliases"])
@@ -328,8 +315,7 @@ async def delete_version(call: Call) -> JSON:
     key, version = find_version(cloud, call.name)
     if len(versions(cloud, key.partition("@")[0])) == 1:
         raise precondition(
-            f"Deleting the only version in the Model is not allowed ({key}). "
-            "Use DeleteModel for deleting the Model."
+            f"Deleting the only version in the Model is not allowed ({key}). Use DeleteModel for deleting the Model."
         )
     if "default" in version["resource"]["versionAliases"]:
         raise precondition(

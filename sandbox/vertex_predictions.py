@@ -46,12 +46,8 @@ async def _ask(call: Call) -> tuple[JSON, Answer]:
         answer = await cloud.fleet.predict(call.name, chosen, route, call.raw, content_type, seconds)
     except UnreachableError as error:
         if error.timeout:
-            raise GoogleError(
-                "DEADLINE_EXCEEDED", f"The model server gave no answer in {seconds:g} s."
-            ) from None
-        raise GoogleError(
-            "UNAVAILABLE", f"The model server of DeployedModel {chosen} broke off: {error}"
-        ) from None
+            raise GoogleError("DEADLINE_EXCEEDED", f"The model server gave no answer in {seconds:g} s.") from None
+        raise GoogleError("UNAVAILABLE", f"The model server of DeployedModel {chosen} broke off: {error}") from None
     if answer is None:
         raise GoogleError("UNAVAILABLE", f"DeployedModel {chosen} has no available replica.")
     if len(answer.body) > limit:
