@@ -144,7 +144,7 @@ class Operations:
             await self._fail(operation, kind, GoogleError("INTERNAL", f"Internal error encountered: {error}"))
         del self.running[operation["name"]]
         del self._tasks[operation["name"]]
-        # Those who wait for it.
+        # Wakes those who wait for it.
         async with self._changed:
             self._changed.notify_all()
 

@@ -68,7 +68,7 @@ def test_ten_percent_get_about_ten_percent(sandbox: RunningSandbox) -> None:
     for _ in range(500):
         counts[sandbox.do("POST", "endpoints/shared:predict", {"instances": [1]})["deployedModelId"]] += 1
     assert set(counts) == {"1", "2"}
-    assert 20 <= counts["2"] <= 90  # six standard deviations about 50
+    assert 10 <= counts["2"] <= 90  # six standard deviations about 50
 
 
 @pytest.mark.parametrize(("endpoint", "limit"), [("shared", SHARED), ("own", DEDICATED)])
