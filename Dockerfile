@@ -3,7 +3,7 @@
 #   ACCELERATOR  cpu, or cuda: keeps what only a GPU needs
 #   TORCH_INDEX  wheel index for torch, e.g. PyTorch's own CPU index: the image is then a fraction of the size.
 #                Empty: the package index pip is set up for, with hashes checked; its torch is the CUDA build.
-#   CHECKPOINT   name of the .pt file in .headcount/weights
+#   WEIGHTS      name of the .pt file in .headcount/weights
 #   SOURCES      hash of what the image is made of, for its label
 ARG BASE=python:3.11-slim-bookworm
 
@@ -34,12 +34,12 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev
 COPY --from=torch /opt/torch /opt/torch
 COPY --from=packages /opt/packages /opt/packages
 ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch
-ARG CHECKPOINT=yolov5n
+ARG WEIGHTS=yolov5n
 COPY serving/__init__.py serving/compile.py serving/contract.py serving/detector.py serving/network.py serving/pictures.py /opt/headcount/serving/
-COPY .headcount/weights/${CHECKPOINT}.pt /build/
-RUN python -m serving.compile --checkpoint /build/${CHECKPOINT}.pt --out /build/compiled
+COPY .headcount/weights/${WEIGHTS}.pt /build/
+RUN python -m serving.compile --checkpoint /build/${WEIGHTS}.pt --out /build/compiled
 COPY serving /opt/headcount/serving
-RUN python -m serving.archive --checkpoint /build/${CHECKPOINT}.pt --compiled /build/compiled --out /opt/headcount/archive \
+RUN python -m serving.archive --checkpoint /build/${WEIGHTS}.pt --compiled /build/compiled --out /opt/headcount/archive \
     && python -m compileall -q /opt/headcount/serving
 
 # What a CPU never runs: the GPU's compiler, headers, tests.

@@ -15,15 +15,17 @@ SAMPLE := $(wildcard $(DATA)/people/bus.jpg)
 
 UV := .tools/bin/uv
 BIN := .venv/bin
-CHECKPOINT := $(HOME_FOLDER)/weights/yolov5n.pt
-ARCHIVE := $(HOME_FOLDER)/archive
+WEIGHTS ?= yolov5n
+CHECKPOINT := $(HOME_FOLDER)/weights/$(WEIGHTS).pt
+COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
+ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 
 .PHONY: help serve test bench compile image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-serve: $(ARCHIVE)/.made ## count people in pictures: http://127.0.0.1:8080 (PORT=, GRPC=)
+serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PORT=, GRPC=, WEIGHTS=yolov5s …)
 	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --port $(PORT) --grpc 127.0.0.1:$(GRPC) $(if $(SAMPLE),--sample $(SAMPLE))
 
 test: .venv/.dev $(CHECKPOINT) ## lint, types and every test
@@ -32,14 +34,14 @@ test: .venv/.dev $(CHECKPOINT) ## lint, types and every test
 	$(BIN)/pytest $(PYTEST)
 
 bench: .venv/.dev $(ARCHIVE)/.made compile ## throughput, latency, accuracy; a table and a plot in bench/results
-	$(BIN)/python -m bench $(BENCH)
+	$(BIN)/python -m bench --checkpoint $(CHECKPOINT) --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
 
 compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine: faster, needs g++
-	$(BIN)/python -m serving.compile --checkpoint $(CHECKPOINT) --out $(HOME_FOLDER)/compiled
+	$(BIN)/python -m serving.compile --checkpoint $(CHECKPOINT) --out $(COMPILED)
 	@rm -f $(ARCHIVE)/.made && $(MAKE) $(ARCHIVE)/.made
 
 image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BUILD_ARGS=)
-	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
+	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg WEIGHTS=$(WEIGHTS) -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
 
 $(UV): requirements/tools.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -57,10 +59,10 @@ $(UV): requirements/tools.txt
 	@touch $@
 
 $(CHECKPOINT): | .venv/.serve
-	@$(BIN)/python -m serving.weights yolov5n --into $(HOME_FOLDER)/weights
+	@$(BIN)/python -m serving.weights $(WEIGHTS) --into $(HOME_FOLDER)/weights
 
 $(ARCHIVE)/.made: .venv/.serve $(CHECKPOINT) serving/handler.py
-	@$(BIN)/python -m serving.archive --checkpoint $(CHECKPOINT) --out $(ARCHIVE) $(if $(wildcard $(HOME_FOLDER)/compiled/*.so),--compiled $(HOME_FOLDER)/compiled)
+	@$(BIN)/python -m serving.archive --checkpoint $(CHECKPOINT) --out $(ARCHIVE) $(if $(wildcard $(COMPILED)/*.so),--compiled $(COMPILED))
 	@touch $@
 
 # Everything is resolved together first, so that each environment is a part of the same set. No hosts, only hashes.

@@ -1,7 +1,7 @@
 """Compile the network ahead of time: `python -m serving.compile --checkpoint FILE --out FOLDER`.
 
-Makes one shared library a precision with AOTInductor, good for every picture shape; it needs a C++ compiler and so
-runs in the image's build stage. The detector falls back to eager torch wherever no library fits.
+AOTInductor makes shared libraries of it. That needs a C++ compiler and so happens in the image's build stage; the
+detector falls back to eager torch wherever no library fits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch.export import Dim
 
 from serving.detector import FromPictures, best_precision, cpu_flags, file_sha256, word
 from serving.network import load_network
+from serving.pictures import LONGEST_SIDE
 
 # What a package is compiled for: GCC's micro-architecture level, vector width in bits, and what the processor
 # that loads it must have. https://gcc.gnu.org/onlinedocs/gcc/x86-Options.html
@@ -28,34 +30,48 @@ TARGETS = {
 }  # fmt: skip
 
 
-def compile_network(checkpoint: Path, counted: str, precision: torch.dtype, out: Path) -> Path:
-    """Write `<precision>.so` and, last, the `.json` that says what it fits, into out."""
+# Heights and widths after the letterbox of the shapes that cameras and phones make, at a stride of 32: a library
+# that knows its shape is a tenth faster.
+COMMON_SHAPES = ((640, 480), (480, 640))
+
+
+def compile_network(
+    checkpoint: Path, counted: str, precision: torch.dtype, out: Path, shapes: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Write a library for pictures of any shape and one for each of shapes (height, width) into out.
+
+    `<precision>.json`, written last, says what they fit.
+    """
     march, bits, needs = TARGETS[precision]
     network = load_network(checkpoint)
     network.keep_only(counted)
     stride = max(network.head.strides)
     model = FromPictures(network.on(torch.device("cpu"), precision)).eval()
-    picture = torch.zeros((1, 20 * stride, 15 * stride, 3), dtype=torch.uint8)
-    most = -(-640 // stride)  # longest side in strides
-    shape = {1: Dim("h", min=1, max=most) * stride, 2: Dim("w", min=1, max=most) * stride}
+    most = -(-LONGEST_SIDE // stride)  # in strides
+    free = {1: Dim("h", min=1, max=most) * stride, 2: Dim("w", min=1, max=most) * stride}
     out.mkdir(parents=True, exist_ok=True)
-    library = out / f"{word(precision)}.so"
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(model, (picture,), dynamic_shapes={"pictures": shape})
-        package = torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=f"{folder}/network.pt2",
-            inductor_configs={"freezing": True, "cpp.march": march, "cpp.simdlen": bits},
-        )
-        # The package is unpacked here: torch would do so at every start, into a folder that may be mounted noexec.
-        with zipfile.ZipFile(package) as archive:
-            inside = next(name for name in archive.namelist() if name.endswith(".so"))
-            library.write_bytes(archive.read(inside))
+    libraries = {}
+    for shape in (None, *(s for s in shapes if s[0] % stride == s[1] % stride == 0)):
+        name = f"{shape[0]}x{shape[1]}" if shape else "any"
+        libraries[name] = f"{word(precision)}-{name}.so"
+        height, width = shape or (most * stride, (most - 1) * stride)
+        picture = torch.zeros((1, height, width, 3), dtype=torch.uint8)
+        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+            program = torch.export.export(model, (picture,), dynamic_shapes=None if shape else {"pictures": free})
+            package = torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=f"{folder}/network.pt2",
+                inductor_configs={"freezing": True, "cpp.march": march, "cpp.simdlen": bits},
+            )
+            # Unpacked here: torch would do so at every start, into a folder that may be mounted noexec.
+            with zipfile.ZipFile(package) as archive:
+                inside = next(entry for entry in archive.namelist() if entry.endswith(".so"))
+                (out / libraries[name]).write_bytes(archive.read(inside))
     facts = {
         "weights": file_sha256(checkpoint), "counted": counted, "torch": torch.__version__, "cpu_flags": needs,
+        "libraries": libraries,
     }  # fmt: skip
-    library.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    return library
+    (out / f"{word(precision)}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def main() -> None:
@@ -64,16 +80,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--counted", default="person")
     arguments = parser.parse_args()
-    flags = cpu_flags()
-    for precision, (march, _, needs) in TARGETS.items():
-        # float32 too where this processor has better: the image may run where there is no bfloat16.
-        if set(needs) <= flags:
-            print(f"compiling for {precision}, {march}", flush=True)
-            print(compile_network(arguments.checkpoint, arguments.counted, precision, arguments.out))
-        else:
-            print(f"not compiling for {precision}: this processor lacks {sorted(set(needs) - flags)}")
-    if best_precision(torch.device("cpu")) is torch.float32:
-        print("where the image runs on a processor with bfloat16, it will use eager bfloat16")
+    best = best_precision(torch.device("cpu"))
+    for precision in {torch.float32, best}:
+        missing = set(TARGETS[precision][2]) - cpu_flags()
+        if missing:
+            print(f"not compiling for {word(precision)}: this processor lacks {', '.join(sorted(missing))}")
+            continue
+        # float32 also where this processor has better: the image may run where there is no bfloat16.
+        print(f"compiling for {word(precision)}", flush=True)
+        shapes = COMMON_SHAPES if precision is best else ()
+        compile_network(arguments.checkpoint, arguments.counted, precision, arguments.out, shapes)
 
 
 if __name__ == "__main__":

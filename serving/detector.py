@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Detector:
             began = time.perf_counter()
             batch = torch.from_numpy(np.stack([pictures[i].pixels for i in members]))
             with torch.inference_mode():
-                logits = [level.float().cpu().numpy() for level in self._forward(batch.to(self.device))]
+                logits = [level.cpu() for level in self._forward(batch.to(self.device))]
             inferred = time.perf_counter()
             for row, i in enumerate(members):
                 people = find_people([level[row] for level in logits], self.head, pictures[i], parameters[i])
@@ -137,7 +138,10 @@ def cpu_flags() -> set[str]:
 
 
 def compiled_network(folder: Path, digest: str, counted: str, precision: torch.dtype) -> Forward | None:
-    """The compiled network for these weights, if one was made that this processor and this torch can run."""
+    """The compiled network for these weights, if one was made that this processor and this torch can run.
+
+    One library serves pictures of any shape; the most common shapes have a faster one each.
+    """
     try:
         facts = json.loads((folder / f"{word(precision)}.json").read_text())
     except OSError:
@@ -148,8 +152,9 @@ def compiled_network(folder: Path, digest: str, counted: str, precision: torch.d
     # Not torch._inductor's loader: importing that takes seconds.
     from torch._C._aoti import AOTIModelContainerRunnerCpu
 
-    runner = AOTIModelContainerRunnerCpu(str(folder / f"{word(precision)}.so"), 1)
-    return lambda pictures: runner.run([pictures])
+    run = {shape: AOTIModelContainerRunnerCpu(str(folder / name), 1).run for shape, name in facts["libraries"].items()}
+    anything = run["any"]
+    return lambda pictures: run.get(f"{pictures.shape[1]}x{pictures.shape[2]}", anything)([pictures])
 
 
 def word(precision: torch.dtype) -> str:
@@ -161,25 +166,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_people(
-    logits: Sequence[NDArray[np.float32]], head: Head, picture: Letterbox, parameters: Parameters
-) -> list[Person]:
+def find_people(logits: Sequence[Tensor], head: Head, picture: Letterbox, parameters: Parameters) -> list[Person]:
     """People from one picture's logits, each level (anchors × 6, h, w), most confident first.
 
     Only cells whose objectness alone reaches the confidence are decoded: it bounds the product from above.
     Decoding as in YOLOv5 v6.0+: https://github.com/ultralytics/yolov5/issues/471
     """
     threshold = parameters.confidence
-    bound = np.log(threshold / (1 - threshold)) if threshold < 1 else np.inf
+    bound = math.log(threshold / (1 - threshold)) if threshold < 1 else math.inf
     found = []
-    for level, stride, anchors in zip(logits, head.strides, head.anchors.numpy(), strict=True):
+    for level, stride, anchors in zip(logits, head.strides, head.anchors, strict=True):
         cells = level.reshape(len(anchors), 6, *level.shape[1:])
-        a, y, x = np.nonzero(cells[:, 4] >= bound)
+        a, y, x = torch.nonzero(cells[:, 4] >= bound, as_tuple=True)
         if len(a):
-            values = 1 / (1 + np.exp(-cells[a, :, y, x]))
-            centre = (values[:, :2] * 2 - 0.5 + np.stack((x, y), 1)) * stride
+            values = cells[a, :, y, x].float().sigmoid()
+            centre = (values[:, :2] * 2 - 0.5 + torch.stack((x, y), 1)) * stride
             size = (values[:, 2:4] * 2) ** 2 * anchors[a]
-            found.append(np.concatenate((centre - size / 2, size, values[:, 4:5] * values[:, 5:6]), 1))
+            found.append(torch.cat((centre - size / 2, size, values[:, 4:5] * values[:, 5:6]), 1).numpy())
     if not found:
         return []
     candidates = np.concatenate(found)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# One thread: two that spin for each other on a busy machine are slower by far.
-torch.set_num_threads(1)
+# One thread of arithmetic: two that spin for each other on a busy machine are slower by far.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
