@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serving.contract import COUNT_HEADER, RequestError, error_json
+from serving.contract import COUNT_HEADER, RequestError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -146,7 +146,7 @@ class Front:
             name = self._write(picture)
             try:
                 await self._ask({"spooled": name, "content_type": "image/jpeg", "query": "", "accept": ""}, "probe")
-            except (aiohttp.ClientError, OSError, TimeoutError):
+            except (aiohttp.ClientError, OSError, TimeoutError, RequestError):
                 pass  # health is judged by the sign of life alone
             finally:
                 self._forget(name, len(picture))
@@ -282,8 +282,7 @@ class Front:
             body = await answer.read()
             if answer.status >= 400 and not body.startswith(b'{"error"'):
                 # TorchServe's own words name Java classes.
-                message = "no worker could answer; the server's log says why. Try again"
-                return 503, {}, _json(error_json(503, message))
+                raise RequestError("no worker could answer; the server's log says why. Try again", 503)
             return answer.status, answer.headers, body
 
     def _observe(self, answered: Any, began: float, status: int) -> None:

@@ -24,7 +24,7 @@ import simplejpeg
 import torch
 
 from serving.contract import COUNT_HEADER, Instance, Limits, Parameters, Request, RequestError, parse_request
-from serving.detector import Count, Detector
+from serving.detector import Count, Detector, word
 from serving.pictures import Letterbox, PictureError
 from serving.storage import StorageError, read_object
 from serving.work import Work, annotate_count
@@ -43,7 +43,7 @@ class PeopleHandler:
         logging.getLogger().setLevel(logging.WARNING)
         self.run_folder = Path(os.environ["HEADCOUNT_RUN_FOLDER"])
         try:
-            # One process a core beats threads: ../docs/decisions.md.
+            # One process a core beats threads: README.md, Why it is so.
             torch.set_num_threads(1)
             cv2.setNumThreads(1)
             self.limits = Limits.from_environment()
@@ -225,7 +225,10 @@ class PeopleHandler:
             picture = self.detector.prepare(simplejpeg.encode_jpeg(noise), self.limits)
             for _ in range(2):
                 self.detector.count([picture], [Parameters()])
-        self._sign_of_life()
+        # The first sign of life, whole at once: the launcher logs what is in it.
+        told = self.run_folder / f"{os.getpid()}.json"
+        told.write_text(json.dumps({"precision": word(self.detector.precision), "compiled": self.detector.compiled}))
+        told.rename(self.alive)
 
 
 def _json(value: Any) -> bytes:

@@ -41,7 +41,7 @@ DRAIN_SECONDS = 8  # for requests in flight after SIGTERM; Vertex AI kills after
 MEMORY_PER_WORKER = 1_000_000_000  # bytes; measured 0.5 to 0.8 GB with PyTorch's CUDA wheels
 
 # Large blocks stay with the process instead of going back to the kernel after every picture. It makes eager
-# inference 1.25 times faster (../docs/decisions.md).
+# inference 1.25 times faster (README.md, Why it is so).
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "268435456",
     "MALLOC_TRIM_THRESHOLD_": "268435456",
@@ -270,7 +270,8 @@ max_response_size=200000000
                 ready = True
                 seconds = round(time.monotonic() - began, 1)
                 url = f"http://{self.host if ':' not in self.host else f'[{self.host}]'}:{self.port}"
-                log("ready", seconds=seconds, workers=self.workers, url=url, sample=self.sample)
+                network = json.loads(next((self.run_folder / "workers").iterdir()).read_text())
+                log("ready", seconds=seconds, workers=self.workers, url=url, sample=self.sample, **network)
             failed = self.run_folder / "failed"
             if failed.exists():
                 if not ready:

@@ -1,0 +1,183 @@
+"""The image as it is run in production: read-only, two CPUs, somebody without rights, nothing but Docker around it.
+
+Skipped where no Docker engine answers; HEADCOUNT_REQUIRE_DOCKER=1 makes that a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ROOT, free_port
+
+from headcount import Client
+from serving.detector import cpu_flags
+
+# The distribution's client has BuildKit built in; another one on the PATH may lack the plugin for it.
+DOCKER = os.environ.get("DOCKER") or shutil.which("docker", path="/usr/bin") or "docker"
+IMAGE = "headcount:test"
+# A name of this run, so that only its own containers are removed.
+RUN = f"headcount-test-{uuid.uuid4().hex[:8]}"
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    done = subprocess.run([DOCKER, *arguments], check=False, capture_output=True, text=True)
+    if check and done.returncode:
+        pytest.fail(f"docker {' '.join(arguments)}: {done.stderr[-3000:]}")
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image(checkpoint: Path) -> Iterator[str]:
+    try:
+        subprocess.run([DOCKER, "info"], check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        if os.environ.get("HEADCOUNT_REQUIRE_DOCKER") == "1":
+            pytest.fail(f"HEADCOUNT_REQUIRE_DOCKER is set, and no Docker engine answers to {DOCKER}")
+        pytest.skip("no Docker engine answers")
+    built = subprocess.run(
+        ["make", "image", f"IMAGE={IMAGE}", f"DOCKER={DOCKER}"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    yield IMAGE
+    for container in docker("ps", "-aq", "--filter", f"name={RUN}").split():
+        docker("rm", "-f", container)
+
+
+class Container:
+    """One run of the image on a port of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self.port, self.grpc = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.began = time.monotonic()
+        self.name = f"{RUN}-{self.port}"
+        docker("run", "--detach", "--name", self.name, "--read-only", "--tmpfs", "/tmp",
+               "-e", "HEADCOUNT_GRPC=0.0.0.0:7070",
+               "-p", f"127.0.0.1:{self.port}:8080", "-p", f"127.0.0.1:{self.grpc}:7070", *options, IMAGE)  # fmt: skip
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in docker("logs", self.name).splitlines()]
+
+    def count(self, picture: bytes) -> int:
+        """As soon as it can, asked without a pause."""
+        while time.monotonic() < self.began + 60:
+            try:
+                answer = httpx.post(f"{self.url}/predictions/people", content=picture, timeout=20)
+            except httpx.TransportError:
+                answer = None
+            if answer is not None and answer.status_code == 200:
+                return int(answer.json()["count"])
+            time.sleep(0.05)
+        pytest.fail(f"no answer in 60 s:\n{docker('logs', self.name)[-3000:]}")
+
+    def exit_code(self) -> int:
+        return int(docker("wait", self.name))
+
+    def remove(self) -> None:
+        docker("rm", "-f", self.name, check=False)
+
+
+@pytest.fixture(scope="module")
+def bus(data: Path) -> bytes:
+    return (data / "people" / "bus.jpg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def container(image: str, bus: bytes) -> Iterator[tuple[Container, float]]:
+    """A container on two CPUs that counted four, and the seconds until then."""
+    one = Container("--cpus", "2")
+    try:
+        assert one.count(bus) == 4
+        yield one, time.monotonic() - one.began
+    finally:
+        one.remove()
+
+
+def test_first_good_prediction_within_ten_seconds(container: tuple[Container, float]) -> None:
+    assert container[1] <= 10
+
+
+def test_rest_and_grpc(container: tuple[Container, float], bus: bytes) -> None:
+    one, _ = container
+    assert httpx.get(f"{one.url}/ping").status_code == 200
+    with Client(one.url) as rest, Client(grpc=f"127.0.0.1:{one.grpc}") as remote:
+        assert rest.count(bus).count == remote.count(bus).count == 4
+
+
+def test_it_is_nobody_and_can_write_nowhere(container: tuple[Container, float]) -> None:
+    script = "id -u; for d in / /opt/headcount /var /etc /home; do [ -w $d ] && echo $d; done; echo end"
+    uid, *writable = docker("exec", container[0].name, "sh", "-c", script).split()
+    assert uid != "0"
+    assert writable == ["end"]
+
+
+def test_there_is_no_compiler(container: tuple[Container, float]) -> None:
+    script = """
+    for c in gcc g++ cc c++ clang ld as make; do command -v $c; done
+    find / -xdev '(' -name 'cc1*' -o -name ptxas ')' 2>/dev/null
+    echo end
+    """
+    assert docker("exec", container[0].name, "sh", "-c", script) == "end"
+
+
+def test_labels_say_what_it_is(image: str) -> None:
+    labels = json.loads(docker("image", "inspect", "-f", "{{json .Config.Labels}}", image))
+    assert labels["org.opencontainers.image.title"] == "headcount"
+    assert labels["org.opencontainers.image.description"]
+
+
+@pytest.mark.skipif("avx2" not in cpu_flags(), reason="compiled for x86-64-v3 or better")
+def test_the_compiled_network_is_used(container: tuple[Container, float]) -> None:
+    ready = next(line for line in container[0].log_lines() if line["message"] == "ready")
+    bfloat16 = {"avx512_bf16", "amx_bf16"} & cpu_flags()
+    assert ready["compiled"] is True
+    assert ready["precision"] == ("bfloat16" if bfloat16 else "float32")
+    assert ready["workers"] == 2
+
+
+def test_one_cpu_has_one_worker_and_stops_at_once(image: str, bus: bytes) -> None:
+    one = Container("--cpus", "1", "--memory", "2500m")
+    try:
+        assert one.count(bus) == 4
+        assert next(line for line in one.log_lines() if line["message"] == "ready")["workers"] == 1
+        began = time.monotonic()
+        docker("stop", "--time", "20", one.name)
+        assert time.monotonic() - began < 10
+        assert one.exit_code() == 0
+    finally:
+        one.remove()
+
+
+def test_broken_weights_end_it_with_the_reason(image: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 no weights")
+    tmp_path.chmod(0o755)
+    one = Container("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/yolov5n.pt:ro")
+    try:
+        assert one.exit_code() == 1
+        assert one.log_lines()[-1]["severity"] == "CRITICAL"
+        assert "yolov5n.pt" in one.log_lines()[-1]["message"]
+    finally:
+        one.remove()
+
+
+def test_without_a_folder_to_write_to_it_says_so(image: str) -> None:
+    said = subprocess.run(
+        [DOCKER, "run", "--rm", "--name", f"{RUN}-full", "--read-only", image],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1
+    assert "temporary directory" in json.loads(said.stdout.splitlines()[-1])["message"]
