@@ -1,8 +1,8 @@
 """Vertex AI as this provider calls it: clients, retries, long-running operations, and which refusals are
 waited out.
 
-Google's generated clients build and read the messages. They are imported on first use, which takes a second: a
-schema, a check or a diff needs none of it.
+Google's generated clients build and read the messages. They are imported on first use, which takes a second:
+a schema, a check or a diff needs none of it.
 """
 
 from __future__ import annotations
@@ -299,8 +299,8 @@ class Api:
         try:
             return call()
         except exceptions.GoogleAPICallError as error:
-            status = google_status(error)
-            message = f"Vertex AI answered {error.code} {status}: {error.message}"
+            status, said = google_error(error)
+            message = f"Vertex AI answered {error.code} {status}: {said}"
             # A quota that is used up answers 429 too, and trying again does not help it.
             rate_limited = error.code == 429 and "quotas are exceeded" not in str(error.message)
             if rate_limited or error.code in (502, 503, 504):
@@ -378,16 +378,17 @@ class Api:
         self._json(work, "POST", f"{operation}:cancel")
 
 
-def google_status(error: Any) -> str:
-    """Google's name of an error, such as FAILED_PRECONDITION, from the body of a REST answer."""
-    response = getattr(error, "response", None)
+def google_error(error: Any) -> tuple[str, str]:
+    """Google's name of an error, such as FAILED_PRECONDITION, and its words, from the body of a REST answer.
+
+    The exception's own text begins with the method and the whole address.
+    """
     try:
-        named = response.json()["error"]["status"] if response is not None else None
-    except (ValueError, KeyError, TypeError):
-        named = None
-    if named:
-        return str(named)
-    return error.grpc_status_code.name if error.grpc_status_code else "UNKNOWN"
+        body = error.response.json()["error"]
+        return str(body["status"]), str(body["message"])
+    except (AttributeError, ValueError, KeyError, TypeError):
+        name = error.grpc_status_code.name if error.grpc_status_code else "UNKNOWN"
+        return name, str(error.message)
 
 
 def rpc_status(code: int) -> str:

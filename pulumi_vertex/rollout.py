@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: a TypedDict would then not know which of its keys are
 # required.
 
+import contextlib
 import hashlib
 import re
 import threading
@@ -720,8 +721,8 @@ def _give_up(
         if isinstance(error, StoppedError):
             tidy = Work(work.urn, 15, threading.Event(), work.say, work.log)
         elif known.fresh and not known.moved:
-            _undo(tidy, api, endpoint, known)
-            message = f"{what} It was undeployed again, and the traffic was not touched. {why}"
+            undone = "It was undeployed again, and the" if _undo(tidy, api, endpoint, known) else "The"
+            message = f"{what} {undone} traffic was not touched. {why}"
         there = get_endpoint(tidy, api, endpoint)
     except ProblemError as second:
         raise HalfMadeError(
@@ -747,14 +748,16 @@ def _explained(error: ProblemError, current: list[planning.Step]) -> tuple[str, 
     return f"Could not {current[0]}.", f"The reason: {error}"
 
 
-def _undo(work: Work, api: Api, endpoint: str, known: Known) -> None:
-    """Undeploys what this run deployed; its deployment is cancelled first if it is still running."""
+def _undo(work: Work, api: Api, endpoint: str, known: Known) -> bool:
+    """Undeploys what this run deployed, and says whether there was a deployment to undo.
+
+    One that is still running is cancelled first.
+    """
+    undone = [known.operation] if known.operation else []
     work.say("undeploying what could not be deployed")
     if known.operation:
-        try:
+        with contextlib.suppress(RefusedError):  # done already, or not to be cancelled: then it is waited for
             api.cancel(work, known.operation)
-        except RefusedError:
-            known.operation = ""  # done already, or not to be cancelled: then it is waited for
 
     def step() -> bool:
         api.wait_for_others(work, endpoint)
@@ -762,10 +765,12 @@ def _undo(work: Work, api: Api, endpoint: str, known: Known) -> None:
         left = [d for d in (observe(there, known) if there else []) if d.id in known.fresh and d.ours and not d.traffic]
         if not left:
             return True
+        undone.append(left[0].id)
         _undeploy(work, api, endpoint, Undeploy(left[0].spec.model or left[0].id, left[0].id))
         return False
 
     converge(work, step)
+    return bool(undone)
 
 
 # --- delete -------------------------------------------------------------------------------------------------

@@ -146,9 +146,7 @@ def wanted_sets(draw: st.DrawFn) -> dict[str, Release]:
 @st.composite
 def endpoints(draw: st.DrawFn) -> list[Deployed]:
     specs = draw(st.lists(st.sampled_from(SPECS), unique=True, max_size=4))
-    shares = (
-        split(draw(st.lists(st.integers(0, 9), min_size=len(specs), max_size=len(specs)))) if specs else []
-    )
+    shares = split(draw(st.lists(st.integers(0, 9), min_size=len(specs), max_size=len(specs)))) if specs else []
     return [
         Deployed(
             draw(st.sampled_from([deployed_id(ENDPOINT, spec), str(n)])),
@@ -178,9 +176,7 @@ def done(step: Step, observed: list[Deployed]) -> list[Deployed]:
         for id_ in shares:
             assert id_ in by_id
             assert by_id[id_].available
-        return [
-            replace(d, traffic=shares.get(d.id) or 0, drained=d.drained and not d.traffic) for d in observed
-        ]
+        return [replace(d, traffic=shares.get(d.id) or 0, drained=d.drained and not d.traffic) for d in observed]
     if isinstance(step, Drain):
         assert not any(by_id[id_].traffic for id_ in step.ids)
         return [replace(d, drained=True) if d.id in step.ids else d for d in observed]

@@ -172,9 +172,7 @@ class Stack:
         return what
 
     def create(self, plugin: Plugin, news: Wire, *, preview: bool = False, timeout: float = 0) -> Wire:
-        request = provider_pb2.CreateRequest(
-            urn=self.urn, properties=struct(news), preview=preview, timeout=timeout
-        )
+        request = provider_pb2.CreateRequest(urn=self.urn, properties=struct(news), preview=preview, timeout=timeout)
         try:
             answer = plugin.call("Create", request)
         except CallFailed as error:
@@ -229,9 +227,7 @@ class Stack:
         self._keep(inputs, outputs)
         return changed
 
-    def delete(
-        self, plugin: Plugin, *, id_: str = "", outputs: Wire | None = None, inputs: Wire | None = None
-    ) -> None:
+    def delete(self, plugin: Plugin, *, id_: str = "", outputs: Wire | None = None, inputs: Wire | None = None) -> None:
         mine = not id_
         plugin.call(
             "Delete",
