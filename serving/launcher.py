@@ -37,6 +37,7 @@ from serving.front import PREDICT_ROUTE, Front, Settings
 from serving.storage import StorageError, download_checkpoint
 
 CONFIG = Path(__file__).parent / "config"
+START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
 DRAIN_SECONDS = 8  # for requests in flight after SIGTERM; Vertex AI kills after 10
 MEMORY_PER_WORKER = 1_000_000_000  # bytes; measured 0.5 to 0.8 GB with PyTorch's CUDA wheels
 
@@ -257,8 +258,8 @@ max_response_size=200000000
     async def _serve_model(self, front: Front, inference_port: int) -> None:
         """Start TorchServe and keep the sign of life fresh; return never. Raises StartError when there is nothing
         left to serve with."""
-        began, ready = time.monotonic(), False
         await self._start_torchserve(inference_port)
+        began, ready = time.monotonic(), False
         picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
         probes: set[asyncio.Task[None]] = set()
         while True:
@@ -272,6 +273,8 @@ max_response_size=200000000
                 url = f"http://{self.host if ':' not in self.host else f'[{self.host}]'}:{self.port}"
                 network = json.loads(next((self.run_folder / "workers").iterdir()).read_text())
                 log("ready", seconds=seconds, workers=self.workers, url=url, sample=self.sample, **network)
+            elif not ready and time.monotonic() > began + START_SECONDS:
+                raise StartError(f"no worker was ready within {START_SECONDS} s; the log above says why")
             failed = self.run_folder / "failed"
             if failed.exists():
                 if not ready:

@@ -122,7 +122,7 @@ class _Opened:
         """RGB pixels as stored; with at_least (width, height), perhaps smaller but not below it."""
         if self.image is None:
             width, height = at_least or (self.width, self.height)
-            # Below 1/4 counts change (docs/decisions.md); the decoder may choose smaller only down to this.
+            # Below 1/4 counts change (README.md, Why it is so); the decoder may choose smaller only down to this.
             width, height = max(width, self.width // 4), max(height, self.height // 4)
             try:
                 decoded: Pixels = simplejpeg.decode_jpeg(self.data, "RGB", min_width=width, min_height=height)
