@@ -111,7 +111,7 @@ class InProcess:
         except ImportError as error:
             raise CountError(
                 f"counting without a server needs {error.name}, which is not installed; "
-                "install requirements-torch.txt, or name a server"
+                "install requirements/torch.txt, or name a server"
             ) from None
         self.parallel = parallel
         if parallel > 1:
@@ -123,17 +123,15 @@ class InProcess:
             raise CountError(str(error)) from None
 
     def count(self, data: bytes, parameters: Parameters) -> Answer:
-        from serving.pictures import PictureError, annotate
+        from serving.pictures import PictureError
+        from serving.work import annotate_count
 
         try:
             picture = self._detector.prepare(data, self._limits)
             (found,) = self._detector.count([picture], [parameters])
             answer = Answer.from_json(found.as_json(parameters, self._detector.model))
             if parameters.annotate:
-                listed = found.people[: parameters.max_people]
-                labels = [f"{self._detector.counted} {person.confidence:.2f}" for person in listed]
-                boxes = [person.box for person in listed]
-                drawn = annotate(data, boxes, labels, parameters.region, self._limits.max_pixels)
+                drawn = annotate_count(data, found, parameters, self._detector.counted, self._limits)
                 answer = replace(answer, annotated=drawn)
         except PictureError as error:
             raise CountError(str(error)) from None
