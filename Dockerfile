@@ -31,15 +31,17 @@ RUN --mount=type=cache,target=/cache uv pip install --target /opt/packages --req
 # Compiles the network, with the only compiler there is, and makes the model archive.
 FROM tools AS model
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
-COPY --from=torch /opt/torch /opt/torch
-COPY --from=packages /opt/packages /opt/packages
 ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch
 ARG WEIGHTS=yolov5n
 COPY serving/__init__.py serving/compile.py serving/contract.py serving/detector.py serving/network.py serving/pictures.py /opt/headcount/serving/
 COPY .headcount/weights/${WEIGHTS}.pt /build/
-RUN python -m serving.compile --checkpoint /build/${WEIGHTS}.pt --out /build/compiled
+RUN --mount=type=bind,from=torch,source=/opt/torch,target=/opt/torch \
+    --mount=type=bind,from=packages,source=/opt/packages,target=/opt/packages \
+    python -m serving.compile --checkpoint /build/${WEIGHTS}.pt --out /build/compiled
 COPY serving /opt/headcount/serving
-RUN python -m serving.archive --checkpoint /build/${WEIGHTS}.pt --compiled /build/compiled --out /opt/headcount/archive \
+RUN --mount=type=bind,from=torch,source=/opt/torch,target=/opt/torch \
+    --mount=type=bind,from=packages,source=/opt/packages,target=/opt/packages \
+    python -m serving.archive --checkpoint /build/${WEIGHTS}.pt --compiled /build/compiled --out /opt/headcount/archive \
     && python -m compileall -q /opt/headcount/serving
 
 # What a CPU never runs: headers, tests, the GPU's compiler, and of the CUDA build's libraries all that torch does not

@@ -35,7 +35,7 @@ from headcount.cli import app, in_order, parse_region
 from headcount.counters import Grpc, Rest
 from headcount.files import Input, annotated_paths, find_inputs
 from serving.contract import Parameters, RequestError
-from tests.conftest import Server
+from conftest import Server
 
 COMMAND = [sys.executable, "-m", "headcount.cli", "count"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def transparent(picture: Image.Image) -> bytes:
     return encode(Image.merge("RGBA", (*picture.split(), alpha)), "PNG")
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "PNG": lambda p: encode(p, "PNG", compress_level=1),
     "WebP": lambda p: encode(p, "WEBP", quality=90),
     "GIF": lambda p: encode(p, "GIF", save_all=True, append_images=[Image.new("RGB", p.size)]),
@@ -148,5 +149,6 @@ def test_annotated_picture_is_upright_and_drawn_on(data: Path) -> None:
     drawn = Image.open(io.BytesIO(annotate(turned, [(100, 200, 300, 500)], ["person 0.90"], [(0, 0), (1, 0), (1, 1)])))
     assert drawn.size == bus.size
     assert drawn.format == "JPEG"
-    red, green, blue = drawn.getpixel((100, 350))
+    pixel: Any = drawn.getpixel((100, 350))
+    red, green, blue = pixel
     assert green > 150 > max(red, blue) - 40

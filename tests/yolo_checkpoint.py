@@ -36,7 +36,7 @@ CLASSES = {
 
 
 def _conv(c1: int, c2: int, k: int = 1, s: int = 1, f: int | list[int] = -1) -> Any:
-    norm = nn.BatchNorm2d(c2, eps=1e-3)
+    norm: Any = nn.BatchNorm2d(c2, eps=1e-3)
     norm.running_mean.normal_(0, 0.1)
     norm.running_var.uniform_(0.5, 2)
     conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
@@ -48,8 +48,8 @@ def _c3(c1: int, c2: int) -> Any:
     return CLASSES["C3"](cv1=_conv(c1, c2 // 2), cv2=_conv(c1, c2 // 2), cv3=_conv(c2, c2), m=nn.Sequential(block))
 
 
-def _upsample() -> nn.Module:
-    layer = nn.Upsample(None, 2, "nearest")
+def _upsample() -> Any:
+    layer: Any = nn.Upsample(None, 2, "nearest")
     layer.f = -1
     return layer
 
