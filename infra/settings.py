@@ -124,7 +124,9 @@ class Settings(_Model):
         ),
     ] = ""
     min_replicas: Annotated[int, Field(description="replicas that always run", ge=1, examples=[1])] = 1
-    max_replicas: Annotated[int, Field(description="replicas that may run under load", ge=1, examples=[2])] = 1
+    max_replicas: Annotated[
+        int, Field(description="replicas that may run under load", ge=1, validate_default=True, examples=[2])
+    ] = 1
     dedicated: Annotated[
         bool,
         Field(
@@ -165,7 +167,8 @@ class Settings(_Model):
     def _enough(cls, most: int, info: ValidationInfo) -> int:
         least = info.data.get("min_replicas", 1)
         if most < least:
-            raise ValueError(f"it must be at least minReplicas, {least}")
+            said = f"{most} is less than minReplicas, {least}"
+            raise PydanticCustomError("inconsistent", "", {"wrong": [(said, f"set {PROJECT}:maxReplicas {least}")]})
         return most
 
     @field_validator("releases")
@@ -193,7 +196,7 @@ class Settings(_Model):
         if builds and info.data.get("image_repository"):
             wrong.append((f"{builds[0]} cannot be built into imageRepository, which is another stack's", pin))
         if wrong:
-            raise PydanticCustomError("releases", "inconsistent", {"wrong": wrong})
+            raise PydanticCustomError("inconsistent", "", {"wrong": wrong})
         return releases
 
     @property
@@ -255,7 +258,7 @@ def _problem(error: ErrorDetails, stack: str) -> str:
     def line(said: str, *commands: str) -> str:
         return "\n".join([f"  {key}{said}", *(f"    pulumi config {c} -s {shlex.quote(stack)}" for c in commands)])
 
-    if error["type"] == "releases":
+    if error["type"] == "inconsistent":
         return "\n".join(line(f": {said}", command) for said, command in error["ctx"]["wrong"])
     if error["type"] == "extra_forbidden":
         known = [f.alias or "" for f in model.model_fields.values()]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,50 +159,57 @@ _IDS: Final = {
 }
 
 
-def pending(state: Mapping[str, Any], project: str, region: str) -> dict[str, str]:
-    """URN → id of what was being created when Pulumi was killed; "" for what can just be made again."""
-    found = {}
-    for operation in state.get("deployment", {}).get("pending_operations") or []:
+def adopted(state: Mapping[str, Any], project: str, region: str) -> tuple[dict[str, Any], list[str]]:
+    """The state in which what was being created when Pulumi was killed counts as created, and the names of that.
+
+    Whether it was, `pulumi refresh` finds out: it reads by the id, and forgets what is not there.
+    """
+    adopted = json.loads(json.dumps(state))
+    deployment, names = adopted["deployment"], []
+    for operation in deployment.pop("pending_operations", None) or []:
         resource = operation["resource"]
-        if operation["type"] == "creating":
-            known = {"project": project, "region": region, **resource.get("inputs", {})}
-            found[resource["urn"]] = _IDS.get(resource["type"], "").format(**known)
-    return found
+        if operation["type"] != "creating":
+            continue
+        names.append(resource["urn"].rpartition("::")[2])
+        if pattern := _IDS.get(resource["type"]):
+            id_ = pattern.format(**{"project": project, "region": region, **resource["inputs"]})
+            # Without outputs the google provider reads everything anew, as for an import.
+            deployment["resources"].append({**resource, "id": id_, "outputs": {}})
+    return adopted, names
 
 
 def recover(stack: str) -> list[str]:
-    """Takes into the state what a killed run left half-made, and returns what it did.
+    """Mends what a killed run left, and returns what it did. Raises StackError.
 
-    Pulumi keeps a list of what it was creating. What is there is imported, what is not is forgotten, so that the
-    next `up` finds its own work instead of a name that is taken. Raises StackError.
+    Pulumi keeps a list of what it was creating. Without this, the next `up` would meet names that are taken.
     """
     said = [line] if (line := clear_lock(stack)) else []
+    said += [line] if (line := mend_file(stack)) else []
     state = json.loads(pulumi(stack, "stack", "export"))
+    if not state.get("deployment", {}).get("pending_operations"):
+        return said
     config = {key: entry.get("value", "") for key, entry in json.loads(pulumi(stack, "config", "--json")).items()}
-    for urn, id_ in pending(state, config["gcp:project"], config["gcp:region"]).items():
-        name = urn.rpartition("::")[2]
-        if id_:
-            try:
-                pulumi(
-                    stack,
-                    "refresh",
-                    "--yes",
-                    "--skip-preview",
-                    "--target",
-                    urn,
-                    "--import-pending-creates",
-                    urn,
-                    "--import-pending-creates",
-                    id_,
-                )
-                said.append(f"took over {name}, which was being created")
-                continue
-            except StackError:
-                pass
-        said.append(f"forgot {name}, which was not created")
-    if said:
-        pulumi(stack, "refresh", "--yes", "--skip-preview", "--clear-pending-creates")
-    return said
+    mended, names = adopted(state, config["gcp:project"], config["gcp:region"])
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # its secrets stay encrypted
+        json.dump(mended, file)
+        file.flush()
+        pulumi(stack, "stack", "import", "--file", file.name)
+    pulumi(stack, "refresh", "--yes", "--skip-preview")
+    return [*said, f"looked whether these were created before Pulumi was killed: {', '.join(names)}"]
+
+
+def mend_file(stack: str) -> str:
+    """Takes the last whole copy of a state in files that was being written when Pulumi was killed."""
+    backend = environment(stack).get("PULUMI_BACKEND_URL", "")
+    file = Path(backend.removeprefix("file://")) / ".pulumi" / "stacks" / "headcount" / f"{stack}.json"
+    if not backend.startswith("file://") or not file.exists():
+        return ""
+    try:
+        json.loads(file.read_text())
+    except ValueError:
+        shutil.copy(file.with_name(f"{file.name}.bak"), file)
+        return "took the last whole copy of the state"
+    return ""
 
 
 def installed() -> bool:

@@ -317,25 +317,40 @@ def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deplo
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 
-@pytest.mark.parametrize("seconds", [3.0, 5.0, 8.0])
-def test_an_up_that_was_killed_is_repeated_to_the_end(deployed: Project, seconds: float) -> None:
-    deployed.pulumi("destroy", "-s", "local", "--yes", "--skip-preview")
+def kill_up_at(project: Project, method: str) -> None:
+    """Starts `pulumi up` and kills it, and its providers, once the sandbox has answered a call of `method`."""
+    project.sandbox.admin("DELETE", "requests")
     process = subprocess.Popen(
         ["pulumi", "up", "-s", "local", "--yes", "--skip-preview", "--non-interactive"],
-        cwd=deployed.folder,
-        env=deployed.environment,
+        cwd=project.folder,
+        env=project.environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    time.sleep(seconds)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    deployed.python("infra.stacks", "recover", "local")
+    try:
+        while not any(r["method"].endswith(method) and r["status"] == 200 for r in project.sandbox.requests()):
+            assert process.poll() is None, f"it ended before it called {method}"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: Project) -> None:
+    deployed.pulumi("destroy", "-s", "local", "--yes", "--skip-preview")
+    said = ""
+    for method in ("repositories.create", "models.upload", "endpoints.deployModel"):
+        kill_up_at(deployed, method)
+        said += deployed.python("infra.stacks", "recover", "local")
     deployed.up()
     found = deployed.outputs()
     deployed.count(found["url"])
-    assert len(found["models"]) == len({*found["models"].values()})
+    assert "looked whether these were created before Pulumi was killed" in said
+    assert len(deployed.containers()) == 1
+    location = "v1/projects/headcount-local/locations/europe-west4"
+    models = httpx.get(f"{deployed.sandbox.url}/{location}/models").json()["models"]
+    assert [m["versionId"] for m in models] == ["1"], "no second copy"
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 

@@ -1,0 +1,172 @@
+"""Settings: what is right is read, what is wrong is said at once with its repair; names fit Google's limits."""
+
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.settings import BUILD, Names, Release, Settings, read
+from sandbox import artifact_registry, cloud, iam, storage, vertex_endpoints, vertex_models
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = {"gcp:project": "my-project", "gcp:region": "europe-west4"}
+DIGEST = "sha256:" + "a" * 64
+
+
+def error(config: dict[str, str], stack: str = "dev") -> str:
+    with pytest.raises(pulumi.RunError) as caught:
+        read(config, stack)
+    return str(caught.value)
+
+
+def test_without_releases_there_is_one_built_from_the_sources() -> None:
+    settings = read(GOOD, "dev")
+    assert settings.releases == {"main": Release(image=BUILD, traffic=100)}
+    assert settings.builds
+
+
+def test_texts_become_what_they_stand_for() -> None:
+    settings = read(
+        GOOD
+        | {
+            "headcount:paused": "true",
+            "headcount:minReplicas": "2",
+            "headcount:maxReplicas": "3",
+            "headcount:releases": f'{{"aa": {{"image": "{DIGEST}", "traffic": 100}}}}',
+            "vertex:endpoint": "http://127.0.0.1:1",
+        },
+        "dev",
+    )
+    assert (settings.paused, settings.min_replicas, settings.max_replicas) == (True, 2, 3)
+    assert settings.releases["aa"].image == DIGEST
+    assert not settings.builds
+    assert settings.vertex_endpoint == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "repair"),
+    [
+        ({"gcp:project": ""}, 'gcp:project (id of the Google Cloud project) is ""', "set gcp:project my-project"),
+        ({"gcp:region": "Europe"}, 'gcp:region (region of everything) is "Europe"', "set gcp:region europe-west4"),
+        ({"headcount:minReplicas": "0"}, "greater than or equal to 1", "set headcount:minReplicas 1"),
+        ({"headcount:minReplicas": "3"}, "1 is less than minReplicas, 3", "set headcount:maxReplicas 3"),
+        ({"headcount:paused": "maybe"}, 'is "maybe"', "set headcount:paused true"),
+        ({"headcount:machinetype": "x"}, "Did you mean machineType?", "rm headcount:machinetype"),
+        (
+            {"headcount:releases": '{"aa": {"image": "build", "traffic": 90}}'},
+            "must add up to 100, not 90 (aa 90)",
+            "set --path headcount:releases.aa.traffic 100",
+        ),
+        (
+            {"headcount:releases": '{"aa": {"image": "latest", "traffic": 100}}'},
+            'is "latest"',
+            "set --path headcount:releases.aa.image 'sha256:…'",
+        ),
+        (
+            {"headcount:releases": '{"aa": {"image": "build"}}'},
+            "headcount:releases.aa.traffic (percent of the requests) is missing",
+            "set --path headcount:releases.aa.traffic 10",
+        ),
+        (
+            {"headcount:releases": '{"default": {"image": "build", "traffic": 100}}'},
+            "Vertex AI's own name",
+            "rm --path headcount:releases.default",
+        ),
+        (
+            {"headcount:releases": '{"A b": {"image": "build", "traffic": 100}}'},
+            "no name for a release",
+            "rm --path 'headcount:releases.A b'",
+        ),
+        (
+            {
+                "headcount:releases": '{"aa": {"image": "build", "traffic": 50}, '
+                '"bb": {"image": "build", "traffic": 50}}'
+            },
+            "only one release can be built, not aa and bb",
+            "set --path headcount:releases.aa.image sha256:…",
+        ),
+        (
+            {"headcount:production": "true"},
+            "production builds nothing: give main the digest",
+            "set --path headcount:releases.main.image sha256:…",
+        ),
+        (
+            {"headcount:imageRepository": "europe-docker.pkg.dev/p/r"},
+            "another stack's",
+            "set --path headcount:releases.main.image sha256:…",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_repair(config: dict[str, str], named: str, repair: str) -> None:
+    said = error(GOOD | config)
+    assert named in said
+    assert f"pulumi config {repair} -s dev" in said
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    said = error(
+        {
+            "gcp:region": "x",
+            "headcount:minReplicas": "0",
+            "headcount:releases": '{"aa": {"image": "latest", "traffic": 101}}',
+        }
+    )
+    assert said.startswith("Stack dev cannot be deployed: 5 settings are wrong.")
+    for key in ("gcp:project", "gcp:region", "minReplicas", "releases.aa.image", "releases.aa.traffic"):
+        assert key in said
+
+
+@pytest.mark.parametrize("stack", ["dev", "prod", "local"])
+def test_the_committed_stack_files_are_right(stack: str) -> None:
+    import json
+
+    config = yaml.safe_load((ROOT / f"Pulumi.{stack}.yaml").read_text())["config"]
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in config.items()}
+    read({"gcp:project": "my-project"} | texts, stack)
+
+
+def test_pulumi_yaml_describes_the_settings_as_they_are() -> None:
+    schema: dict[str, Any] = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
+    types = {"string": str, "integer": int, "boolean": bool}
+    fields = {f.alias: f for n, f in Settings.model_fields.items() if n not in ("stack", "project", "region")}
+    for key, said in schema.items():
+        field = fields[key.removeprefix("headcount:")]
+        assert isinstance(field.default, types[said["type"]])
+        assert said["default"] == field.default
+        assert said["description"] == field.description
+    # Pulumi's schema has no maps; and a list has no useful default there.
+    structured = {"releases", "imageReaders", "buildArgs", "vertexEndpoint"}
+    assert {k.removeprefix("headcount:") for k in schema} == set(fields) - structured
+
+
+PROJECTS = st.from_regex(r"[a-z][a-z0-9-]{4,28}[a-z0-9]", fullmatch=True)
+REGIONS = st.from_regex(r"[a-z]{2,12}-[a-z]{4,12}[0-9]{1,2}", fullmatch=True)
+STACKS = st.text(string.ascii_letters + string.digits + "_.-", min_size=1, max_size=100)
+
+
+@given(PROJECTS.filter(lambda p: not re.search("g[o0]{2}g", p)), REGIONS, STACKS)
+def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None:
+    names = Names(project, region, stack)
+    assert storage.BUCKET.fullmatch(names.bucket)
+    assert len(names.bucket) <= 63
+    assert artifact_registry.REPOSITORY_ID.fullmatch(names.repository)
+    assert iam.ACCOUNT_ID.fullmatch(names.service_account)
+    assert vertex_models.MODEL_ID.fullmatch(names.model)
+    assert vertex_endpoints.ENDPOINT_ID.fullmatch(names.endpoint)
+    assert names.endpoint.isdigit()
+    assert len(names.endpoint) <= 10
+    cloud.check_labels(names.labels)
+
+
+@given(STACKS, STACKS)
+def test_different_stacks_have_different_names(one: str, other: str) -> None:
+    if one != other:
+        a, b = Names("my-project", "europe-west4", one), Names("my-project", "europe-west4", other)
+        for name in ("bucket", "repository", "service_account", "model", "endpoint"):
+            assert getattr(a, name) != getattr(b, name)
