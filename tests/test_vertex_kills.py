@@ -91,7 +91,7 @@ class Scenario:
     def check(self) -> None:
         raise NotImplementedError
 
-    def roll_out(self, plugin: Plugin, **models: Wire) -> None:
+    def roll_out(self, plugin: Plugin, **models: Any) -> None:
         self.rollout.up(plugin, rollout_inputs(self.endpoint, **models))
 
 
@@ -262,7 +262,7 @@ class Rollouts(RuleBasedStateMachine):
         self.wanted: dict[str, tuple[int, str, int, int]] | None = None
 
     def inputs(self, wanted: dict[str, tuple[int, str, int, int]]) -> Wire:
-        models = {
+        models: Any = {
             name: release(self.versions[version], share, minReplicas=replicas) | {"machineType": machine}
             for name, (version, machine, share, replicas) in wanted.items()
         }
@@ -386,7 +386,7 @@ def test_any_sequence_of_rollouts_faults_and_kills_ends_as_wanted(
 
     Machine.sandbox, Machine.cloud, Machine.proxy = sandbox, cloud, proxy
     Machine.plugin = Plugin(proxy.url)
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Machine,
         settings=settings(
             max_examples=int(os.environ.get("HEADCOUNT_EXAMPLES", "8")),

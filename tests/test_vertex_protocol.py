@@ -251,7 +251,7 @@ def test_unknown_values_pass_every_check_and_stay_unknown(plugin: Plugin, cloud:
     outputs = version.create(plugin, inputs, preview=True)
     assert {outputs[name] for name in ("name", "versionId", "createTime", "versionAliases")} == {UNKNOWN}
     rollout = Stack(ROLLOUT_URN)
-    wanted = {"endpoint": UNKNOWN, "models": {"main": release(UNKNOWN, UNKNOWN)}}  # type: ignore[arg-type]
+    wanted = {"endpoint": UNKNOWN, "models": {"main": release(UNKNOWN, UNKNOWN)}}
     outputs = rollout.create(plugin, rollout.check(plugin, wanted), preview=True)
     assert outputs["deployedModels"] == UNKNOWN
     assert "a version that is not known yet" in plugin.lines()[-1]
@@ -665,9 +665,9 @@ def test_passing_faults_are_waited_out(
     new: Stack,
     served: Stack,
     method: str,
-    fault: dict[str, object],
+    fault: Any,
 ) -> None:
-    sandbox.fault(method, **fault)  # type: ignore[arg-type]
+    sandbox.fault(method, **fault)
     served.up(plugin, rollout_inputs(endpoint, main=release(old.id, 0, minReplicas=2), b=release(new.id, 100)))
     served.up(plugin, rollout_inputs(endpoint, main=release(new.id)))
     assert list(cloud.deployed(endpoint).values()) == [(new.id.rsplit("/", 1)[-1], 100)]
@@ -697,7 +697,7 @@ def test_drift_is_seen_and_repaired(
     def move(traffic: dict[str, int]) -> None:
         cloud.endpoints.update_endpoint(
             endpoint=aiplatform_v1.Endpoint(name=endpoint, traffic_split=traffic),
-            update_mask={"paths": ["traffic_split"]},  # type: ignore[arg-type]
+            update_mask={"paths": ["traffic_split"]},
         )
 
     move({ids["main"]: 50, ids["next"]: 50})
@@ -706,7 +706,7 @@ def test_drift_is_seen_and_repaired(
     assert served.up(plugin, wanted) == "update"
 
     cloud.endpoints.mutate_deployed_model(
-        request={  # type: ignore[arg-type]
+        request={
             "endpoint": endpoint,
             "deployed_model": {
                 "id": ids["main"],

@@ -1,0 +1,316 @@
+"""The provider under Pulumi's own engine: up, preview, refresh, import, destroy, a kill and Ctrl-C, against
+the sandbox.
+
+Skipped where `pulumi` is not on the PATH; HEADCOUNT_REQUIRE_ENGINE=1 makes that a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vertex_harness import IMAGE, LOCATION, OTHER_IMAGE, PARENT, PROJECT, Cloud
+
+from sandbox.testing import RunningSandbox
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.skipif(
+        not shutil.which("pulumi") and os.environ.get("HEADCOUNT_REQUIRE_ENGINE") != "1",
+        reason="pulumi is not on the PATH",
+    ),
+    pytest.mark.timeout(600),
+]
+ENDPOINT = f"{PARENT}/endpoints/digits"
+
+# A stranger's program, for a model that is not ours. What changes between runs is in wanted.json.
+PROGRAM = """
+import json
+import pulumi
+import pulumi_vertex as vertex
+
+wanted = json.load(open("wanted.json"))
+cloud = vertex.Provider("cloud", endpoint=wanted["url"], access_token="the-token")
+here = pulumi.ResourceOptions(provider=cloud)
+versions = {
+    name: vertex.ModelVersion(name, here, model_id="digits", **inputs)
+    for name, inputs in wanted["versions"].items()
+}
+if wanted.get("secret"):
+    vertex.ModelVersion(
+        "secret", here, model_id="secret", image=wanted["secret"], env={"KEY":
+        pulumi.Output.secret("hunter2")}
+    )
+if "releases" in wanted:
+    rollout = vertex.Rollout(
+        "digits",
+        here,
+        endpoint=wanted["endpoint"],
+        models={
+            name: vertex.Deployed(
+                model=versions[release.pop("version")].id,
+                **{"machine_type": "n1-standard-2", "traffic": 100, **release},
+            )
+            for name, release in wanted["releases"].items()
+        },
+        drain_seconds=1,
+    )
+    pulumi.export("deployed", rollout.deployed_models)
+for name, version in versions.items():
+    pulumi.export(name, version.name)
+"""
+
+
+class Project:
+    """A Pulumi project in a folder of its own, with a state of its own."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "pulumi_vertex/plugin", folder / "pulumi_vertex/plugin")
+        (folder / ".venv").symlink_to(sys.prefix)
+        (folder / "state").mkdir()
+        (folder / "__main__.py").write_text(PROGRAM)
+        (folder / "Pulumi.yaml").write_text(
+            "name: digits\n"
+            "runtime:\n  name: python\n  options:\n    virtualenv: .venv\n"
+            "plugins:\n  providers:\n    - name: vertex\n      path: pulumi_vertex/plugin\n"
+        )
+        self.url = url
+        self.environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PULUMI_HOME": str(folder / "home"),
+            "PULUMI_BACKEND_URL": f"file://{folder / 'state'}",
+            "PULUMI_CONFIG_PASSPHRASE": "a passphrase",
+            "PULUMI_SKIP_UPDATE_CHECK": "true",
+        }
+        self.pulumi("stack", "init", "dev")
+        self.pulumi("config", "set", "gcp:project", PROJECT)
+        self.pulumi("config", "set", "gcp:region", LOCATION)
+
+    def want(self, versions: dict[str, Any], **more: Any) -> None:
+        wanted = {"url": self.url, "endpoint": ENDPOINT, "versions": versions, **more}
+        (self.folder / "wanted.json").write_text(json.dumps(wanted))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["pulumi", *arguments, "--non-interactive"],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def pulumi(self, *arguments: str, fails: bool = False) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=300)
+        assert bool(process.returncode) == fails, output
+        return output
+
+    def up(self, *, fails: bool = False) -> str:
+        return self.pulumi("up", "--yes", "--skip-preview", fails=fails)
+
+    def counts(self, output: str) -> dict[str, int]:
+        """The summary that a run ends with: created, updated, replaced, deleted, unchanged."""
+        summary = output.rsplit("Resources:", 1)[-1].split("\n\n")[0]
+        return {what: int(number) for number, what in re.findall(r"(\d+) (?:to )?(\w+)", summary)}
+
+    def outputs(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.pulumi("stack", "output", "--json"))
+        return value
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[RunningSandbox]:
+    with RunningSandbox() as running:
+        yield running
+        assert running.violations() == []
+
+
+@pytest.fixture(scope="module")
+def cloud(sandbox: RunningSandbox) -> Cloud:
+    cloud = Cloud(sandbox)
+    cloud.endpoint("digits")
+    return cloud
+
+
+@pytest.fixture
+def project(sandbox: RunningSandbox, cloud: Cloud, tmp_path: Path) -> Iterator[Project]:
+    project = Project(tmp_path, sandbox.url)
+    yield project
+    sandbox.clear_faults()
+    project.pulumi("destroy", "--yes", "--skip-preview")
+    assert cloud.deployed(ENDPOINT) == {}
+    assert cloud.versions("digits") == []
+    cloud.check_history(ENDPOINT)
+
+
+ONE = {"v": {"image": IMAGE, "aliases": ["live"], "env": {"MY_VAR": "x"}}}
+TWO = {"v": {"image": OTHER_IMAGE, "aliases": ["live"], "env": {"MY_VAR": "x"}}}
+MAIN = {"main": {"version": "v"}}
+
+
+def test_up_preview_refresh_and_a_new_image(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    preview = project.pulumi("preview")
+    assert "1. deploy main: a version that is not known yet on n1-standard-2, 1 replica, no traffic" in preview
+    assert cloud.versions("digits") == []
+    assert project.counts(project.up()) == {"created": 4}
+    first = project.outputs()
+    assert first["v"] == f"{PARENT}/models/digits@1"
+    (there,) = cloud.versions("digits")
+    assert {variable.name: variable.value for variable in there.container_spec.env}["MY_VAR"] == "x"
+    assert project.counts(project.up()) == {"unchanged": 4}
+    assert project.counts(project.pulumi("refresh", "--yes", "--skip-preview")) == {"unchanged": 4}
+
+    project.want(TWO, releases=MAIN)
+    preview = project.pulumi("preview")
+    assert "2. move traffic: main 100 % (was digits@1 100 %)" in preview
+    assert "4. undeploy digits@1" in preview
+    assert project.counts(project.up()) == {"updated": 1, "replaced": 1, "changes": 2, "unchanged": 2}
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@2", 100)]
+    assert [v.version_id for v in cloud.versions("digits")] == ["2"]
+
+
+def test_drift_is_shown_by_refresh_and_taken_back_by_up(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases={"main": {"version": "v", "min_replicas": 2}})
+    project.up()
+    (deployed,) = cloud.deployed(ENDPOINT)
+    cloud.endpoints.undeploy_model(endpoint=ENDPOINT, deployed_model_id=deployed).result(timeout=30)
+    cloud.models.merge_version_aliases(name=f"{PARENT}/models/digits@1", version_aliases=["-live"])
+    shown = project.pulumi("refresh", "--yes", "--skip-preview", "--diff")
+    assert project.counts(shown) == {"updated": 2, "unchanged": 2}
+    assert re.search(r"- main *: \{", shown)
+    assert '"live"' in shown
+    assert project.counts(project.up())["updated"] == 2
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+    assert set(cloud.versions("digits")[0].version_aliases) == {"default", "live"}
+
+
+def test_a_container_that_cannot_start_is_told_in_its_own_words(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    env = {"STUB_HEALTH": "exit", "STUB_LOG": "no such file: model.pt"}
+    project.want({"v": {"image": OTHER_IMAGE, "env": env}}, releases=MAIN)
+    said = project.up(fails=True)
+    problem = said.split("vertex:index:Rollout (digits):")[1].split("pulumi:pulumi:Stack")[0]
+    assert "error: Could not deploy main: digits@2 on n1-standard-2" in problem
+    assert "undeployed again, and the traffic was not touched" in problem
+    assert "no such file: model.pt" in problem
+    assert "Traceback" not in problem
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+    project.want(ONE, releases=MAIN)
+    project.up()
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+    assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+    assert project.counts(project.up()) == {"unchanged": 4}
+
+
+def test_mistakes_are_told_at_preview_by_property(project: Project, cloud: Cloud) -> None:
+    before = cloud.writes()
+    project.want({"v": {"image": "digits:latest", "aliases": ["default"]}})
+    said = project.pulumi("preview", fails=True)
+    assert "property image value {digits:latest} has a problem: must be given by digest" in said
+    assert "property aliases[0]" in said
+    assert cloud.writes() == before
+
+
+def test_secrets_are_encrypted_in_the_state(project: Project, cloud: Cloud) -> None:
+    project.want({}, secret=IMAGE)
+    said = project.up()
+    state = "".join(path.read_text() for path in (project.folder / "state").rglob("*.json"))
+    assert "vertex:index:ModelVersion" in state
+    for secret in ("hunter2", "the-token"):
+        assert secret not in state
+        assert secret not in said
+    project.want({})
+    project.up()
+    assert cloud.versions("secret") == []
+
+
+def test_a_killed_up_is_repaired_by_the_next_one(project: Project, cloud: Cloud, sandbox: RunningSandbox) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    uploads, deploys = cloud.requests("models.upload"), cloud.requests("endpoints.deployModel")
+    sandbox.fault("endpoints.deployModel", "slow", seconds=3)
+    project.want(TWO, releases=MAIN)
+    process = project.start("up", "--yes", "--skip-preview")
+    wait_for(lambda: cloud.requests("endpoints.deployModel") > deploys)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    project.pulumi("cancel", "--yes")
+    project.up()
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@2", 100)]
+    assert [v.version_id for v in cloud.versions("digits")] == ["2"]
+    assert cloud.requests("models.upload") == uploads + 1
+    assert cloud.requests("endpoints.deployModel") == deploys + 1
+    assert project.counts(project.up()) == {"unchanged": 4}
+
+
+def test_after_ctrl_c_the_next_up_continues(project: Project, cloud: Cloud, sandbox: RunningSandbox) -> None:
+    deploys = cloud.requests("endpoints.deployModel")
+    sandbox.fault("endpoints.deployModel", "slow", seconds=8)
+    project.want(ONE, releases=MAIN)
+    process = project.start("up", "--yes", "--skip-preview")
+    wait_for(lambda: cloud.requests("endpoints.deployModel") > deploys)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 6
+    assert "the next `pulumi up` continues from there" in said
+    project.up()
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+    assert cloud.requests("endpoints.deployModel") == deploys + 1
+
+
+def test_what_exists_is_imported_and_the_code_that_pulumi_prints_fits(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    for resource in ("vertex:index:Rollout::digits", "vertex:index:ModelVersion::v"):
+        project.pulumi("state", "delete", "--yes", f"urn:pulumi:dev::digits::{resource}")
+    provider = "cloud=urn:pulumi:dev::digits::pulumi:providers:vertex::cloud"
+    for token, name, id_ in (
+        ("vertex:index:ModelVersion", "v", f"{PARENT}/models/digits@1"),
+        ("vertex:index:Rollout", "digits", ENDPOINT),
+    ):
+        said = project.pulumi(
+            "import", "--yes", "--skip-preview", "--protect=false", "--provider", provider, token, name, id_
+        )
+        assert "import pulumi_vertex as vertex" in said
+        assert f"vertex.{token.rsplit(':', 1)[-1]}(" in said
+    preview = project.pulumi("preview", "--diff")
+    assert "replace" not in preview
+    project.up()
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+    assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+    assert project.counts(project.up()) == {"unchanged": 4}
+
+
+def test_the_engine_reads_the_schema(project: Project) -> None:
+    # Given the folder, the engine would first install things into the environment that it names.
+    program = project.folder / "pulumi-resource-vertex"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {project.folder / "pulumi_vertex/plugin"} "$@"\n')
+    program.chmod(0o755)
+    said = project.pulumi("package", "get-schema", str(program))
+    schema = json.loads(said[said.index("{") :])
+    assert set(schema["resources"]) == {"vertex:index:ModelVersion", "vertex:index:Rollout"}
+    inputs = schema["resources"]["vertex:index:Rollout"]["inputProperties"]
+    assert inputs["models"]["additionalProperties"]["$ref"] == "#/types/vertex:index:Deployed"
+
+
+def wait_for(ready: Any) -> None:
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.1)
