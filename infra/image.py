@@ -44,7 +44,7 @@ class Image(pulumi.ComponentResource):
             platforms=[docker_build.Platform.LINUX_AMD64],  # what Vertex AI runs, also from Apple silicon
             build_args={
                 "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
-                "CHECKPOINT": settings.checkpoint,
+                "WEIGHTS": settings.checkpoint,
                 "SOURCES": sources,
                 **settings.build_args,
             },
