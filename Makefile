@@ -20,7 +20,7 @@ CHECKPOINT := $(HOME_FOLDER)/weights/$(WEIGHTS).pt
 COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 
-.PHONY: help serve test bench compile image lock format clean
+.PHONY: help serve test bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,15 @@ bench: .venv/.dev $(ARCHIVE)/.made compile ## throughput, latency, accuracy; a t
 compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine: faster, needs g++
 	$(BIN)/python -m serving.compile --checkpoint $(CHECKPOINT) --out $(COMPILED)
 	@rm -f $(ARCHIVE)/.made && $(MAKE) $(ARCHIVE)/.made
+
+sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: from empty)
+	@exec $(BIN)/python -m sandbox --state $(HOME_FOLDER)/sandbox $(if $(FRESH),--fresh)
+
+up: .venv/.dev $(CHECKPOINT) ## the whole program on this machine, from nothing to a count (PICTURE=)
+	@$(BIN)/python -m infra.up $(or $(PICTURE),$(SAMPLE))
+
+down: .venv/.dev ## destroy it again
+	@$(BIN)/python -m infra.up --down
 
 image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BUILD_ARGS=)
 	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg WEIGHTS=$(WEIGHTS) -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
@@ -72,6 +81,9 @@ lock: $(UV) ## choose the newest allowed versions anew and write requirements/
 	for part in serve client; do $(COMPILE) pyproject.toml --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
 	echo 'uv' | $(COMPILE) --upgrade - -o requirements/tools.txt
+
+live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=): costs money for minutes
+	@$(BIN)/python -m tests.live_vertex $(PROJECT)
 
 format: .venv/.dev ## let ruff format and sort
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

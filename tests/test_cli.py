@@ -25,6 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import grpc
 import pytest
+from conftest import Server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,7 +36,6 @@ from headcount.cli import app, in_order, parse_region
 from headcount.counters import Grpc, Rest
 from headcount.files import Input, annotated_paths, find_inputs
 from serving.contract import Parameters, RequestError
-from conftest import Server
 
 COMMAND = [sys.executable, "-m", "headcount.cli", "count"]
 
