@@ -185,8 +185,9 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
             image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             # What lies under full transparency is arbitrary; viewers show the page, which is white.
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            # paste, not alpha_composite: the same pixels in half the time, and two copies fewer of a large picture.
+            image, above = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+            image.paste(above, mask=above.getchannel("A"))
         return np.asarray(image.convert("RGB"))
     except Exception as error:
         raise PictureError(f"the picture is damaged or cut short ({error}); send it again") from None

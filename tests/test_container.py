@@ -5,6 +5,7 @@ Skipped where no Docker engine answers; HEADCOUNT_REQUIRE_DOCKER=1 makes that a 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT, free_port
+from PIL import Image
 
 from headcount import Client
 from serving.detector import cpu_flags
@@ -148,7 +150,7 @@ def test_the_compiled_network_is_used(container: tuple[Container, float]) -> Non
 
 
 def test_one_cpu_has_one_worker_and_stops_at_once(image: str, bus: bytes) -> None:
-    one = Container("--cpus", "1", "--memory", "2500m")
+    one = Container("--cpus", "1")
     try:
         assert one.count(bus) == 4
         assert next(line for line in one.log_lines() if line["message"] == "ready")["workers"] == 1
@@ -156,6 +158,23 @@ def test_one_cpu_has_one_worker_and_stops_at_once(image: str, bus: bytes) -> Non
         docker("stop", "--time", "20", one.name)
         assert time.monotonic() - began < 10
         assert one.exit_code() == 0
+    finally:
+        one.remove()
+
+
+def test_the_largest_picture_fits_into_little_memory(image: str, bus: bytes) -> None:
+    out = io.BytesIO()
+    Image.new("RGBA", (7070, 7070), (10, 20, 30, 128)).save(out, "PNG")
+    one = Container("--cpus", "2", "--memory", "2g", "--memory-swap", "2g")
+    try:
+        assert one.count(bus) == 4
+        for _ in range(2):
+            answer = httpx.post(
+                f"{one.url}/predictions/people", content=out.getvalue(), headers={"Accept": "image/jpeg"}, timeout=60
+            )
+            assert answer.status_code == 200, answer.text
+            assert httpx.get(f"{one.url}/ping").status_code == 200
+        assert one.count(bus) == 4
     finally:
         one.remove()
 

@@ -703,8 +703,8 @@ def test_cpus_are_the_containers(
 @pytest.mark.parametrize(
     ("name", "limit", "workers"),
     [
-        ("memory.max", "2500000000", 2), ("memory.max", "100000000", 1), ("memory.max", "max", 8),
-        ("memory/memory.limit_in_bytes", "3000000000", 3),
+        ("memory.max", "4000000000", 2), ("memory.max", "100000000", 1), ("memory.max", "max", 8),
+        ("memory/memory.limit_in_bytes", "5000000000", 3),
     ],
 )  # fmt: skip
 def test_workers_fit_into_memory(
