@@ -46,7 +46,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
         type=int,
         default=8791,
         metavar="PORT",
-        help="of Artifact Registry's Docker registry, on 127.0.0.1, started with the first repository (8791)",
+        help="of the Docker registry, on 127.0.0.1, started with the first repository; 0 takes a free one (8791)",
     )
     parser.add_argument(
         "--api-delay",

@@ -9,6 +9,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,8 +41,14 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 class Registry:
-    """One registry on 127.0.0.1:`port`, its images in `folder`, or in a volume named after `state`.
+    """One registry on 127.0.0.1:`port` (0: a free one), its images in `folder`, or in a volume named after `state`.
 
     Its methods block.
     """
@@ -51,7 +58,7 @@ class Registry:
         self._program = shutil.which("docker-registry") or shutil.which("registry")
         self._process: subprocess.Popen[bytes] | None = None
         self._name = f"headcount-registry-{state}"
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"127.0.0.1:{port or _free_port()}"
 
     # ----------------------------------------------------------------------------------- start, stop
 

@@ -385,7 +385,7 @@ async def list_objects(call: Call) -> JSON:
     bucket, query = _parts(call)[0], call.query
     _bucket(call, bucket)
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-    every = query.get("versions") == "true"
+    every = query.get("versions", "").lower() == "true"  # Python's client says True
     items, prefixes = [], set()
     for key, item in call.cloud.store.list("object", f"{bucket}/{prefix}"):
         if "timeDeleted" in item and not every:
