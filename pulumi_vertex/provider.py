@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from concurrent import futures
@@ -43,7 +45,7 @@ T = TypeVar("T")
 
 RESOURCES: Final[Mapping[str, ModuleType]] = {m.DEFINITION.token: m for m in (model_version, rollout)}
 MESSAGE_BYTES: Final = 400 * 1024 * 1024  # as the SDKs allow; gRPC's own default of 4 MB is soon reached
-ENGINE_GONE_SECONDS: Final = 10.0
+ENGINE_SECONDS: Final = 1.0  # between two looks whether the engine is still there
 
 
 # --- values on the wire -------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
     def _attach(self, address: str) -> None:
         channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", MESSAGE_BYTES)])
         self._engine = engine_pb2_grpc.EngineStub(channel)
-        exit_with_engine(channel)
+        exit_with_engine(address)
 
     def _log(self, urn: str, message: str, *, ephemeral: bool = False) -> None:
         if self._engine is None:
@@ -162,7 +164,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             failures.append(
                 (
                     "endpoint",
-                    f"would send your token unencrypted to {url!r}. Use https, or an address on this machine.",
+                    f"would send your token unencrypted to {url!r}. Use https, or an address on this "
+                    "machine.",
                 )
             )
         return check_response(news, failures)
@@ -398,28 +401,23 @@ class reported:  # noqa: N801
             )
 
 
-def exit_with_engine(channel: grpc.Channel) -> None:
-    """Ends this process some seconds after the engine is gone: a provider that works on alone would meet its
+def exit_with_engine(address: str) -> None:
+    """Ends this process soon after the engine is gone: a provider that worked on alone would meet its
     successor."""
-    lost = threading.Event()
-    back = threading.Event()
+    host, _, port = address.rpartition(":")
 
-    def watch(state: grpc.ChannelConnectivity) -> None:
-        if state is grpc.ChannelConnectivity.READY:
-            back.set()
-            lost.clear()
-        elif state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-            back.clear()
-            lost.set()
+    def watch() -> None:
+        missed = 0
+        while missed < 3:
+            time.sleep(ENGINE_SECONDS)
+            try:
+                socket.create_connection((host, int(port)), timeout=ENGINE_SECONDS).close()
+                missed = 0
+            except OSError:
+                missed += 1
+        os._exit(1)
 
-    def wait() -> None:
-        while True:
-            lost.wait()
-            if not back.wait(ENGINE_GONE_SECONDS):
-                os._exit(1)
-
-    channel.subscribe(watch, try_to_connect=True)
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:

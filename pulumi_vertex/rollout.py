@@ -82,7 +82,8 @@ class Deployed(TypedDict, total=False):
     autoscaling_targets: Annotated[
         pulumi.Input[Mapping[str, pulumi.Input[int]]],
         Field(
-            "Percent of use at which replicas are added, by metric: cpu, accelerator or requests. 60 where absent.",
+            "Percent of use at which replicas are added, by metric: cpu, accelerator or requests. 60 where "
+            "absent.",
             pattern="|".join(METRICS),
             hint="cpu, accelerator or requests",
         ),
@@ -726,7 +727,8 @@ def _give_up(
         there = get_endpoint(tidy, api, endpoint)
     except ProblemError as second:
         raise HalfMadeError(
-            f"{message} What is deployed now could not be brought in order: {second} The next `pulumi up` tries again.",
+            f"{message} What is deployed now could not be brought in order: {second} The next `pulumi up` "
+            "tries again.",
             endpoint,
             old_outputs,
         ) from None
@@ -783,13 +785,30 @@ def delete(work: Work, api: Api, endpoint: str, old_outputs: Wire) -> None:
     def step() -> bool:
         api.wait_for_others(work, endpoint)
         there = get_endpoint(work, api, endpoint)
-        ours = [d for d in observe(there, known) if d.ours] if there else []
-        steps = plan({}, ours, endpoint)
+        observed = observe(there, known) if there else []
+        ours = [d for d in observed if d.ours]
+        steps: list[planning.Step] = [*plan({}, ours, endpoint)]
         if not steps:
             return True
+        if any(d.traffic for d in ours) and len(ours) < len(observed):
+            steps.insert(0, _leave_traffic_to([d for d in observed if not d.ours]))
         work.say(str(steps[0]))
         perform(work, api, endpoint, steps[0], known, {})
         return False
 
     with api.lock(endpoint):
         converge(work, step)
+
+
+def _leave_traffic_to(others: list[planning.Deployed]) -> MoveTraffic:
+    """All traffic to those who stay, in the proportion that they have."""
+    total = sum(d.traffic for d in others)
+    if not total:
+        raise ProblemError(
+            f"The endpoint also has deployed models of somebody else, {', '.join(d.id for d in others)}, and "
+            "none of them "
+            "has traffic to take over. Give them some by hand, or undeploy them."
+        )
+    shares = {d.id: d.traffic * 100 // total for d in others}
+    shares[max(shares, key=lambda id_: shares[id_])] += 100 - sum(shares.values())
+    return MoveTraffic((), tuple(planning.Share(str(d.spec.model), d.id, shares[d.id]) for d in others))

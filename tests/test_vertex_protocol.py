@@ -694,13 +694,7 @@ def test_drift_is_seen_and_repaired(
     served.up(plugin, wanted)
     ids = served.outputs["deployedModels"]
 
-    def move(traffic: dict[str, int]) -> None:
-        cloud.endpoints.update_endpoint(
-            endpoint=aiplatform_v1.Endpoint(name=endpoint, traffic_split=traffic),
-            update_mask={"paths": ["traffic_split"]},
-        )
-
-    move({ids["main"]: 50, ids["next"]: 50})
+    move(cloud, endpoint, {ids["main"]: 50, ids["next"]: 50})
     assert served.refresh(plugin) is True
     assert served.inputs["models"]["main"]["traffic"] == 50
     assert served.up(plugin, wanted) == "update"
@@ -721,13 +715,20 @@ def test_drift_is_seen_and_repaired(
     assert served.inputs["models"]["main"]["minReplicas"] == 2
     assert served.up(plugin, wanted) == "update"
 
-    move({ids["main"]: 100})
+    move(cloud, endpoint, {ids["main"]: 100})
     cloud.endpoints.undeploy_model(endpoint=endpoint, deployed_model_id=ids["next"]).result(timeout=30)
     assert served.refresh(plugin) is True
     assert set(served.inputs["models"]) == {"main"}
     assert served.up(plugin, wanted) == "update"
     assert sorted(cloud.traffic(endpoint).values()) == [10, 90]
     assert served.refresh(plugin) is False
+
+
+def move(cloud: Cloud, endpoint: str, traffic: dict[str, int]) -> None:
+    cloud.endpoints.update_endpoint(
+        endpoint=aiplatform_v1.Endpoint(name=endpoint, traffic_split=traffic),
+        update_mask={"paths": ["traffic_split"]},
+    )
 
 
 def by_hand(cloud: Cloud, endpoint: str, model: str, id_: str) -> None:
@@ -756,6 +757,21 @@ def test_a_deployed_model_of_somebody_else_is_an_error_unless_adopted(
     rollout.up(plugin, wanted | {"adopt": True})
     assert cloud.deployed(endpoint)["123"][1] == 90  # it fits a release, so it stays
     assert rollout.outputs["deployedModels"]["main"] == "123"
+
+
+def test_a_rollout_that_is_deleted_leaves_its_traffic_to_the_strangers_that_have_some(
+    later: Plugin, cloud: Cloud, endpoint: str, old: Stack, new: Stack, served: Stack
+) -> None:
+    request = aiplatform_v1.DeployModelRequest(
+        endpoint=endpoint,
+        deployed_model=aiplatform_v1.DeployedModel(id="77", model=new.id, dedicated_resources=MACHINES),
+    )
+    cloud.endpoints.deploy_model(request=request).result(timeout=30)
+    with pytest.raises(CallFailed, match="none of them has traffic"):
+        served.delete(later)
+    move(cloud, endpoint, {served.outputs["deployedModels"]["main"]: 90, "77": 10})
+    served.delete(later)
+    assert list(cloud.deployed(endpoint).values()) == [(new.id.rsplit("/", 1)[-1], 100)]
 
 
 def test_a_stranger_that_comes_later_is_shown_by_a_refresh(
@@ -826,3 +842,9 @@ def test_an_unknown_resource_is_a_sentence_not_a_traceback(plugin: Plugin) -> No
     with pytest.raises(CallFailed, match="has no resource vertex:index:Job") as failed:
         Stack("urn:pulumi:test::people::vertex:index:Job::x").check(plugin, {})
     assert failed.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_provider_whose_engine_is_gone_ends_by_itself() -> None:
+    plugin = Plugin("", configure=False)
+    plugin.stop_engine()
+    assert plugin.process.wait(20) == 1

@@ -103,6 +103,9 @@ class Plugin:
     def lines(self, *, ephemeral: bool = False) -> list[str]:
         return [line.message for line in self.engine.lines if line.ephemeral == ephemeral]
 
+    def stop_engine(self) -> None:
+        self._server.stop(None)
+
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(10)
