@@ -31,9 +31,9 @@ class Image(pulumi.ComponentResource):
 
     def __init__(self, settings: Settings, foundation: Foundation, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("headcount:index:Image", settings.stack, None, opts)
-        fetch_weights(ROOT, settings.checkpoint)
+        fetch_weights(ROOT, settings.weights)
         context = ROOT / CONTEXT / settings.names.labels["stack"]
-        sources = stage(ROOT, context, settings.checkpoint)
+        sources = stage(ROOT, context, settings.weights)
         image = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
         cache = pulumi.Output.concat(image, ":cache")
         build = docker_build.Image(
@@ -44,7 +44,7 @@ class Image(pulumi.ComponentResource):
             platforms=[docker_build.Platform.LINUX_AMD64],  # what Vertex AI runs, also from Apple silicon
             build_args={
                 "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
-                "WEIGHTS": settings.checkpoint,
+                "WEIGHTS": settings.weights,
                 "SOURCES": sources,
                 **settings.build_args,
             },
@@ -78,27 +78,27 @@ class Image(pulumi.ComponentResource):
         self.register_outputs({})
 
 
-def fetch_weights(root: Path, checkpoint: str) -> None:
+def fetch_weights(root: Path, weights: str) -> None:
     """Sees that the weights are there. Raises pulumi.RunError, which says what to do."""
-    if (root / WEIGHTS / f"{checkpoint}.pt").exists():
+    if (root / WEIGHTS / f"{weights}.pt").exists():
         return
     # A process of its own: nothing of serving/ is imported here.
-    command = [sys.executable, "-m", "serving.weights", checkpoint, "--into", str(WEIGHTS)]
+    command = [sys.executable, "-m", "serving.weights", weights, "--into", str(WEIGHTS)]
     done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise pulumi.RunError(f"The weights {checkpoint} cannot be had: {done.stderr.strip()}")
+        raise pulumi.RunError(f"The weights {weights} cannot be had: {done.stderr.strip()}")
 
 
-def stage(root: Path, to: Path, checkpoint: str) -> str:
+def stage(root: Path, to: Path, weights: str) -> str:
     """Copies what `.dockerignore` lets into the image from `root` to the folder `to`; returns its hash.
 
-    Of the weights only the checkpoint's are taken. Modes and times do not depend on the checkout: they count in a
+    Of the weights only the chosen ones are taken. Modes and times do not depend on the checkout: they count in a
     layer's digest. Times depend on the content, because BuildKit takes a file of the same size and time for
     unchanged.
     """
     ignore = (root / ".dockerignore").read_text().splitlines()
     patterns = [line.strip() for line in ignore if line.strip() and not line.lstrip().startswith("#")]
-    chosen = str(WEIGHTS / f"{checkpoint}.pt")
+    chosen = str(WEIGHTS / f"{weights}.pt")
     files = sorted(
         name
         for name in {"Dockerfile", *exclude_paths(str(root), patterns)}

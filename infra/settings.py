@@ -137,7 +137,7 @@ class Settings(_Model):
     drain_seconds: Annotated[
         int, Field(description="from the last traffic to the undeployment", ge=0, le=3600, examples=[30])
     ] = 30
-    checkpoint: Annotated[
+    weights: Annotated[
         str,
         Field(
             description="weights in the image: yolov5n, yolov5s, yolov5m",

@@ -47,8 +47,8 @@ class Recorder(pulumi.runtime.Mocks):
                 return f"projects/my-project/locations/europe-west4/models/{args.inputs['modelId']}@1", outputs
         return f"{args.name}_id", outputs
 
-    def call(self, args: pulumi.runtime.MockCallArgs) -> dict[str, Any]:
-        return {"accessToken": "ya29.token"}
+    def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
+        return {"accessToken": "ya29.token"}, None
 
     def inputs(self, kind: str) -> list[dict[str, Any]]:
         return [a.inputs for a in self.asked if a.typ.endswith(kind)]
@@ -85,8 +85,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         waited.append(service)
 
     monkeypatch.setattr(foundation, "until_usable", usable)
-    monkeypatch.setattr(image, "fetch_weights", lambda root, checkpoint: None)
-    monkeypatch.setattr(image, "stage", lambda root, to, checkpoint: "0123456789abcdef")
+    monkeypatch.setattr(image, "fetch_weights", lambda root, weights: None)
+    monkeypatch.setattr(image, "stage", lambda root, to, weights: "0123456789abcdef")
 
     def program(stack: str, preview: bool = False, **settings: Any) -> Program:
         config: dict[str, Any] = yaml.safe_load((ROOT / f"Pulumi.{stack}.yaml").read_text())["config"]
@@ -96,7 +96,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         recorder, registered, outputs = Recorder(), [], dict[str, Any]()
         asyncio.set_event_loop(asyncio.new_event_loop())
         pulumi.runtime.set_mocks(recorder, project="headcount", stack=stack, preview=preview)
-        monitor = pulumi.runtime.settings.get_monitor()
+        monitor: Any = pulumi.runtime.settings.get_monitor()
         register = monitor.RegisterResource
 
         def noting(request: Any) -> Any:
@@ -106,7 +106,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         monkeypatch.setattr(monitor, "RegisterResource", noting)
         monkeypatch.setattr(pulumi, "export", lambda name, value: outputs.__setitem__(name, value))
 
-        @pulumi.runtime.test
+        @pulumi.runtime.test  # type: ignore[untyped-decorator]
         def whole() -> pulumi.Output[Any]:
             runpy.run_module("infra.__main__")
             return pulumi.Output.all(**outputs).apply(lambda known: outputs.update(known))
