@@ -48,7 +48,7 @@ class Recorder(pulumi.runtime.Mocks):
         return f"{args.name}_id", outputs
 
     def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
-        return {"accessToken": "ya29.token"}, None
+        return {"accessToken": "ya29.token"}, []
 
     def inputs(self, kind: str) -> list[dict[str, Any]]:
         return [a.inputs for a in self.asked if a.typ.endswith(kind)]
