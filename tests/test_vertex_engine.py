@@ -40,7 +40,7 @@ import pulumi
 import pulumi_vertex as vertex
 
 wanted = json.load(open("wanted.json"))
-cloud = vertex.Provider("cloud", endpoint=wanted["url"], access_token="the-token")
+cloud = vertex.Provider("cloud", endpoint=wanted["url"])
 here = pulumi.ResourceOptions(provider=cloud)
 versions = {
     name: vertex.ModelVersion(name, here, model_id="digits", **inputs)
@@ -96,6 +96,7 @@ class Project:
         self.pulumi("stack", "init", "dev")
         self.pulumi("config", "set", "gcp:project", PROJECT)
         self.pulumi("config", "set", "gcp:region", LOCATION)
+        self.pulumi("config", "set", "--secret", "gcp:accessToken", "the-token")
 
     def want(self, versions: dict[str, Any], **more: Any) -> None:
         wanted = {"url": self.url, "endpoint": ENDPOINT, "versions": versions, **more}

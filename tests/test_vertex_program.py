@@ -1,0 +1,106 @@
+"""What a program sees: the README's example, settings taken from the google provider, and the live check's steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pytest
+from vertex_harness import IMAGE, PROJECT
+
+import pulumi_vertex as vertex
+from sandbox.testing import RunningSandbox
+
+README = Path(vertex.__file__).parent / "README.md"
+
+
+class Cloud(pulumi.runtime.Mocks):
+    """Answers every registration with its own inputs, and keeps them."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, pulumi.runtime.MockResourceArgs] = {}
+
+    def new_resource(self, args: pulumi.runtime.MockResourceArgs) -> tuple[str | None, dict[Any, Any]]:
+        self.made[args.typ] = args
+        return f"{args.name}-id", dict(args.inputs)
+
+    def call(self, args: pulumi.runtime.MockCallArgs) -> dict[Any, Any]:
+        return {}
+
+
+@pytest.fixture
+def cloud() -> Cloud:
+    cloud = Cloud()
+    pulumi.runtime.set_mocks(cloud, project="digits", stack="dev")
+    return cloud
+
+
+def test_the_readme_s_program_registers_what_it_says(cloud: Cloud) -> None:
+    pytest.importorskip("pulumi_gcp")
+    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    pulumi.runtime.set_all_config({"digits:image": IMAGE})
+
+    @pulumi.runtime.test  # type: ignore[untyped-decorator]
+    def run() -> None:
+        exec(compile(program, str(README), "exec"), {})
+
+    run()
+    version = cloud.made["vertex:index:ModelVersion"].inputs
+    assert version["modelId"] == "digits"
+    assert version["env"] == {"WORKERS": "2"}
+    assert version["aliases"] == ["live"]
+    rollout = cloud.made["vertex:index:Rollout"].inputs
+    assert rollout["endpoint"] == "digits-id"
+    assert rollout["models"]["main"] == {
+        "model": "digits-id",
+        "traffic": 100,
+        "machineType": "n1-standard-2",
+        "minReplicas": 1,
+        "maxReplicas": 3,
+    }
+
+
+def test_names_are_translated_but_never_a_user_s_own_keys(cloud: Cloud) -> None:
+    @pulumi.runtime.test  # type: ignore[untyped-decorator]
+    def run() -> None:
+        vertex.ModelVersion(
+            "a",
+            model_id="a",
+            image=IMAGE,
+            env={"model_id": "x", "MY_VAR": "y"},
+            labels={"health_route": "z"},
+            health_probe=vertex.Probe(path="/", period_seconds=3),
+        )
+
+    run()
+    inputs = cloud.made["vertex:index:ModelVersion"].inputs
+    assert inputs["env"] == {"model_id": "x", "MY_VAR": "y"}
+    assert inputs["labels"] == {"health_route": "z"}
+    assert inputs["healthProbe"] == {"path": "/", "periodSeconds": 3}
+
+
+def test_a_provider_takes_over_the_google_provider_s_settings(cloud: Cloud) -> None:
+    pulumi.runtime.set_all_config({"gcp:project": "p", "gcp:region": "europe-west4"})
+
+    @pulumi.runtime.test  # type: ignore[untyped-decorator]
+    def run() -> None:
+        vertex.Provider("cloud", location="us-central1")
+
+    run()
+    inputs = cloud.made["pulumi:providers:vertex"].inputs
+    assert inputs["project"] == "p"
+    assert inputs["location"] == "us-central1"
+
+
+@pytest.mark.timeout(120)
+def test_the_live_check_goes_through_on_the_sandbox(capsys: pytest.CaptureFixture[str]) -> None:
+    import live_vertex
+
+    with RunningSandbox() as sandbox:
+        live_vertex.main(["--project", PROJECT, "--image", IMAGE, "--url", sandbox.url, "--health-route", "/health"])
+        assert sandbox.violations() == []
+    said = capsys.readouterr().out
+    assert "All of it went as it should." in said
+    assert "canary at 10 %" in said
