@@ -52,6 +52,7 @@ class PeopleHandler:
                 Path(os.environ.get("HEADCOUNT_CHECKPOINT") or next(folder.glob("*.pt"))),
                 os.environ.get("HEADCOUNT_CLASS", "person"),
                 folder,
+                context.system_properties.get("gpu_id") or 0,
             )
             self.alive = self.run_folder / "workers" / str(os.getpid())
             self.busy = self.run_folder / "busy" / str(os.getpid())
@@ -99,7 +100,7 @@ class PeopleHandler:
             (work, i, box) for work in works for i, box in enumerate(work.letterboxes) if isinstance(box, Letterbox)
         ]
         # On a CPU one picture after the other, so that the sign of life stays fresh in long requests.
-        step = len(good) if self.detector.device.type == "cuda" else 1
+        step = len(good) if self.detector.batches else 1
         for start in range(0, len(good), step or 1):
             part = good[start : start + step]
             counts = self.detector.count([box for _, _, box in part], [work.parameters for work, _, _ in part])
@@ -165,16 +166,24 @@ class PeopleHandler:
         count, data = work.counts[i], work.pictures[i]
         assert isinstance(count, Count)
         assert not isinstance(data, RequestError)
+        self._sign_of_life()
         return annotate_count(data, count, work.parameters, self.detector.counted, self.limits)
 
     def _request(self, row: dict[str, Any]) -> Request:
         body = row.get("body")
         if isinstance(body, bytes | bytearray) and "data" not in row:  # from the front
-            told = json.loads(bytes(body))
-            if not SPOOLED_NAME.fullmatch(told["spooled"]):
-                raise RequestError("not a spooled body")
-            data = (self.run_folder / "spool" / told["spooled"]).read_bytes()
-            return parse_request(data, told["content_type"], told["query"], told["accept"], self.limits)
+            try:
+                told = json.loads(bytes(body))
+                name, content_type, query, accept = (told[k] for k in ("spooled", "content_type", "query", "accept"))
+                if not SPOOLED_NAME.fullmatch(name):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise RequestError("over gRPC, send the picture's bytes, or JSON with instances, as 'data'") from None
+            try:
+                data = (self.run_folder / "spool" / name).read_bytes()
+            except FileNotFoundError:
+                raise RequestError("the front gave this request up before a worker was free", 503) from None
+            return parse_request(data, content_type, query, accept, self.limits)
         texts = {k: bytes(v).decode(errors="replace") for k, v in row.items() if k not in ("data", "body")}
         accept = texts.pop("accept", "")
         request = parse_request(bytes(row.get("data", b"")), "", "", accept, self.limits)
@@ -196,6 +205,8 @@ class PeopleHandler:
             return read_object(uri, self.limits.request_bytes)
         except StorageError as error:
             return RequestError(str(error), error.code)
+        finally:
+            self._sign_of_life()
 
     def _letterbox(self, picture: bytes | memoryview | RequestError, where: str) -> Letterbox | RequestError:
         if isinstance(picture, RequestError):

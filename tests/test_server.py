@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headcount import Client, CountError
+from headcount.torchserve_grpc import METHOD, PredictionResponse, PredictionsRequest
 from serving import launcher
 from serving.contract import COUNT_HEADER
 
@@ -178,6 +181,27 @@ def test_grpc(server: Server, bus: bytes) -> None:
         assert Image.open(io.BytesIO(answer.annotated or b"")).size == (810, 1080)
         with pytest.raises(CountError, match="not a picture"):
             client.count(b"no picture")
+        assert client.count(bus).count == 4
+
+
+def test_grpc_takes_json_and_refuses_the_rest(server: Server, bus: bytes, zidane: bytes) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
+        predict = channel.unary_unary(METHOD, PredictionsRequest.SerializeToString, PredictionResponse.FromString)
+
+        def ask(**fields: bytes) -> Any:
+            return json.loads(predict(PredictionsRequest(model_name="people", input=fields), timeout=60).prediction)
+
+        answer = ask(data=json.dumps({"instances": [inst(zidane), inst(bus)]}).encode())
+        assert [p["count"] for p in answer["predictions"]] == [2, 4]
+        for bad in ({"body": bus}, {"body": b'{"spooled": "../secret"}'}, {"picture": bus}, {}):
+            assert ask(**bad)["error"]["code"] == 400
+        assert ask(data=bus)["count"] == 4
+
+
+def test_grpc_bodies_have_the_limit_too(tight: Server, bus: bytes) -> None:
+    with Client(grpc=f"127.0.0.1:{tight.grpc}") as client:
+        with pytest.raises(CountError, match="larger than"):
+            client.count(bytes(1_100_000))
         assert client.count(bus).count == 4
 
 
@@ -402,6 +426,16 @@ def test_ready_means_that_the_next_picture_is_counted(archive: Path, tmp_path: P
 
 def test_ping_follows_the_workers(archive: Path, tmp_path: Path, bus: bytes) -> None:
     with running(archive, tmp_path / "log", HEADCOUNT_STUCK_SECONDS="2") as server:
+        many = [inst(encode(Image.new("RGB", (3000, 3000))))] * 20
+        with ThreadPoolExecutor(2) as pool:
+            long = [pool.submit(post_json, server, many, annotate=True) for _ in range(2)]
+            began = time.monotonic()
+            while not all(one.done() for one in long):
+                assert httpx.get(f"{server.url}/ping").status_code == 200, "busy is not stuck"
+                time.sleep(0.1)
+            assert {one.result().status_code for one in long} == {200}
+            assert time.monotonic() - began > 3
+
         dead = server.workers()
         assert len(dead) == 2
         for pid in dead:
@@ -536,10 +570,11 @@ def test_sigterm_before_it_is_ready_ends_it_too(archive: Path, tmp_path: Path) -
 
 def test_sigkill_of_the_launcher_leaves_no_process(archive: Path, tmp_path: Path) -> None:
     with running(archive, tmp_path / "log") as server:
-        processes = server.processes()
+        processes, folder = server.processes(), run_folder(server)
         assert len(processes) >= 3
         server.stop(signal.SIGKILL)
         assert eventually(lambda: gone(processes), 5)
+        shutil.rmtree(folder)  # nobody is left to do it
 
 
 # As Vertex AI starts it
