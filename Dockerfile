@@ -58,6 +58,7 @@ RUN cd /opt/torch && rm -rf torch/include torch/test bin \
     fi
 
 FROM ${BASE}
+ARG ACCELERATOR=cpu
 ARG SOURCES=
 LABEL org.opencontainers.image.title="headcount" \
       org.opencontainers.image.description="Counts the people in pictures: TorchServe with YOLOv5" \
@@ -67,6 +68,7 @@ COPY --from=packages /opt/packages /opt/packages
 COPY --from=model /opt/headcount /opt/headcount
 ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch \
     PYTHONDONTWRITEBYTECODE=1 \
+    HEADCOUNT_ACCELERATOR=${ACCELERATOR} \
     HEADCOUNT_HOST=0.0.0.0
 USER 65532:65532
 WORKDIR /opt/headcount

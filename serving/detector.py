@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,11 +61,11 @@ class Detector:
     """A YOLOv5 checkpoint ready to count one class of things.
 
     checkpoint: a YOLOv5 .pt file. counted: the class to count, by its name in the checkpoint. compiled: folder
-    of what `serving.compile` made of these weights; it is used where this processor can run it.
-    Raises CheckpointError.
+    of what `serving.compile` made of these weights; it is used where this processor can run it. gpu: which of
+    several. Raises CheckpointError.
     """
 
-    def __init__(self, checkpoint: Path, counted: str = "person", compiled: Path | None = None) -> None:
+    def __init__(self, checkpoint: Path, counted: str = "person", compiled: Path | None = None, gpu: int = 0) -> None:
         network = load_network(checkpoint)
         network.keep_only(counted)
         digest = file_sha256(checkpoint)
@@ -72,7 +73,11 @@ class Detector:
         self.counted = counted
         self.head = network.head
         self.stride = max(self.head.strides)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # The image for CPUs lacks what torch would load on a GPU.
+        cuda = os.environ.get("HEADCOUNT_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{gpu}" if cuda else "cpu")
+        # A CPU gains nothing from batches, and the compiled network takes one picture.
+        self.batches = self.device.type == "cuda"
         self.precision = best_precision(self.device)
         self.compiled = False
         self._forward: Forward = FromPictures(network.on(self.device, self.precision)).eval()
@@ -90,8 +95,7 @@ class Detector:
         counts: dict[int, Count] = {}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for i, picture in enumerate(pictures):
-            # A CPU gains nothing from batches, and the compiled network takes one picture.
-            key = picture.pixels.shape if self.device.type == "cuda" else (i,)
+            key = picture.pixels.shape if self.batches else (i,)
             shapes.setdefault(key, []).append(i)
         for members in shapes.values():
             began = time.perf_counter()

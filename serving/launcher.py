@@ -40,6 +40,9 @@ CONFIG = Path(__file__).parent / "config"
 START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
 DRAIN_SECONDS = 8  # for requests in flight after SIGTERM; Vertex AI kills after 10
 # Bytes. A worker takes 0.6 GB, and 1.5 while it decodes and annotates the largest picture that is accepted.
+WORKERS_PER_GPU = 4  # one decodes while another computes
+GPU_BATCH = 16  # requests that may go through the network together
+GPU_BATCH_DELAY = 5  # milliseconds that a request waits for others
 MEMORY_PER_WORKER = 1_600_000_000
 
 # Large blocks stay with the process instead of going back to the kernel after every picture. It makes eager
@@ -62,8 +65,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def workers_that_fit(root: Path = CGROUP) -> int:
-    """One worker a CPU, fewer where the memory is not enough for that, at least 1."""
-    return int(max(1, min(available_cpus(root), available_memory(root) // MEMORY_PER_WORKER)))
+    """One worker a CPU, fewer where the memory or the GPUs are not enough for that, at least 1."""
+    most = WORKERS_PER_GPU * gpus() or math.inf
+    return int(max(1, min(available_cpus(root), available_memory(root) // MEMORY_PER_WORKER, most)))
 
 
 def available_cpus(root: Path = CGROUP) -> int:
@@ -88,6 +92,11 @@ def _cgroup(root: Path, *names: str) -> str:
         with contextlib.suppress(OSError):
             return (root / name).read_text()
     return ""
+
+
+def gpus() -> int:
+    """NVIDIA GPUs of this machine that the image was built to use."""
+    return 0 if os.environ.get("HEADCOUNT_ACCELERATOR") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def find_java() -> str:
@@ -178,6 +187,13 @@ class Launcher:
                 os.killpg(self.torchserve.pid, signal.SIGKILL)
         shutil.rmtree(self.run_folder, ignore_errors=True)
 
+    def _model_settings(self) -> dict[str, Any]:
+        """TorchServe's settings of the model: batches only where a GPU gains from them."""
+        batch = {"batchSize": GPU_BATCH, "maxBatchDelay": GPU_BATCH_DELAY} if gpus() else {"batchSize": 1}
+        manifest = json.loads((self.archive / "MAR-INF" / "MANIFEST.json").read_text())
+        workers = {"minWorkers": self.workers, "maxWorkers": self.workers}
+        return {"people": {manifest["model"]["modelVersion"]: {"marName": "people", **workers, **batch}}}
+
     async def _start_torchserve(self, inference: int) -> None:
         management, metrics, grpc_management, worker = free_ports(4)
         grpc_host, _, grpc_port = self.grpc.rpartition(":")
@@ -195,11 +211,11 @@ grpc_management_address=127.0.0.1
 grpc_management_port={grpc_management}
 initial_worker_port={worker}
 model_store={self.run_folder / "models"}
-default_workers_per_model={self.workers}
 default_response_timeout={seconds}
 job_queue_size={max(100, 64 * self.workers)}
 max_request_size={int(setting("HEADCOUNT_MAX_REQUEST_BYTES", Settings.request_bytes) * 1.01)}
 max_response_size=200000000
+models={json.dumps(self._model_settings())}
 """
         )
         (self.run_folder / "models" / "people").symlink_to(self.archive.absolute())
