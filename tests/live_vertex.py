@@ -1,19 +1,19 @@
 """The provider on Google's own service: create, predict, update, destroy. Costs money for about an hour of
 one machine.
 
-    python tests/live_vertex.py --project my-project --location europe-west4 --image …@sha256:… --instance
-    instance.json
+    make live PROJECT=my-project REGION=europe-west4 IMAGE=europe-west4-docker.pkg.dev/…@sha256:…
+    python -m tests.live_vertex my-project --image …@sha256:… --instance instance.json
 
-`make live PROJECT=…` calls it. Needs Application Default Credentials with roles/aiplatform.admin, and an
-image that Vertex AI may read. What it shows belongs to docs/unverified.md: strike there what was seen,
-correct what was wrong. Everything it makes is named `pulumi-vertex-live` and deleted at the end, also after
-a failure.
+Needs Application Default Credentials with roles/aiplatform.admin, and an image that Vertex AI may read. What it shows
+belongs to docs/unverified.md: strike there what was seen, correct what was wrong. Everything it makes is named
+`pulumi-vertex-live` and deleted at the end, also after a failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +23,8 @@ from typing import Any
 import google.auth.credentials
 from google.api_core.exceptions import NotFound
 from google.cloud import aiplatform_v1
+
+sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, also under `python -m tests.live_vertex`
 from vertex_harness import ROLLOUT_URN, VERSION_URN, Plugin, Stack, release, rollout_inputs, version_inputs
 
 NAME = "pulumi-vertex-live"
@@ -30,9 +32,10 @@ NAME = "pulumi-vertex-live"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--project", required=True)
-    parser.add_argument("--location", default="europe-west4")
-    parser.add_argument("--image", required=True, help="a serving image, by digest")
+    parser.add_argument("project")
+    parser.add_argument("--location", default=os.environ.get("REGION") or "europe-west4", help="also from REGION")
+    image = os.environ.get("IMAGE")
+    parser.add_argument("--image", default=image, required=not image, help="a serving image by digest, also from IMAGE")
     parser.add_argument("--instance", type=Path, help="a file with one instance as JSON; an empty object where absent")
     parser.add_argument("--health-route", default="/ping")
     parser.add_argument("--predict-route", default="/predictions/people")

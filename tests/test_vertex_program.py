@@ -26,8 +26,8 @@ class Cloud(pulumi.runtime.Mocks):
         self.made[args.typ] = args
         return f"{args.name}-id", dict(args.inputs)
 
-    def call(self, args: pulumi.runtime.MockCallArgs) -> dict[Any, Any]:
-        return {}
+    def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
+        return {}, None
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_live_check_goes_through_on_the_sandbox(capsys: pytest.CaptureFixtur
     import live_vertex
 
     with RunningSandbox() as sandbox:
-        live_vertex.main(["--project", PROJECT, "--image", IMAGE, "--url", sandbox.url, "--health-route", "/health"])
+        live_vertex.main([PROJECT, "--image", IMAGE, "--url", sandbox.url, "--health-route", "/health"])
         assert sandbox.violations() == []
     said = capsys.readouterr().out
     assert "All of it went as it should." in said
