@@ -131,7 +131,7 @@ class InProcess:
             (found,) = self._detector.count([picture], [parameters])
             answer = Answer.from_json(found.as_json(parameters, self._detector.model))
             if parameters.annotate:
-                drawn = annotate_count(data, found, parameters, self._detector.counted, self._limits)
+                drawn = annotate_count(data, found, parameters, self._limits)
                 answer = replace(answer, annotated=drawn)
         except PictureError as error:
             raise CountError(str(error)) from None

@@ -70,7 +70,6 @@ class Detector:
         network.keep_only(counted)
         digest = file_sha256(checkpoint)
         self.model = {"name": checkpoint.stem, "version": digest[:12]}
-        self.counted = counted
         self.head = network.head
         self.stride = max(self.head.strides)
         # The image for CPUs lacks what torch would load on a GPU.

@@ -167,7 +167,7 @@ class PeopleHandler:
         assert isinstance(count, Count)
         assert not isinstance(data, RequestError)
         self._sign_of_life()
-        return annotate_count(data, count, work.parameters, self.detector.counted, self.limits)
+        return annotate_count(data, count, work.parameters, self.limits)
 
     def _request(self, row: dict[str, Any]) -> Request:
         body = row.get("body")

@@ -100,11 +100,12 @@ def annotate(
         draw.line([*corners, corners[0]], fill=(255, 200, 0), width=line, joint="curve")
     for box, label in zip(boxes, labels, strict=True):
         draw.rectangle(box, outline=(0, 200, 90), width=line)
-        left, top, right, bottom = draw.textbbox((box[0], box[1]), label, font=font, anchor="lb")
-        if top < 0:  # no room above the box: write inside it
-            top, bottom = top + bottom - top, bottom + bottom - top
-        draw.rectangle((left, top, right + 2 * line, bottom), fill=(0, 200, 90))
-        draw.text((left + line, bottom), label, fill=(0, 0, 0), font=font, anchor="lb")
+        left, top, right, bottom = draw.textbbox((0, 0), label, font=font, anchor="lt")
+        width, height = right - left + 2 * line, bottom - top + 2 * line
+        # Above the box, but inside the picture.
+        x, y = max(0, min(box[0], picture.width - width)), max(0, box[1] - height)
+        draw.rectangle((x, y, x + width, y + height), fill=(0, 200, 90))
+        draw.text((x + line, y + line), label, fill=(0, 0, 0), font=font, anchor="lt")
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90))
 
 

@@ -29,10 +29,8 @@ class Work:
         return self.request.parameters if self.request else Parameters()
 
 
-def annotate_count(
-    data: bytes | memoryview, count: Count, parameters: Parameters, counted: str, limits: Limits
-) -> bytes:
+def annotate_count(data: bytes | memoryview, count: Count, parameters: Parameters, limits: Limits) -> bytes:
     """The picture as JPEG with what was counted drawn on it."""
     listed = count.people[: parameters.max_people]
-    labels = [f"{counted} {person.confidence:.2f}" for person in listed]
+    labels = [f"{person.confidence:.2f}" for person in listed]
     return annotate(data, [p.box for p in listed], labels, parameters.region, limits.max_pixels)
