@@ -89,8 +89,7 @@ WAITED_OUT: Final = (
         "Service agents are being provisioned",
         600,
         "Google is making the Vertex AI service agent of this project",
-        "the answer itself, and "
-        "https://cloud.google.com/vertex-ai/docs/general/access-control#service-agents",
+        "the answer itself, and https://cloud.google.com/vertex-ai/docs/general/access-control#service-agents",
     ),
     Wait(
         frozenset({"FAILED_PRECONDITION"}),
@@ -309,8 +308,7 @@ class Api:
             raise RefusedError(status, message) from None
         except auth_exceptions.RefreshError as error:
             raise ProblemError(
-                f"Google did not accept the credentials: {error}. Run `gcloud auth application-default "
-                "login`."
+                f"Google did not accept the credentials: {error}. Run `gcloud auth application-default login`."
             ) from None
         except (requests.RequestException, auth_exceptions.TransportError) as error:
             raise PassingError(

@@ -185,11 +185,11 @@ class Resource(pulumi.CustomResource):
 def check(definition: Definition, inputs: Wire) -> Failures:
     """Everything that one property alone can be wrong about; all failures at once."""
     failures: Failures = []
-    _check_object("", definition.inputs, inputs, failures)
+    check_properties("", definition.inputs, inputs, failures)
     return failures
 
 
-def _check_object(path: str, properties: Sequence[Property], value: Wire, failures: Failures) -> None:
+def check_properties(path: str, properties: Sequence[Property], value: Wire, failures: Failures) -> None:
     known = {p.wire: p for p in properties}
     for key in value:
         if key not in known and not key.startswith("__"):
@@ -209,7 +209,7 @@ def _check_value(path: str, kind: Kind, field: Field, value: Any, failures: Fail
         return
     if kind.name == "object":
         if isinstance(value, dict):
-            _check_object(path, kind.properties, value, failures)
+            check_properties(path, kind.properties, value, failures)
         else:
             failures.append((path, f"must be an object with {', '.join(p.wire for p in kind.properties)}."))
     elif kind.name == "map" and kind.item:
@@ -235,7 +235,7 @@ def _check_value(path: str, kind: Kind, field: Field, value: Any, failures: Fail
         if not isinstance(value, str):
             failures.append((path, f"must be a text, not {value!r}."))
         elif field.pattern and not re.fullmatch(field.pattern, value):
-            failures.append((path, f"must be {field.hint}, not {_shown(field, value)}."))
+            failures.append((path, f"must be {field.hint}, not {value!r}."))
     elif kind.name == "integer":
         if not isinstance(value, int) or isinstance(value, bool):
             failures.append((path, f"must be a whole number, not {value!r}."))
@@ -250,10 +250,6 @@ def _check_bounds(path: str, field: Field, number: int, what: str, failures: Fai
         failures.append((path, f"must be at least {field.low}{what}, not {number}."))
     if field.high is not None and number > field.high:
         failures.append((path, f"must be at most {field.high}{what}, not {number}."))
-
-
-def _shown(field: Field, value: str) -> str:
-    return "the given secret" if field.secret else repr(value)
 
 
 def _first_sentence(doc: str) -> str:

@@ -116,8 +116,7 @@ class ModelVersionInputs(TypedDict, total=False):
     health_route: Annotated[
         pulumi.Input[str],
         Field(
-            "Path that Vertex AI GETs to learn whether the container can answer. Vertex AI's own default "
-            "where absent.",
+            "Path that Vertex AI GETs to learn whether the container can answer. Vertex AI's own default where absent.",
             pattern=r"/.*",
             hint="a path from /",
             replaces=True,

@@ -51,11 +51,19 @@ ENGINE_SECONDS: Final = 1.0  # between two looks whether the engine is still the
 # --- values on the wire -------------------------------------------------------------------------------------
 
 
+class Secret(str):
+    """A text that an error message does not quote."""
+
+    def __repr__(self) -> str:
+        return "[secret]"
+
+
 def plain(value: Any) -> Any:
     """A value without its secret wrappings; whole numbers as int, which JSON over protobuf gives as float."""
     if isinstance(value, dict):
         if rpc.is_rpc_secret(value):
-            return plain(value.get("value"))
+            inner = plain(value.get("value"))
+            return Secret(inner) if isinstance(inner, str) and inner != UNKNOWN else inner
         return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -158,14 +166,13 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         news = received(request.news)
         given = {key: value for key, value in plain(news).items() if key not in ("version", "pluginDownloadURL")}
         failures: Failures = []
-        definition._check_object("", SETTINGS, given, failures)
+        definition.check_properties("", SETTINGS, given, failures)
         url = given.get("endpoint")
         if isinstance(url, str) and url.startswith("http://") and not is_loopback(url):
             failures.append(
                 (
                     "endpoint",
-                    f"would send your token unencrypted to {url!r}. Use https, or an address on this "
-                    "machine.",
+                    f"would send your token unencrypted to {url!r}. Use https, or an address on this machine.",
                 )
             )
         return check_response(news, failures)

@@ -82,8 +82,7 @@ class Deployed(TypedDict, total=False):
     autoscaling_targets: Annotated[
         pulumi.Input[Mapping[str, pulumi.Input[int]]],
         Field(
-            "Percent of use at which replicas are added, by metric: cpu, accelerator or requests. 60 where "
-            "absent.",
+            "Percent of use at which replicas are added, by metric: cpu, accelerator or requests. 60 where absent.",
             pattern="|".join(METRICS),
             hint="cpu, accelerator or requests",
         ),
@@ -727,8 +726,7 @@ def _give_up(
         there = get_endpoint(tidy, api, endpoint)
     except ProblemError as second:
         raise HalfMadeError(
-            f"{message} What is deployed now could not be brought in order: {second} The next `pulumi up` "
-            "tries again.",
+            f"{message} What is deployed now could not be brought in order: {second} The next `pulumi up` tries again.",
             endpoint,
             old_outputs,
         ) from None

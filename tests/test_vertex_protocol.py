@@ -413,6 +413,9 @@ def test_secrets_stay_secret_in_outputs_and_after_a_refresh(plugin: Plugin, mode
         assert json.dumps(version.inputs).count("hunter2") == 1
         version.refresh(plugin)
     assert "hunter2" not in "".join(plugin.lines() + plugin.lines(ephemeral=True))
+    failures = version.failures(plugin, version_inputs(model, secret, serviceAccount=secret))
+    assert set(failures) == {"image", "serviceAccount"}
+    assert "hunter2" not in str(failures)
 
 
 def test_a_version_whose_alias_is_refused_is_kept_as_half_made_and_finished_later(
