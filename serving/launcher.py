@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from serving.front import PREDICT_ROUTE, Front, Settings
 from serving.storage import StorageError, download_checkpoint
 
 CONFIG = Path(__file__).parent / "config"
+RUN_FOLDER = "headcount-"  # what run folders' names begin with
 START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
 DRAIN_SECONDS = 8  # for requests in flight after SIGTERM; Vertex AI kills after 10
 # Bytes. A worker takes 0.6 GB, and 1.5 while it decodes and annotates the largest picture that is accepted.
@@ -118,7 +120,10 @@ class Launcher:
         self.archive, self.host, self.port, self.grpc = archive, host, port, grpc
         self.workers, self.sample = workers, sample
         self.stop = asyncio.Event()
-        self.run_folder = Path(tempfile.mkdtemp(prefix="headcount-"))
+        sweep(Path(tempfile.gettempdir()))
+        self.run_folder = Path(tempfile.mkdtemp(prefix=RUN_FOLDER))
+        self.lock = (self.run_folder / "lock").open("w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
         for name in ("spool", "workers", "busy", "models"):
             (self.run_folder / name).mkdir()
         self.torchserve: asyncio.subprocess.Process | None = None
@@ -312,6 +317,15 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
+
+
+def sweep(folder: Path) -> None:
+    """Remove the run folders of launchers that were killed: theirs are the ones that nobody holds the lock of."""
+    for left in folder.glob(f"{RUN_FOLDER}*/lock"):
+        with contextlib.suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() > left.stat().st_mtime + 60:  # a younger one may be about to be locked
+                shutil.rmtree(left.parent, ignore_errors=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

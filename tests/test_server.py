@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import threading
@@ -568,13 +567,17 @@ def test_sigterm_before_it_is_ready_ends_it_too(archive: Path, tmp_path: Path) -
     assert eventually(lambda: gone(processes), 2)
 
 
-def test_sigkill_of_the_launcher_leaves_no_process(archive: Path, tmp_path: Path) -> None:
+def test_sigkill_of_the_launcher_leaves_nothing_for_long(archive: Path, tmp_path: Path) -> None:
     with running(archive, tmp_path / "log") as server:
         processes, folder = server.processes(), run_folder(server)
         assert len(processes) >= 3
+        os.utime(folder / "lock", (0, 0))
+        launcher.sweep(folder.parent)
+        assert folder.exists(), "its launcher is alive"
         server.stop(signal.SIGKILL)
         assert eventually(lambda: gone(processes), 5)
-        shutil.rmtree(folder)  # nobody is left to do it
+        launcher.sweep(folder.parent)  # as the next launcher does
+        assert not folder.exists()
 
 
 # As Vertex AI starts it
