@@ -2,8 +2,8 @@
 
     import pulumi_vertex as vertex
 
-`ModelVersion` is one version of a model in the Model Registry, `Rollout` what is deployed on an endpoint and
-how the traffic is shared, `Provider` how Vertex AI is reached. README.md shows them in a program.
+`ModelVersion` is one version of a model in the Model Registry, `Rollout` what is deployed on an endpoint and how the
+traffic is shared, `Provider` how Vertex AI is reached. README.md shows them in a program.
 """
 
 from .model_version import ModelVersion, Probe

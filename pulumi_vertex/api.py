@@ -1,8 +1,7 @@
-"""Vertex AI as this provider calls it: clients, retries, long-running operations, and which refusals are
-waited out.
+"""Vertex AI as this provider calls it: clients, retries, operations, and which refusals are waited out.
 
-Google's generated clients build and read the messages. They are imported on first use, which takes a second:
-a schema, a check or a diff needs none of it.
+Google's generated clients build and read the messages. They are imported on first use, which takes a second: a schema,
+a check or a diff needs none of it.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class RefusedError(ProblemError):
 
 
 class PassingError(ProblemError):
-    """The call may or may not have arrived: 429, 503 or a dropped connection. Look again before repeating
-    it."""
+    """429, 503 or a dropped connection: the call may or may not have arrived. Look before repeating it."""
 
 
 class StoppedError(ProblemError):
@@ -66,8 +64,7 @@ class HalfMadeError(ProblemError):
 
 @dataclass(frozen=True)
 class Wait:
-    """A refusal that passes by itself: what Vertex AI says, for how long it is waited out, and who says that
-    it passes."""
+    """A refusal that passes by itself: by what it is known, how long it is waited out, and who says so."""
 
     status: frozenset[str]
     text: str
@@ -140,8 +137,8 @@ class Work:
             )
         if self.left <= 0:
             raise TimedOutError(
-                f"Not done within {duration(self.seconds)}. "
-                "If it only needs longer, set opts=pulumi.ResourceOptions(custom_timeouts=…)."
+                f"Not done within {duration(self.seconds)}. If it only needs longer, set "
+                "opts=pulumi.ResourceOptions(custom_timeouts=…)."
             )
 
     def pause(self, seconds: float) -> None:
@@ -170,9 +167,8 @@ def pauses() -> Iterator[float]:
 def converge(work: Work, step: Callable[[], bool], also: tuple[Wait, ...] = ()) -> None:
     """Calls `step` until it says that nothing is left to do.
 
-    Each call looks at what is there first, so it is safe after any failure: passing faults are tried again
-    with growing pauses, the refusals of WAITED_OUT (and `also`) are waited out, everything else is raised at
-    once.
+    Each call looks at what is there first, so it is safe after any failure: passing faults are tried again with growing
+    pauses, the refusals of WAITED_OUT (and `also`) are waited out, everything else is raised at once.
     """
     faults, delays = 0, pauses()
     refused: dict[Wait, float] = {}
@@ -203,9 +199,8 @@ def converge(work: Work, step: Callable[[], bool], also: tuple[Wait, ...] = ()) 
 def import_lightly() -> None:
     """Lets the clients of two services be imported without the 34 others.
 
-    The package's `__init__` imports every service of Vertex AI, which takes 3.2 s of processor time here;
-    without it the two take 1.0 s. To be called before the first import, in a process that needs no more of
-    the package.
+    The package's `__init__` imports every service of Vertex AI, which takes 3.2 s of processor time here; without it
+    the two take 1.0 s. To be called before the first import, in a process that needs no more of the package.
     """
     name = "google.cloud.aiplatform_v1"
     found = importlib.util.find_spec(name)
@@ -364,8 +359,7 @@ class Api:
     def wait_for_others(self, work: Work, name: str) -> None:
         """Waits for whatever is running on a model or endpoint, be it our own work of a run that was killed.
 
-        How it ended is not told by the operation's kind alone, so its outcome is not used: look again
-        afterwards.
+        How it ended is not told by the operation's kind alone, so its outcome is not used: look again afterwards.
         """
         for operation in self.running(work, name):
             try:

@@ -1,9 +1,9 @@
 """What a resource is, said once.
 
-A resource's inputs are a `TypedDict` whose keys carry a `Field`; its outputs are the properties of its
-class. From these come the keyword arguments that a type checker knows, the package schema, the checks at
-preview and the diff. Names are snake_case in Python and camelCase on the wire, as in every Pulumi package;
-only keys that are named here are ever translated, so the name of an environment variable stays what it is.
+A resource's inputs are a `TypedDict` whose keys carry a `Field`; its outputs are the properties of its class. From
+these come the keyword arguments that a type checker knows, the package schema, the checks at preview and the diff.
+Names are snake_case in Python and camelCase on the wire, as in every Pulumi package; only keys that are named here are
+ever translated, so the name of an environment variable stays what it is.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ProblemError(Exception):
 class Field:
     """What is to be known of one input beyond its type.
 
-    `pattern` is a regular expression for the whole text (or for each text of a list, or each key of a map)
-    and `hint` says in words what it asks for. `low` and `high` bound numbers, or the number of items.
+    `pattern` is a regular expression for the whole text (or for each text of a list, or each key of a map) and `hint`
+    says in words what it asks for. `low` and `high` bound numbers, or the number of items.
     """
 
     doc: str
@@ -285,8 +285,7 @@ def with_defaults(properties: Sequence[Property], value: Wire) -> Wire:
 
 
 def diff(definition: Definition, old: Wire, new: Wire) -> dict[str, str]:
-    """Property paths that differ, each with its kind: add, delete or update, with `_replace` where it
-    replaces."""
+    """Property paths that differ, each with its kind: add, delete or update, with `_replace` where it replaces."""
     old, new = with_defaults(definition.inputs, old), with_defaults(definition.inputs, new)
     found: dict[str, str] = {}
     for prop in definition.inputs:

@@ -73,9 +73,8 @@ class ModelVersionInputs(TypedDict, total=False):
             pulumi.Input[str],
             Field(
                 "Serving image in Artifact Registry, by digest: "
-                "REGION-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE@sha256:…. "
-                "A tag is refused: Vertex AI copies the image once, and a tag that moves later would change "
-                "nothing.",
+                "REGION-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE@sha256:…. A tag is refused: Vertex AI copies the "
+                "image once, and a tag that moves later would change nothing.",
                 replaces=True,
             ),
         ]
@@ -91,8 +90,7 @@ class ModelVersionInputs(TypedDict, total=False):
     env: Annotated[
         pulumi.Input[Mapping[str, pulumi.Input[str]]],
         Field(
-            "Environment variables of the container. Vertex AI adds AIP_* ones and shows all of them to "
-            "whoever may "
+            "Environment variables of the container. Vertex AI adds AIP_* ones and shows all of them to whoever may "
             "read the model: a secret is encrypted in Pulumi's state, not there.",
             pattern=r"(?!AIP_)[A-Za-z_][A-Za-z0-9_]*",
             hint="letters, digits and _, not beginning with a digit or AIP_, which is Vertex AI's own",
@@ -152,9 +150,8 @@ class ModelVersionInputs(TypedDict, total=False):
     service_account: Annotated[
         pulumi.Input[str],
         Field(
-            "E-mail of the service account that reads image and files during the upload; the Vertex AI "
-            "service agent "
-            "where absent. What the container runs as is said in Deployed.",
+            "E-mail of the service account that reads image and files during the upload; the Vertex AI service "
+            "agent where absent. What the container runs as is said in Deployed.",
             pattern=r"[^@\s]+@[^@\s]+",
             hint="the e-mail of a service account",
         ),
@@ -162,16 +159,16 @@ class ModelVersionInputs(TypedDict, total=False):
     display_name: Annotated[
         pulumi.Input[str],
         Field(
-            "Name of the model in the console, its id where absent. It belongs to the model: give all "
-            "versions the same."
+            "Name of the model in the console, its id where absent. It belongs to the model: give all versions the "
+            "same."
         ),
     ]
     version_description: Annotated[pulumi.Input[str], Field("What this version is, for people.")]
     aliases: Annotated[
         pulumi.Input[Texts],
         Field(
-            "Names that point at this version, moved here from another version if one holds them. Only those "
-            "given here are touched; `default` is Vertex AI's own.",
+            "Names that point at this version, moved here from another version if one holds them. Only those given "
+            "here are touched; `default` is Vertex AI's own.",
             pattern=r"(?!default$)[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]",
             hint="2 to 128 letters, digits and -, beginning with a small letter, ending in a small letter or "
             "digit, and not `default`, which Vertex AI moves itself",
@@ -192,14 +189,13 @@ class ModelVersionInputs(TypedDict, total=False):
 class ModelVersion(Resource):
     """One version of a model in the Vertex AI Model Registry: an image by digest and how it serves.
 
-    Whatever is in the container cannot change: a change makes a new version first and deletes the old one
-    last. Aliases, labels, the description and the display name change in place. Its id is its full name,
+    Whatever is in the container cannot change: a change makes a new version first and deletes the old one last.
+    Aliases, labels, the description and the display name change in place. Its id is its full name,
     `projects/PROJECT/locations/LOCATION/models/ID@VERSION`: give that to `Deployed` and to `pulumi import`.
 
-    Deleting it deletes the model with its last version. If it holds the alias `default`, that moves to the
-    newest version that remains. The version must not be deployed; the provider waits up to 3 minutes for an
-    endpoint to let go of it. Timeouts: 30 minutes to create, 15 to update or delete, changed with
-    `custom_timeouts`.
+    Deleting it deletes the model with its last version. If it holds the alias `default`, that moves to the newest
+    version that remains. The version must not be deployed; the provider waits up to 3 minutes for an endpoint to let go
+    of it. Timeouts: 30 minutes to create, 15 to update or delete, changed with `custom_timeouts`.
 
         version = vertex.ModelVersion("digits", model_id="digits", image=image.ref, health_route="/health")
 
@@ -276,11 +272,9 @@ def check(inputs: Wire) -> Failures:
         failures.append(
             (
                 "image",
-                f"must be given by digest, NAME@sha256:…, not {image!r}: a tag can move, and Vertex AI "
-                "copies the image "
-                "only once. Use the digest that the build gives (`ref` of a docker_build.Image), or ask for "
-                "it with "
-                "`gcloud artifacts docker images describe IMAGE:TAG --format='value(image_summary.digest)'`.",
+                f"must be given by digest, NAME@sha256:…, not {image!r}: a tag can move, and Vertex AI copies the "
+                "image only once. Use the digest that the build gives (`ref` of a docker_build.Image), or ask for "
+                "it with `gcloud artifacts docker images describe IMAGE:TAG --format='value(image_summary.digest)'`.",
             )
         )
     env = inputs.get("env")
@@ -301,8 +295,8 @@ def check(inputs: Wire) -> Failures:
 def marker(urn: str, inputs: Wire) -> str:
     """What a version carries in its environment so that a create that was killed finds its own version again.
 
-    The container spec is the one part of a version that never changes and is not merged with the model's on
-    reading, as labels are. Two resources of the same content are two versions: the URN is part of it.
+    The container spec is the one part of a version that never changes and is not merged with the model's on reading, as
+    labels are. Two resources of the same content are two versions: the URN is part of it.
     """
     filled = with_defaults(DEFINITION.inputs, inputs)
     said = json.dumps([urn, {name: filled.get(name) for name in IMMUTABLE}], sort_keys=True)
@@ -357,8 +351,7 @@ def _upload(work: Work, api: Api, model: str, inputs: Wire, mark: str) -> list[s
 
 
 def settle(work: Work, api: Api, name: str, old: Wire, new: Wire) -> None:
-    """Brings aliases, labels, description and display name to what `new` declares; `old` is what was
-    declared."""
+    """Brings aliases, labels, description and display name to what `new` declares; `old` is what was declared."""
     from google.cloud.aiplatform_v1 import types
     from google.protobuf import field_mask_pb2
 
@@ -410,8 +403,8 @@ def parse(name: str) -> tuple[str, str, str, str]:
     if not found:
         raise ProblemError(
             f"{name!r} is not the name of a model version. Give "
-            "projects/PROJECT/locations/LOCATION/models/ID@VERSION, "
-            "with the version as a number; `gcloud ai models list-version ID --region LOCATION` shows them."
+            "projects/PROJECT/locations/LOCATION/models/ID@VERSION, with the version as a number; `gcloud ai models "
+            "list-version ID --region LOCATION` shows them."
         )
     project, location, model, version = found.groups()
     return project, location, model, version

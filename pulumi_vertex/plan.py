@@ -1,11 +1,11 @@
 """What a rollout does next: a pure function of what is wanted and what is there.
 
-The same plan is what a preview prints and what the runner carries out. The runner does the first step, looks
-again and asks for a new plan, so a plan must be stable: after its first step, the plan is the rest. That is
-also why a run that was killed anywhere goes on where it stopped.
+The same plan is what a preview prints and what the runner carries out. The runner does the first step, looks again and
+asks for a new plan, so a plan must be stable: after its first step, the plan is the rest. That is also why a run that
+was killed anywhere goes on where it stopped.
 
-The order keeps every caller served: nothing gets traffic before it is available, shares always sum to 100,
-and what leaves loses its traffic first, drains, and is undeployed last.
+The order keeps every caller served: nothing gets traffic before it is available, shares always sum to 100, and what
+leaves loses its traffic first, drains, and is undeployed last.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Release:
-    """What the program wants under one name. `traffic` is a percentage, None while a preview does not know
-    it."""
+    """What the program wants under one name. `traffic` is a percentage, None while a preview does not know it."""
 
     name: str
     spec: Spec
@@ -60,9 +59,8 @@ class Release:
 class Deployed:
     """One deployed model as the endpoint shows it.
 
-    `ours` says that this rollout made or adopted it; `available` that at least one replica answers;
-    `drained` that it had no traffic when the last run ended either, so nothing of a caller's can still be in
-    it.
+    `ours` says that this rollout made or adopted it; `available` that at least one replica answers; `drained` that it
+    had no traffic when the last run ended either, so nothing of a caller's can still be in it.
     """
 
     id: str
@@ -157,11 +155,10 @@ class NotOursError(Exception):
 
 
 def deployed_id(endpoint: str, spec: Spec, attempt: int = 0) -> str:
-    """The id under which a spec is deployed: ten digits, the first not zero, always the same for the same
-    spec.
+    """The id under which a spec is deployed: ten digits, the first not zero, always the same for the same spec.
 
-    A call that is repeated after a kill therefore finds its own work. `attempt` gives another id, for when
-    Vertex AI does not let one be used again.
+    A call that is repeated after a kill therefore finds its own work. `attempt` gives another id, for when Vertex AI
+    does not let one be used again.
     """
     said = json.dumps([endpoint, asdict(spec), attempt], sort_keys=True).encode()
     return str(10**9 + int.from_bytes(hashlib.sha256(said).digest()[:8]) % (9 * 10**9))

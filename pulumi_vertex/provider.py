@@ -2,8 +2,8 @@
 
 https://github.com/pulumi/pulumi/blob/master/proto/pulumi/provider.proto
 
-Written on the service itself, because the SDK's provider class puts a traceback into every error and cannot
-report a resource that is half made. Calls run in threads, so that Cancel arrives while others wait.
+Written on the service itself, because the SDK's provider class puts a traceback into every error and cannot report a
+resource that is half made. Calls run in threads, so that Cancel arrives while others wait.
 """
 
 from __future__ import annotations
@@ -103,14 +103,13 @@ def sent(value: Wire) -> struct_pb2.Struct:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one call ends with: a resource's id, outputs and, after a read, inputs."""
+    """What a create or an update ends with: the resource's id and outputs."""
 
     id: str
     outputs: Wire
-    inputs: Wire | None = None
 
 
-class Provider(provider_pb2_grpc.ResourceProviderServicer):
+class Service(provider_pb2_grpc.ResourceProviderServicer):
     def __init__(self, engine_address: str = "") -> None:
         self._engine: engine_pb2_grpc.EngineStub | None = None
         self._api: Api | None = None
@@ -253,11 +252,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
     def Update(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context, received(request.news)):
             wire = received(request.news)
-            inputs, old_inputs, olds = (
-                plain(wire),
-                plain(received(request.old_inputs)),
-                plain(received(request.olds)),
-            )
+            inputs, old_inputs = plain(wire), plain(received(request.old_inputs))
+            olds = plain(received(request.olds))
             module = resource(request.urn)
             work = self._work(request, module, "update")
             if request.preview:
@@ -288,10 +284,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 version = model_version.get(work, self.api, request.id)
                 if version is None:
                     return provider_pb2.ReadResponse()
-                outputs, new = (
-                    model_version.outputs(request.id, version),
-                    model_version.refreshed(inputs, version),
-                )
+                outputs = model_version.outputs(request.id, version)
+                new = model_version.refreshed(inputs, version)
             else:
                 endpoint = rollout.get_endpoint(work, self.api, request.id)
                 if endpoint is None:
@@ -299,9 +293,8 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 known = rollout.Known.of(request.urn, olds, adopt=inputs.get("adopt") is True or not inputs)
                 new = rollout.refreshed(inputs, olds, endpoint, known) | {"endpoint": request.id}
                 outputs = rollout.outputs(endpoint, known, rollout.releases_of(new))
-            answer = Answer(request.id, outputs, new)
             wrapped = sealed(new, wire_inputs)
-            return provider_pb2.ReadResponse(id=answer.id, properties=sent(wrapped | outputs), inputs=sent(wrapped))
+            return provider_pb2.ReadResponse(id=request.id, properties=sent(wrapped | outputs), inputs=sent(wrapped))
 
     def Delete(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
@@ -373,8 +366,7 @@ def diff_response(found: Mapping[str, str]) -> Any:
 
 
 class reported:  # noqa: N801
-    """Turns what goes wrong in a call into the gRPC error that the engine shows: a sentence, never a
-    traceback."""
+    """Turns what goes wrong in a call into the gRPC error that the engine shows: a sentence, never a traceback."""
 
     def __init__(self, context: grpc.ServicerContext, inputs: Wire | None = None) -> None:
         self._context, self._inputs = context, inputs or {}
@@ -402,15 +394,13 @@ class reported:  # noqa: N801
                 traceback.print_exception(error)
             self._context.abort(
                 grpc.StatusCode.UNKNOWN,
-                f"The vertex provider failed in a way it does not know ({type(error).__name__}: {error}). "
-                "This is a "
+                f"The vertex provider failed in a way it does not know ({type(error).__name__}: {error}). This is a "
                 "mistake in the provider; with PULUMI_VERTEX_DEBUG=1 and `pulumi up -d` it says where.",
             )
 
 
 def exit_with_engine(address: str) -> None:
-    """Ends this process soon after the engine is gone: a provider that worked on alone would meet its
-    successor."""
+    """Ends this process soon after the engine is gone: a provider that worked on alone would meet its successor."""
     host, _, port = address.rpartition(":")
 
     def watch() -> None:
@@ -439,7 +429,7 @@ def main() -> None:
             ("grpc.max_send_message_length", MESSAGE_BYTES),
         ],
     )
-    provider_pb2_grpc.add_ResourceProviderServicer_to_server(Provider(addresses[0] if addresses else ""), server)
+    provider_pb2_grpc.add_ResourceProviderServicer_to_server(Service(addresses[0] if addresses else ""), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(port, flush=True)

@@ -44,8 +44,7 @@ DEFAULT_TARGET: Final = 60  # what Vertex AI aims at where nothing is said
 class Deployed(TypedDict, total=False):
     """One release: a model version, the machines it runs on and its share of the traffic.
 
-    Traffic, replicas, autoscaling and container logging change in place; anything else deploys anew beside
-    the old.
+    Traffic, replicas, autoscaling and container logging change in place; anything else deploys anew beside the old.
     https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.endpoints#DeployedModel
     """
 
@@ -122,9 +121,8 @@ class RolloutInputs(TypedDict, total=False):
         Annotated[
             pulumi.Input[str],
             Field(
-                "Endpoint by its full name, the `id` of a gcp.vertex.AiEndpoint. Let that resource ignore "
-                "changes of "
-                "its `traffic_split`.",
+                "Endpoint by its full name, the `id` of a gcp.vertex.AiEndpoint. Let that resource ignore changes "
+                "of its `traffic_split`.",
                 pattern=_ENDPOINT,
                 hint="projects/PROJECT/locations/LOCATION/endpoints/ID, the `id` of a gcp.vertex.AiEndpoint",
                 replaces=True,
@@ -135,9 +133,9 @@ class RolloutInputs(TypedDict, total=False):
         Annotated[
             Mapping[str, Deployed],
             Field(
-                "What is deployed, by release name. An empty map is an endpoint without machines, which "
-                "costs nothing "
-                "and answers nothing.",
+                "What is deployed, by release name. An empty map is an endpoint without machines, which costs "
+                "nothing and answers nothing.",
+                # digits: the name that a refresh or an import gives to what is deployed under no release
                 pattern=r"[a-z][a-z0-9-]{0,62}|\d{1,19}",
                 hint="1 to 63 of a-z, 0-9 and -, beginning with a letter",
             ),
@@ -155,9 +153,8 @@ class RolloutInputs(TypedDict, total=False):
     adopt: Annotated[
         pulumi.Input[bool],
         Field(
-            "Whether to take over deployed models that this rollout did not make. Those that fit a release "
-            "stay, the "
-            "others are undeployed. Without it they are an error.",
+            "Whether to take over deployed models that this rollout did not make. Those that fit a release stay, "
+            "the others are undeployed. Without it they are an error.",
             default=False,
         ),
     ]
@@ -166,14 +163,14 @@ class RolloutInputs(TypedDict, total=False):
 class Rollout(Resource):
     """What is deployed on one endpoint and how the traffic is shared.
 
-    An update deploys what is missing without traffic, waits until it is available, moves the traffic in one
-    call, waits `drain_seconds` and undeploys what is gone. If a release cannot be deployed, it is undeployed
-    again, the traffic stays where it was, and the error says why. A release is recognised by what it is, not
-    by its name: a canary that becomes `stable` is not deployed again.
+    An update deploys what is missing without traffic, waits until it is available, moves the traffic in one call, waits
+    `drain_seconds` and undeploys what is gone. If a release cannot be deployed, it is undeployed again, the traffic
+    stays where it was, and the error says why. A release is recognised by what it is, not by its name: a canary that
+    becomes `stable` is not deployed again.
 
-    The preview lists the steps. Deleting the rollout undeploys what it made and leaves the endpoint. One
-    endpoint has one Rollout. Its id is the endpoint's full name: give that to `pulumi import`.
-    Timeouts: 60 minutes to create or update, 30 to delete, changed with `custom_timeouts`.
+    The preview lists the steps. Deleting the rollout undeploys what it made and leaves the endpoint. One endpoint has
+    one Rollout. Its id is the endpoint's full name: give that to `pulumi import`. Timeouts: 60 minutes to create or
+    update, 30 to delete, changed with `custom_timeouts`.
 
         vertex.Rollout(
             "digits",
@@ -259,8 +256,7 @@ def check(inputs: Wire) -> Failures:
             failures.append(
                 (
                     f"models.{name}",
-                    f"is the same model version on the same machines as {seen[spec]}. Leave one of them out "
-                    "and give "
+                    f"is the same model version on the same machines as {seen[spec]}. Leave one of them out and give "
                     "the other the traffic of both.",
                 )
             )
@@ -315,8 +311,7 @@ def releases_of(inputs: Wire) -> dict[str, Release]:
 
 
 def short(model: str) -> str:
-    """ID@VERSION of a model version's full name; the project may be named by id or by number, so it is left
-    out."""
+    """ID@VERSION of a model version's full name; the project may be named by id or by number, so it is left out."""
     return model.rsplit("/", 1)[-1]
 
 
@@ -356,9 +351,8 @@ def get_endpoint(work: Work, api: Api, name: str) -> "types.Endpoint | None":
 
     if not re.fullmatch(_ENDPOINT, name):
         raise ProblemError(
-            f"{name!r} is not the name of an endpoint. Give "
-            "projects/PROJECT/locations/LOCATION/endpoints/ID; "
-            "`gcloud ai endpoints list --region LOCATION` shows the ids."
+            f"{name!r} is not the name of an endpoint. Give projects/PROJECT/locations/LOCATION/endpoints/ID; `gcloud "
+            "ai endpoints list --region LOCATION` shows the ids."
         )
     try:
         endpoint: types.Endpoint = api.read(work, api.endpoints.get_endpoint, types.GetEndpointRequest(name=name))
@@ -473,8 +467,7 @@ def _spec_inputs(model: str, spec: Spec) -> Wire:
 
 
 def _free_name(there: planning.Deployed, taken: Wire) -> str:
-    """A release name for something imported: ID-VERSION, or the deployed-model id where that is taken or
-    unfit."""
+    """A release name for something imported: ID-VERSION, or the deployed-model id where that is taken or unfit."""
     name = (there.spec.model or "").replace("@", "-").replace("_", "-")
     return name if re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name) and name not in taken else there.id
 
@@ -509,8 +502,7 @@ def _plan(
     except NotOursError as error:
         said = ", ".join(f"{d.id} ({d.spec.model}, {d.traffic} % of the traffic)" for d in error.strangers)
         raise ProblemError(
-            f"The endpoint has deployed models that this rollout did not make: {said}. Set adopt=True to "
-            "take them "
+            f"The endpoint has deployed models that this rollout did not make: {said}. Set adopt=True to take them "
             "over (those that fit no release are undeployed), or undeploy them by hand."
         ) from None
 
@@ -521,8 +513,7 @@ def _plan(
 def roll_out(work: Work, api: Api, inputs: Wire, old_outputs: Wire) -> Wire:
     """Brings the endpoint to what is wanted and returns the outputs.
 
-    Raises ProblemError when everything is as it was before, HalfMadeError (with what is there now) when it
-    is not.
+    Raises ProblemError when everything is as it was before, HalfMadeError (with what is there now) when it is not.
     """
     name = inputs["endpoint"]
     releases = releases_of(inputs)
@@ -712,8 +703,7 @@ def _give_up(
     releases: Mapping[str, Release],
     old_outputs: Wire,
 ) -> None:
-    """Undoes what this run deployed, unless it was stopped or traffic has moved; then raises what the user
-    reads."""
+    """Undoes what this run deployed, unless it was stopped or traffic has moved; then raises what the user reads."""
     tidy = work.settle(UNDO_SECONDS)
     what, why = _explained(error, current)
     message = f"{what} {why}".strip()
@@ -803,9 +793,8 @@ def _leave_traffic_to(others: list[planning.Deployed]) -> MoveTraffic:
     total = sum(d.traffic for d in others)
     if not total:
         raise ProblemError(
-            f"The endpoint also has deployed models of somebody else, {', '.join(d.id for d in others)}, and "
-            "none of them "
-            "has traffic to take over. Give them some by hand, or undeploy them."
+            f"The endpoint also has deployed models of somebody else, {', '.join(d.id for d in others)}, and none of "
+            "them has traffic to take over. Give them some by hand, or undeploy them."
         )
     shares = {d.id: d.traffic * 100 // total for d in others}
     shares[max(shares, key=lambda id_: shares[id_])] += 100 - sum(shares.values())

@@ -53,17 +53,15 @@ class ProviderInputs(TypedDict, total=False):
         pulumi.Input[str],
         Field(
             "Key or configuration of an account as JSON, or the path of a file with it; Application Default "
-            "Credentials "
-            "where absent. Also from gcp:credentials or GOOGLE_CREDENTIALS.",
+            "Credentials where absent. Also from gcp:credentials or GOOGLE_CREDENTIALS.",
             secret=True,
         ),
     ]
     impersonate_service_account: Annotated[
         pulumi.Input[str],
         Field(
-            "E-mail of a service account to act as; the credentials need "
-            "roles/iam.serviceAccountTokenCreator on it. "
-            "Also from gcp:impersonateServiceAccount or GOOGLE_IMPERSONATE_SERVICE_ACCOUNT.",
+            "E-mail of a service account to act as; the credentials need roles/iam.serviceAccountTokenCreator on "
+            "it. Also from gcp:impersonateServiceAccount or GOOGLE_IMPERSONATE_SERVICE_ACCOUNT.",
             pattern=r"[^@\s]+@[^@\s]+",
             hint="the e-mail of a service account",
         ),
@@ -78,12 +76,12 @@ GCP_HAS_NOT: Final = ("endpoint",)
 class Provider(pulumi.ProviderResource):
     """How Vertex AI is reached: project, location and credentials.
 
-    What is not given here is taken from the configuration of the google provider (`gcp:project`,
-    `gcp:region`, `gcp:accessToken`, …), then from the same environment variables, then from Application
-    Default Credentials.
+    What is not given here is taken from the configuration of the google provider (`gcp:project`, `gcp:region`,
+    `gcp:accessToken`, …), then from the same environment variables, then from Application Default Credentials.
 
         cloud = vertex.Provider("cloud", project="my-project", location="europe-west4")
         vertex.ModelVersion("digits", …, opts=pulumi.ResourceOptions(provider=cloud))
+
     """
 
     def __init__(
@@ -135,10 +133,8 @@ class Settings:
         for name, example in (("project", "my-project"), ("location", "europe-west4")):
             if not said[name]:
                 raise ProblemError(
-                    f"The vertex provider has no {name}. Set it with `pulumi config set vertex:{name} "
-                    f"{example}`, "
-                    f"in vertex.Provider({name}=…), or in the environment variable "
-                    f"{cls.ENVIRONMENT[name][0]}."
+                    f"The vertex provider has no {name}. Set it with `pulumi config set vertex:{name} {example}`, in "
+                    f"vertex.Provider({name}=…), or in the environment variable {cls.ENVIRONMENT[name][0]}."
                 )
         return cls(
             said["project"],
@@ -154,8 +150,7 @@ class Settings:
         return (self.endpoint or f"https://{self.location}-aiplatform.googleapis.com").rstrip("/")
 
     def authorize(self) -> "Credentials":
-        """Google credentials: the token, else the key, else Application Default Credentials; then
-        impersonation."""
+        """The token, else the key, else Application Default Credentials; then impersonation."""
         import google.auth
         import google.auth.credentials
         import google.auth.impersonated_credentials
@@ -182,8 +177,8 @@ class Settings:
         except (exceptions.GoogleAuthError, OSError, ValueError) as error:
             said = type(error).__name__ if self.credentials else str(error)  # never quote a key
             raise ProblemError(
-                f"No usable Google credentials ({said}). Run `gcloud auth application-default login`, "
-                "or give vertex.Provider an access_token or credentials."
+                f"No usable Google credentials ({said}). Run `gcloud auth application-default login`, or give "
+                "vertex.Provider an access_token or credentials."
             ) from None
         credentials: Credentials = source
         return credentials
