@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -511,6 +512,17 @@ def test_an_empty_rollout_undeploys_everything_and_can_come_back(
     assert served.up(plugin, rollout_inputs(endpoint)) == "same"
     served.up(plugin, both)
     assert sorted(cloud.traffic(endpoint).values()) == [40, 60]
+
+
+def test_what_leaves_drains_for_the_seconds_given(
+    plugin: Plugin, cloud: Cloud, endpoint: str, new: Stack, served: Stack
+) -> None:
+    served.up(plugin, rollout_inputs(endpoint, drain=2, main=release(new.id)))
+    moved = [e for e in cloud.sandbox.history() if e["endpoint"].endswith(endpoint.rsplit("/", 1)[-1])]
+    last_traffic = max(n for n, e in enumerate(moved) if len(e["available"]) == 2 and e["event"] == "patched")
+    gone = next(e for e in moved[last_traffic:] if len(e["available"]) == 1)
+    seconds = datetime.fromisoformat(gone["time"]) - datetime.fromisoformat(moved[last_traffic]["time"])
+    assert seconds.total_seconds() >= 2
 
 
 def test_another_endpoint_replaces_and_leaves_the_old_one_empty(
