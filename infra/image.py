@@ -53,12 +53,13 @@ class Image(pulumi.ComponentResource):
             build_on_preview=False,
             builder={"name": settings.builder} if settings.builder else None,
             cache_from=[{"registry": {"ref": cache}}],
-            # Artifact Registry takes a cache as an OCI image only. A cache that fails is slower next time.
+            # What the image contains, not the stages before it: these hold gigabytes that another machine fetches
+            # faster than a registry stores them. Artifact Registry takes a cache as an OCI image only.
             cache_to=[
                 {
                     "registry": {
                         "ref": cache,
-                        "mode": docker_build.CacheMode.MAX,
+                        "mode": docker_build.CacheMode.MIN,
                         "image_manifest": True,
                         "oci_media_types": True,
                         "ignore_error": True,

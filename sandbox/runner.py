@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -84,8 +84,10 @@ class DockerRunner:
     every call runs in a thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int) -> None:
         self._client: docker.DockerClient | None = None
+        self._network = Network(port)
+        self._state = ""
         self.http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), trust_env=False)
 
     async def _call(self, work: "Callable[[docker.DockerClient], T]") -> T:
@@ -128,6 +130,7 @@ class DockerRunner:
     async def start(self, launch: Launch) -> Container:
         if launch.accelerators:
             raise precondition("The sandbox runs no accelerators: deploy without accelerator_count, or --runner stub.")
+        await self._network.open(self._call, launch.labels[LABEL + "state"])
 
         def work(client: "docker.DockerClient") -> "DockerHandle":
             import docker
@@ -145,7 +148,9 @@ class DockerRunner:
                     launch.image,
                     name=f"{launch.name}-{uuid.uuid4().hex[:6]}",
                     detach=True,
-                    environment=launch.env,
+                    environment={"STORAGE_EMULATOR_HOST": self._network.sandbox, **launch.env},
+                    network=self._network.name,
+                    extra_hosts=self._network.hosts,
                     labels=launch.labels,
                     ports={f"{launch.port}/tcp": ("127.0.0.1", 0)},  # 0: any free one
                     **options,
@@ -172,6 +177,8 @@ class DockerRunner:
         return DockerContainer(self, handle, launch.port)
 
     async def find(self, state: str) -> list[Container]:
+        self._state = state
+
         def work(client: "docker.DockerClient") -> "list[DockerHandle]":
             return client.containers.list(all=True, filters={"label": f"{LABEL}state={state}"})
 
@@ -182,7 +189,83 @@ class DockerRunner:
         return [DockerContainer(self, h, int(h.labels.get(LABEL + "port", 8080))) for h in handles]
 
     async def close(self) -> None:
+        if self._client and self._state:
+            await self._network.close(self._call, self._state)
         await self.http.aclose()
+
+
+class Network:
+    """The containers' own network, on whose gateway the sandbox answers too: there they read `gs://` objects.
+
+    Google's clients, and the serving image, take the address from STORAGE_EMULATOR_HOST.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.name = self.sandbox = ""
+        self.hosts: dict[str, str] = {}
+        self._door: asyncio.Server | None = None
+        self._lock = asyncio.Lock()
+
+    async def open(self, call: Callable[..., Awaitable[Any]], state: str) -> None:
+        """Makes the network, or takes the one that a killed sandbox left."""
+        async with self._lock:
+            if self.name:
+                return
+            name = _network_name(state)
+            gateway = await call(lambda client: self._gateway(client, name))
+            try:
+                self._door = await asyncio.start_server(self._forward, gateway, self.port)
+                self.sandbox = f"http://{gateway}:{self.port}"
+            except OSError:
+                # Docker runs in a virtual machine. There this name leads to the loopback of the machine around it.
+                self.sandbox = f"http://host.docker.internal:{self.port}"
+                self.hosts = {"host.docker.internal": "host-gateway"}
+            self.name = name
+
+    @staticmethod
+    def _gateway(client: "docker.DockerClient", name: str) -> str:
+        import docker
+
+        try:
+            network = client.networks.get(name)
+        except docker.errors.NotFound:
+            network = client.networks.create(name, driver="bridge", check_duplicate=True)
+            network.reload()
+        return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
+
+    async def close(self, call: Callable[..., Awaitable[Any]], state: str) -> None:
+        """Removes the network, also one that a killed sandbox left, unless containers are on it."""
+        if self._door:
+            self._door.close()
+
+        def remove(client: "docker.DockerClient") -> None:
+            import docker
+
+            with contextlib.suppress(docker.errors.APIError):
+                client.networks.get(_network_name(state)).remove()
+
+        await call(remove)
+
+
+def _network_name(state: str) -> str:
+    return f"headcount-{state}"
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
 
 
 def _pulled(client: "docker.DockerClient", image: str) -> Any:
@@ -299,6 +382,9 @@ class StubRunner:
     STUB_SECONDS=1.5   seconds until the health route answers 200
     STUB_STATUS=500    status of every prediction, with STUB_LOG as the body
     """
+
+    def __init__(self, port: int) -> None:
+        pass
 
     async def resolve(self, image: str) -> str:
         return image

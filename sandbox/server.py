@@ -49,7 +49,7 @@ METHODS: dict[str, Handler] = {
 }
 # Handlers that read the body themselves: it is a container's or a file's.
 RAW = {*vertex_predictions.METHODS, *storage.RAW}
-RUNNERS: dict[str, type[Runner]] = {"docker": DockerRunner, "stub": StubRunner}
+RUNNERS: dict[str, Callable[[int], Runner]] = {"docker": DockerRunner, "stub": StubRunner}
 # Larger than any payload limit, so that those limits are what a caller meets.
 MAX_BODY = 64 * 2**20
 
@@ -65,7 +65,7 @@ class Server:
         store = Store(settings.state)
         if settings.fresh:
             store.clear()
-        fleet = Fleet(RUNNERS[settings.runner](), store.id)
+        fleet = Fleet(RUNNERS[settings.runner](settings.port), store.id)
         registry = Registry(settings.state / "registry", settings.registry_port, store.id)
         self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry)
         self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)

@@ -33,7 +33,7 @@ COPY serving/server.py /server.py
 ENTRYPOINT ["python", "/server.py"]
 """
 SERVER = """\
-import http.server, json, os, signal, threading
+import http.server, json, os, signal, threading, urllib.request
 
 COUNT = 4
 
@@ -47,6 +47,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         one = {"count": COUNT, "people": []}
+        if body.startswith(b"gs://"):
+            bucket, _, name = body[5:].decode().partition("/")
+            host = os.environ["STORAGE_EMULATOR_HOST"]
+            with urllib.request.urlopen(f"{host}/storage/v1/b/{bucket}/o/{name}?alt=media") as answer:
+                one["read"] = answer.read().decode()
         self.answer({"predictions": [one]} if body[:1] == b"{" else one)
 
     def answer(self, what):
@@ -198,6 +203,15 @@ def test_up_ends_in_a_count_by_a_container_of_the_image_by_digest(deployed: Proj
     assert image.startswith(f"127.0.0.1:{deployed.registry_port}/")
     assert "@sha256:" in image
     assert deployed.containers() == [image]
+
+
+def test_the_container_reads_objects_of_the_stack_s_bucket(deployed: Project) -> None:
+    found = deployed.outputs()
+    bucket = found["bucket"].removeprefix("gs://")
+    objects = f"{deployed.sandbox.url}/upload/storage/v1/b/{bucket}/o"
+    httpx.post(objects, params={"uploadType": "media", "name": "x.jpg"}, content=b"pixels").raise_for_status()
+    answer = httpx.post(f"{found['url']}:rawPredict", content=f"gs://{bucket}/x.jpg".encode())
+    assert answer.json()["read"] == "pixels"
 
 
 def test_a_second_up_is_empty_and_a_preview_of_it_quick(deployed: Project) -> None:
