@@ -1,11 +1,18 @@
 """People counted on Vertex AI: a foundation, an image, and predictions from it."""
 
+import os
+import signal
+
 import pulumi
 
 from infra import settings
 from infra.foundation import Foundation
 from infra.image import Image
 from infra.prediction import MAX_REQUEST_BYTES, Prediction
+
+if __name__ == "__main__":
+    # The engine interrupts the program when a resource has failed. It says what failed; a traceback would bury that.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
 config = settings.load()
 

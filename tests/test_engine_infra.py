@@ -20,56 +20,12 @@ from typing import Any
 
 import httpx
 import pytest
+from infra_harness import SERVER, write_tiny_sources
 
 from sandbox.testing import RunningSandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = os.environ.get("HEADCOUNT_REQUIRE_ENGINE") == "1"
-DOCKERFILE = """\
-FROM python:3.11-slim-bookworm
-ARG SOURCES=
-LABEL headcount.sources="${SOURCES}"
-COPY serving/server.py /server.py
-ENTRYPOINT ["python", "/server.py"]
-"""
-SERVER = """\
-import http.server, json, os, signal, threading, urllib.request
-
-COUNT = 4
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.answer({"status": "Healthy"})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        one = {"count": COUNT, "people": []}
-        if body.startswith(b"gs://"):
-            bucket, _, name = body[5:].decode().partition("/")
-            host = os.environ["STORAGE_EMULATOR_HOST"]
-            with urllib.request.urlopen(f"{host}/storage/v1/b/{bucket}/o/{name}?alt=media") as answer:
-                one["read"] = answer.read().decode()
-        self.answer({"predictions": [one]} if body[:1] == b"{" else one)
-
-    def answer(self, what):
-        body = json.dumps(what).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-server = http.server.ThreadingHTTPServer(("0.0.0.0", int(os.environ["AIP_HTTP_PORT"])), Handler)
-signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
-server.serve_forever()
-"""
 
 
 def missing() -> str:
@@ -103,16 +59,10 @@ class Project:
         self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), "--api-delay", "2", runner="docker")
         for name in ("infra", "pulumi_vertex"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Pulumi.yaml", "Pulumi.local.yaml", ".dockerignore"):
+        for name in ("Pulumi.yaml", "Pulumi.local.yaml"):
             shutil.copy(ROOT / name, self.folder / name)
         (self.folder / ".venv").symlink_to(sys.prefix)
-        for name, text in (
-            ("Dockerfile", DOCKERFILE),
-            ("serving/server.py", SERVER),
-            (".headcount/weights/yolov5n.pt", "weights"),
-        ):
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_text(text)
+        write_tiny_sources(self.folder)
         state = self.folder / ".headcount/pulumi/state"  # where infra/stacks.py has it
         state.mkdir(parents=True)
         self.environment = os.environ | {
