@@ -8,8 +8,9 @@ from typing import Any
 
 import google.api_core.exceptions
 import pytest
+from google.cloud import aiplatform_v1
 
-from pulumi_vertex import api
+from pulumi_vertex import api, rollout
 from pulumi_vertex.api import Api, PassingError, RefusedError, StoppedError, TimedOutError, Work, converge
 from pulumi_vertex.definition import ProblemError
 from pulumi_vertex.settings import Settings
@@ -128,3 +129,50 @@ def test_a_key_that_is_no_key_is_not_quoted() -> None:
             Settings("p", "l", credentials=key).authorize()
         assert "hunter2" not in str(failed.value)
     assert "hunter2" not in repr(Settings("p", "l", access_token="hunter2", credentials="hunter2"))
+
+
+def deployed(**status: Any) -> Any:
+    return aiplatform_v1.Endpoint(
+        name="e",
+        deployed_models=[{"id": "7", "status": status} if status else {"id": "7"}],
+    )
+
+
+def test_a_deployment_is_done_when_a_replica_is_available_or_nothing_is_said_of_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starting, ready = deployed(message="starting"), deployed(available_replica_count=1)
+    left = [starting, starting, ready]
+    monkeypatch.setattr(rollout, "get_endpoint", lambda *_: left.pop(0))
+    monkeypatch.setattr(rollout, "pauses", lambda: itertools.repeat(0.001))
+    rollout._wait_until_available(work(), Api(Settings("p", "l")), "e", "7", "m@1")
+    assert left == []
+    left[:] = [deployed()]
+    rollout._wait_until_available(work(), Api(Settings("p", "l")), "e", "7", "m@1")
+    assert left == []
+    monkeypatch.setattr(rollout, "get_endpoint", lambda *_: starting)
+    with pytest.raises(ProblemError, match=r"no replica is available\. starting"):
+        rollout._wait_until_available(work(1.1), Api(Settings("p", "l")), "e", "7", "m@1")
+
+
+def test_a_deployment_without_traffic_that_is_refused_is_sent_with_all_of_it() -> None:
+    sent: list[dict[str, int]] = []
+
+    class Endpoints:
+        deploy_model = None
+
+    class Picky:
+        endpoints = Endpoints()
+
+        def call(self, _: Any, request: Any) -> Any:
+            sent.append(dict(request.traffic_split))
+            if not request.traffic_split:
+                raise RefusedError("INVALID_ARGUMENT", "traffic_split must not be empty")
+            return Picky
+
+        class operation:  # noqa: N801
+            name = "op"
+
+    api_: Any = Picky()
+    assert rollout._start_deploy(api_, "e", aiplatform_v1.DeployedModel()) == "op"
+    assert sent == [{}, {"0": 100}]

@@ -26,6 +26,7 @@ from vertex_harness import (
     CallFailed,
     Cloud,
     Plugin,
+    Proxy,
     Stack,
     in_background,
     release,
@@ -35,6 +36,7 @@ from vertex_harness import (
     version_inputs,
 )
 
+from pulumi_vertex.plan import Spec, deployed_id
 from sandbox.testing import RunningSandbox
 
 pytestmark = pytest.mark.timeout(180)
@@ -341,6 +343,7 @@ def test_deleting_twice_is_no_error_and_the_last_version_takes_the_model_along(
 
 
 def test_several_versions_of_a_new_model_at_once_are_several_versions(plugin: Plugin, cloud: Cloud, model: str) -> None:
+    before = {what: cloud.refused(f"models.{what}", "") for what in ("upload", "mergeVersionAliases")}
     versions = [Stack(f"{VERSION_URN}{n}") for n in range(4)]
     images = [IMAGE[:-1] + str(n) for n in range(4)]
     with ThreadPoolExecutor() as pool:
@@ -348,6 +351,20 @@ def test_several_versions_of_a_new_model_at_once_are_several_versions(plugin: Pl
     there = {v.version_id: v.container_spec.image_uri for v in cloud.versions(model)}
     assert {v.outputs["versionId"]: v.inputs["image"] for v in versions} == there
     assert len(there) == 4
+    assert all(cloud.refused(f"models.{what}", "") == refused for what, refused in before.items())
+
+
+def test_a_model_that_somebody_makes_in_between_gets_a_second_version(
+    plugin: Plugin, sandbox: RunningSandbox, cloud: Cloud, model: str
+) -> None:
+    proxy, mine, other = Proxy(sandbox.url), Stack(VERSION_URN + "mine"), Stack(VERSION_URN + "other")
+    with Plugin(proxy.url) as late:
+        proxy.arm("before", 0, lambda: other.up(plugin, version_inputs(model, OTHER_IMAGE)), forward=True)
+        mine.up(late, version_inputs(model))
+    proxy.close()
+    assert cloud.refused("models.upload", "") >= 1
+    assert {v.version_id: v.container_spec.image_uri for v in cloud.versions(model)} == {"1": OTHER_IMAGE, "2": IMAGE}
+    assert mine.outputs["versionId"] == "2"
 
 
 def test_two_processes_that_make_the_same_model_get_a_version_each(
@@ -525,6 +542,23 @@ def test_what_leaves_drains_for_the_seconds_given(
     assert seconds.total_seconds() >= 2
 
 
+def test_a_run_killed_after_the_traffic_moved_still_drains(
+    sandbox: RunningSandbox, cloud: Cloud, endpoint: str, new: Stack, served: Stack, later: Plugin
+) -> None:
+    wanted = rollout_inputs(endpoint, drain=2, main=release(new.id))
+    proxy = Proxy(sandbox.url)
+    with Plugin(proxy.url) as killed:
+        proxy.arm("after", 1, killed.kill)  # after the deployment and the move of the traffic
+        with pytest.raises(CallFailed):
+            served.up(killed, wanted)
+    proxy.close()
+    assert cloud.traffic(endpoint) == {new.id.rsplit("/", 1)[-1]: 100}
+    begun = time.monotonic()
+    served.up(later, wanted)
+    assert time.monotonic() - begun >= 2
+    assert len(cloud.deployed(endpoint)) == 1
+
+
 def test_another_endpoint_replaces_and_leaves_the_old_one_empty(
     plugin: Plugin, later: Plugin, cloud: Cloud, endpoint: str, old: Stack, served: Stack
 ) -> None:
@@ -653,6 +687,7 @@ def test_cancel_stops_at_once_and_the_next_run_goes_on(
         assert "next `pulumi up` continues" in str(failed[0])
     assert served.up(later, wanted) == "update"
     assert cloud.requests("endpoints.deployModel") == deploys + 1
+    assert cloud.refused("endpoints.deployModel", endpoint) == 0  # it waits for what runs, it does not run into it
     assert list(cloud.deployed(endpoint).values()) == [(new.id.rsplit("/", 1)[-1], 100)]
 
 
@@ -787,6 +822,17 @@ def test_a_rollout_that_is_deleted_leaves_its_traffic_to_the_strangers_that_have
     move(cloud, endpoint, {served.outputs["deployedModels"]["main"]: 90, "77": 10})
     served.delete(later)
     assert list(cloud.deployed(endpoint).values()) == [(new.id.rsplit("/", 1)[-1], 100)]
+
+
+def test_a_deployed_model_id_that_is_taken_is_not_the_end(
+    plugin: Plugin, cloud: Cloud, endpoint: str, old: Stack, new: Stack
+) -> None:
+    taken = deployed_id(endpoint, Spec(new.id.rsplit("/", 1)[-1], "n1-standard-2"))
+    by_hand(cloud, endpoint, old.id, taken)
+    wanted = rollout_inputs(endpoint, main=release(old.id, 50), next=release(new.id, 50)) | {"adopt": True}
+    Stack(f"{ROLLOUT_URN}-{endpoint}").up(plugin, wanted)
+    assert cloud.deployed(endpoint)[taken] == (old.id.rsplit("/", 1)[-1], 50)
+    assert len(cloud.deployed(endpoint)) == 2
 
 
 def test_a_stranger_that_comes_later_is_shown_by_a_refresh(

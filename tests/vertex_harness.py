@@ -306,6 +306,11 @@ class Cloud:
         full = f"aiplatform.projects.locations.{method}"
         return sum(r["method"] == full and r["status"] < 400 for r in self.sandbox.requests())
 
+    def refused(self, method: str, name: str) -> int:
+        """How many calls of one method on one resource, or below it, were refused."""
+        full = f"aiplatform.projects.locations.{method}"
+        return sum(r["method"] == full and r["status"] >= 400 and name in r["name"] for r in self.sandbox.requests())
+
     def writes(self) -> int:
         return sum(r["http"] != "GET" for r in self.sandbox.requests())
 
@@ -365,7 +370,9 @@ class Proxy:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 number = proxy.number(self.command)
                 if proxy.armed == ("before", number):
-                    return self._act()
+                    self._act()
+                    if not proxy.forward:
+                        return None
                 connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
                 try:
                     connection.request(self.command, self.path, body, dict(self.headers.items()))
@@ -390,7 +397,7 @@ class Proxy:
                 proxy.armed = None
                 proxy.acted = True
                 proxy.act()
-                self.close_connection = True
+                self.close_connection = not proxy.forward
 
             do_GET = do_POST = do_PATCH = do_DELETE = _forward  # noqa: N815
 
@@ -399,7 +406,8 @@ class Proxy:
 
         self.armed: tuple[str, int] | None = None
         self.acted = False
-        self.act: Callable[[], None] = lambda: None
+        self.act: Callable[[], object] = lambda: None
+        self.forward = False  # the call goes on its way after the act, instead of getting lost
         self.writes_only = True
         self.count = 0
         self._lock = threading.Lock()
@@ -415,8 +423,8 @@ class Proxy:
             self.count += 1
             return self.count - 1
 
-    def arm(self, when: str, number: int, act: Callable[[], None]) -> None:
-        self.count, self.armed, self.acted, self.act = 0, (when, number), False, act
+    def arm(self, when: str, number: int, act: Callable[[], object], *, forward: bool = False) -> None:
+        self.count, self.armed, self.acted, self.act, self.forward = 0, (when, number), False, act, forward
 
     def close(self) -> None:
         self._server.shutdown()
