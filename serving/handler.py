@@ -58,8 +58,10 @@ class PeopleHandler:
             self.busy = self.run_folder / "busy" / str(os.getpid())
             self._warm_up()
         except Exception as error:
-            # The launcher ends the container with this as its last word.
-            (self.run_folder / "failed").write_text(str(error) or repr(error))
+            # The launcher ends the container with this as its last word. Whole at once: other workers fail too.
+            told = self.run_folder / f"{os.getpid()}.failed"
+            told.write_text(str(error) or repr(error))
+            told.rename(self.run_folder / "failed")
             raise
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:

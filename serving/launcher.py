@@ -300,7 +300,6 @@ models={json.dumps(self._model_settings())}
             failed = self.run_folder / "failed"
             if failed.exists():
                 if not ready:
-                    await asyncio.sleep(0.1)  # the rest of its text
                     raise StartError(failed.read_text())
                 log("a worker could not be set up again", logging.ERROR, reason=failed.read_text())
                 failed.unlink()

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT
 from PIL import Image
 
 from headcount import Client
@@ -58,16 +58,20 @@ def image(checkpoint: Path) -> Iterator[str]:
 
 
 class Container:
-    """One run of the image on a port of its own."""
+    """One run of the image, on ports that Docker picks."""
 
     def __init__(self, *options: str) -> None:
-        self.port, self.grpc = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         self.began = time.monotonic()
-        self.name = f"{RUN}-{self.port}"
-        docker("run", "--detach", "--name", self.name, "--read-only", "--tmpfs", "/tmp",
-               "-e", "HEADCOUNT_GRPC=0.0.0.0:7070",
-               "-p", f"127.0.0.1:{self.port}:8080", "-p", f"127.0.0.1:{self.grpc}:7070", *options, IMAGE)  # fmt: skip
+        self.name = f"{RUN}-{uuid.uuid4().hex[:8]}"
+        docker(
+            "run", "--detach", "--name", self.name, "--read-only", "--tmpfs", "/tmp",
+            "-e", "HEADCOUNT_GRPC=0.0.0.0:7070", "-p", "127.0.0.1::8080", "-p", "127.0.0.1::7070", *options, IMAGE,
+        )  # fmt: skip
+        ports = json.loads(docker("inspect", "-f", "{{json .NetworkSettings.Ports}}", self.name))
+        self.url, self.grpc = (
+            f"{scheme}127.0.0.1:{binding[0]['HostPort']}" if (binding := ports.get(port)) else "ended"
+            for scheme, port in (("http://", "8080/tcp"), ("", "7070/tcp"))
+        )
 
     def log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in docker("logs", self.name).splitlines()]
@@ -114,7 +118,7 @@ def test_first_good_prediction_within_ten_seconds(container: tuple[Container, fl
 def test_rest_and_grpc(container: tuple[Container, float], bus: bytes) -> None:
     one, _ = container
     assert httpx.get(f"{one.url}/ping").status_code == 200
-    with Client(one.url) as rest, Client(grpc=f"127.0.0.1:{one.grpc}") as remote:
+    with Client(one.url) as rest, Client(grpc=one.grpc) as remote:
         assert rest.count(bus).count == remote.count(bus).count == 4
 
 
@@ -184,9 +188,10 @@ def test_broken_weights_end_it_with_the_reason(image: str, tmp_path: Path) -> No
     tmp_path.chmod(0o755)
     one = Container("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/yolov5n.pt:ro")
     try:
-        assert one.exit_code() == 1
-        assert one.log_lines()[-1]["severity"] == "CRITICAL"
-        assert "yolov5n.pt" in one.log_lines()[-1]["message"]
+        assert one.exit_code() == 1, docker("logs", one.name)
+        last = one.log_lines()[-1]
+        assert last["severity"] == "CRITICAL"
+        assert "yolov5n.pt" in last["message"]
     finally:
         one.remove()
 
