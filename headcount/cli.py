@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import tempfile
 from collections import deque
@@ -28,6 +29,7 @@ from serving.weights import terminal_report
 
 # Plain help and errors: rich's panels wrap a message over framed lines, which scripts and logs cannot use.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+Server = tuple[str | None, str | None, str | None]  # URL, gRPC address, stack; all None: this process
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -51,6 +53,9 @@ def count(
     grpc: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Ask this server over gRPC, e.g. localhost:7070.")
     ] = None,
+    stack: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Ask the endpoint of this Pulumi stack, e.g. local or dev.")
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Least confidence of a person, 0.01 to 1.")] = Parameters.confidence,
     iou: Annotated[float, typer.Option(help="Overlap above which two boxes are one person, 0 to 1.")] = Parameters.iou,
     max_people: Annotated[
@@ -68,7 +73,7 @@ def count(
 ) -> None:
     """Count the people in pictures, in this process or on a server.
 
-    Without --url and --grpc the network runs here; its weights are fetched the first time. HEADCOUNT_WEIGHTS
+    Without --url, --grpc and --stack the network runs here; its weights are fetched the first time. HEADCOUNT_WEIGHTS
     names others (yolov5n, yolov5s and so on, or a file), HEADCOUNT_WEIGHTS_MIRROR where to fetch them from.
 
     Exit code: 0 all pictures were counted, 1 some or all were not, 2 the command was not understood.
@@ -84,7 +89,7 @@ def count(
         raise typer.BadParameter("--json and --csv are two formats; give one of them")
     inputs = find_inputs(pictures, annotate)
     try:
-        results = list(_counted(inputs, parameters, annotate, url, grpc, as_csv))
+        results = list(_counted(inputs, parameters, annotate, (url, grpc, stack), as_csv))
         if as_json:
             _print(json_text(results))
         elif not as_csv:
@@ -95,6 +100,14 @@ def count(
     except BrokenPipeError:
         _leave("", 141)  # what a shell reports for SIGPIPE: the reader has all that it wanted
     raise typer.Exit(1 if any(result.error for result in results) else 0)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def release(context: typer.Context) -> None:
+    """Say in a stack's file what runs where: canary, promotion, rollback, pause. Prints the diff."""
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "infra.releases", *context.args], check=False).returncode)
 
 
 def parse_region(text: str) -> Any:
@@ -111,14 +124,13 @@ def _counted(
     inputs: Sequence[Input],
     parameters: Parameters,
     annotate: Path | None,
-    url: str | None,
-    grpc: str | None,
+    server: Server,
     as_csv: bool,
 ) -> Iterator[Result]:
     """Count in all inputs, in their order, telling what fails and printing CSV on the way."""
     targets = _targets(inputs, annotate)
     readable = sum(not item.error for item in inputs)
-    counter = _open(url, grpc, readable) if readable else None
+    counter = _open(server, readable) if readable else None
 
     def one(item: Input) -> Result:
         if item.error or counter is None:
@@ -132,6 +144,8 @@ def _counted(
         for result in in_order(one, inputs, counter.parallel if counter else 1):
             if result.answer and result.answer.annotated is not None:
                 result = write_annotated(result, targets[result.name])
+            if result.answer and result.answer.note:
+                _say(f"{printable(result.name)}: {result.answer.note}")
             if result.error:
                 _say(f"{printable(result.name)}: {result.error}")
             if as_csv:
@@ -142,10 +156,11 @@ def _counted(
         counter.close()
 
 
-def _open(url: str | None, grpc: str | None, pictures: int) -> Counter:
+def _open(server: Server, pictures: int) -> Counter:
+    url, grpc, stack = server
     try:
         with terminal_report() as report:
-            return open_counter(url, grpc, min(pictures, os.cpu_count() or 1, 8), report)
+            return open_counter(url, grpc, min(pictures, os.cpu_count() or 1, 8), report, stack)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     except CountError as error:

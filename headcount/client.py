@@ -12,20 +12,28 @@ from serving.weights import DEFAULT, Report, WeightsError, find, home
 
 
 def open_counter(
-    url: str | None = None, grpc: str | None = None, parallel: int = 1, report: Report | None = None
+    url: str | None = None,
+    grpc: str | None = None,
+    parallel: int = 1,
+    report: Report | None = None,
+    stack: str | None = None,
 ) -> Counter:
-    """The counter for a server's URL, for a gRPC address, or for this process.
+    """The counter for a server's URL, for a gRPC address, for a stack's endpoint, or for this process.
 
     In this process the checkpoint is HEADCOUNT_WEIGHTS (a published name or a path), fetched if need be.
     parallel: pictures counted at once in this process. Raises CountError, and ValueError for an address that
     is none.
     """
-    if url and grpc:
-        raise ValueError("a URL and a gRPC address are two servers; give one of them")
+    if sum(server is not None for server in (url, grpc, stack)) > 1:
+        raise ValueError("a URL, a gRPC address and a stack are different servers; give one of them")
     if url is not None:
         return Rest(url)
     if grpc is not None:
         return Grpc(grpc)
+    if stack is not None:
+        from headcount.vertex import Stack
+
+        return Stack(stack)
     try:
         checkpoint = find(os.environ.get("HEADCOUNT_WEIGHTS") or DEFAULT, home() / "weights", report)
     except WeightsError as error:
@@ -41,13 +49,13 @@ class Client:
     >>> answer.count, answer.people[0].box
     (4, (671.7, 393.7, 809.6, 879.1))
 
-    url: a Headcount server. grpc: HOST:PORT of its gRPC service instead. May be used from several threads;
-    one that counts in this process loads the network, so keep it. Raises CountError, and ValueError for an
-    address that is none.
+    url: a Headcount server. grpc: HOST:PORT of its gRPC service instead. stack: a deployed Pulumi stack instead. May
+    be used from several threads; one that counts in this process loads the network, so keep it. Raises CountError, and
+    ValueError for an address that is none.
     """
 
-    def __init__(self, url: str | None = None, *, grpc: str | None = None) -> None:
-        self._counter = open_counter(url, grpc)
+    def __init__(self, url: str | None = None, *, grpc: str | None = None, stack: str | None = None) -> None:
+        self._counter = open_counter(url, grpc, stack=stack)
 
     def count(
         self,

@@ -1,4 +1,4 @@
-"""Three ways to count the people in one picture: in this process, over REST, over gRPC.
+"""Three ways to count the people in one picture: in this process, over REST, over gRPC. vertex.py has the fourth.
 
 Each is a `Counter`; another way (another authentication, another envelope) is another class.
 torch, httpx and grpc are imported where they are used: a client of a server needs no torch.
@@ -46,7 +46,8 @@ class Answer:
     """The people in one picture.
 
     people: most confident first, at most max_people of them; count is of all. width, height: of the upright
-    picture in pixels. model: its name and version. annotated: if asked, a JPEG with the boxes drawn.
+    picture in pixels. model: its name and version. annotated: if asked, a JPEG with the boxes drawn. note: what the
+    caller should know of how it was counted.
     """
 
     count: int
@@ -55,6 +56,7 @@ class Answer:
     height: int
     model: dict[str, str] = field(default_factory=dict)
     annotated: bytes | None = field(default=None, repr=False)
+    note: str = ""
 
     @classmethod
     def from_json(cls, content: Any) -> Answer:
@@ -158,7 +160,7 @@ class Rest:
         path = address.path.rstrip("/")
         self._url = address.copy_with(path=path if path.endswith(ROUTE) else path + ROUTE)
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
-        self._patience = _Patience()
+        self._patience = Patience()
 
     def count(self, data: bytes, parameters: Parameters) -> Answer:
         return self._patience.ask(lambda: self._ask(data, parameters))
@@ -167,35 +169,38 @@ class Rest:
         self._http.close()
 
     def _ask(self, data: bytes, parameters: Parameters) -> Answer:
-        import httpx
+        headers = {"Content-Type": "application/octet-stream", "Accept": "application/json"}
+        url = self._url.copy_merge_params(parameters.as_query())
+        return Answer.from_json(post(self._http, url, headers=headers, content=data))
 
-        place = f"{self._url.scheme}://{self._url.netloc.decode()}"
-        try:
-            response = self._http.post(
-                self._url.copy_merge_params(parameters.as_query()),
-                content=data,
-                headers={"Content-Type": "application/octet-stream", "Accept": "application/json"},
-            )
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            reason = str(error) or "no answer"
-            raise _UnreachableError(f"cannot reach {place}: {reason}; is the server up?") from None
-        except httpx.TimeoutException:
-            raise CountError(f"{place} gave no answer within {TIMEOUT:g} seconds") from None
-        except httpx.TransportError as error:
-            raise _AgainError(f"{place} broke off the connection: {error}") from None
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
-        if response.status_code == 200 and content is not None:
-            return Answer.from_json(content)
-        message = _error_message(content) or (
-            f"{place} answered HTTP {response.status_code} and not as Headcount does: "
-            f"{_start(response.text)!r}; check the address"
-        )
-        if response.status_code in (429, 503):
-            raise _AgainError(message, _retry_after(response))
-        raise CountError(message)
+
+def post(http: httpx.Client, url: httpx.URL, **request: Any) -> Any:
+    """The JSON that a server answers. Raises CountError; of its kind for Patience where asking again may help."""
+    import httpx
+
+    place = f"{url.scheme}://{url.netloc.decode()}"
+    try:
+        response = http.post(url, **request)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        reason = str(error) or "no answer"
+        raise _UnreachableError(f"cannot reach {place}: {reason}; is the server up?") from None
+    except httpx.TimeoutException:
+        raise CountError(f"{place} gave no answer within {TIMEOUT:g} seconds") from None
+    except httpx.TransportError as error:
+        raise _AgainError(f"{place} broke off the connection: {error}") from None
+    try:
+        content = response.json()
+    except ValueError:
+        content = None
+    if response.status_code == 200 and content is not None:
+        return content
+    message = _error_message(content) or (
+        f"{place} answered HTTP {response.status_code} and not as Headcount does: "
+        f"{_start(response.text)!r}; check the address"
+    )
+    if response.status_code in (429, 503):
+        raise _AgainError(message, _retry_after(response))
+    raise CountError(message)
 
 
 class Grpc:
@@ -217,7 +222,7 @@ class Grpc:
         self._predict = self._channel.unary_unary(
             METHOD, PredictionsRequest.SerializeToString, PredictionResponse.FromString
         )
-        self._patience = _Patience()
+        self._patience = Patience()
 
     def count(self, data: bytes, parameters: Parameters) -> Answer:
         texts = {name: text.encode() for name, text in parameters.as_query().items()}
@@ -272,7 +277,7 @@ class _UnreachableError(_AgainError):
     """There is no server at the address."""
 
 
-class _Patience:
+class Patience:
     """Asks again, a few times, where that may help; no more at all once the server was found unreachable."""
 
     def __init__(self) -> None:

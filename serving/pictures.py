@@ -82,6 +82,12 @@ def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limi
     return Letterbox(np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top)
 
 
+def upright(data: bytes | memoryview, max_pixels: int = Limits.max_pixels) -> Pixels:
+    """All of a picture's pixels as a viewer shows them. Raises PictureError."""
+    opened = _open(data, max_pixels)
+    return _upright(opened.decode(None), opened.orientation)
+
+
 def annotate(
     data: bytes | memoryview,
     boxes: Iterable[tuple[float, float, float, float]],
@@ -90,8 +96,7 @@ def annotate(
     max_pixels: int = Limits.max_pixels,
 ) -> bytes:
     """The upright picture as JPEG with boxes (upright pixels), their labels and the region drawn on it."""
-    opened = _open(data, max_pixels)
-    picture = Image.fromarray(_upright(opened.decode(None), opened.orientation))
+    picture = Image.fromarray(upright(data, max_pixels))
     draw = ImageDraw.Draw(picture)
     line = max(2, round(max(picture.size) / 400))
     font = ImageFont.load_default(max(12, round(max(picture.size) / 55)))
