@@ -227,7 +227,7 @@ def test_the_progress_bar_is_on_stderr_only(stub: Stub, pictures: Path) -> None:
         (["a.jpg", "--url", "ftp://x"], "'ftp://x' is not a server's URL; give one such as http://"),
         (["a.jpg", "--url", ""], "'' is not a server's URL"),
         (["a.jpg", "--grpc", "http://localhost:7070"], "is not a gRPC address; give HOST:PORT"),
-        (["a.jpg", "--url", "http://x", "--grpc", "x:1"], "two servers; give one of them"),
+        (["a.jpg", "--url", "http://x", "--grpc", "x:1"], "different servers; give one of them"),
         (["a.jpg", "--annotate", "/dev/null/x"], "--annotate /dev/null/x: Not a directory; name a folder"),
     ],
 )
