@@ -20,10 +20,10 @@ CHECKPOINT := $(HOME_FOLDER)/weights/$(WEIGHTS).pt
 COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 
-.PHONY: help serve test bench compile sandbox up down live image lock format clean
+.PHONY: help serve test test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PORT=, GRPC=, WEIGHTS=yolov5s …)
 	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --port $(PORT) --grpc 127.0.0.1:$(GRPC) $(if $(SAMPLE),--sample $(SAMPLE))
@@ -32,6 +32,9 @@ test: .venv/.dev $(CHECKPOINT) ## lint, types and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST)
+
+test-engine: .venv/.dev $(CHECKPOINT) ## the tests that need Pulumi's command line and its plugins on the PATH
+	HEADCOUNT_REQUIRE_ENGINE=1 $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)
 
 bench: .venv/.dev $(ARCHIVE)/.made compile ## throughput, latency, accuracy; a table and a plot in bench/results
 	$(BIN)/python -m bench --checkpoint $(CHECKPOINT) --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
