@@ -91,7 +91,7 @@ class Maker(pulumi.runtime.Mocks):
             format_=getattr(artifactregistry_v1.Repository.Format, inputs["format"]), labels=inputs["labels"]
         )
         operation = client.create_repository(parent=LOCATION, repository_id=inputs["repositoryId"], repository=wanted)
-        made: Any = operation.result(timeout=60)  # type: ignore[no-untyped-call]
+        made: Any = operation.result(timeout=60)
         return made.name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
 
     def Account(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
