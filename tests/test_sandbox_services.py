@@ -183,7 +183,7 @@ def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: 
         parent=LOCATION,
         repository_id="images",
         repository=Repository(format_=Repository.Format.DOCKER, labels={"stack": "dev"}),
-    ).result(timeout=30)
+    ).result(timeout=30)  # type: ignore[no-untyped-call]
     assert made.name == f"{LOCATION}/repositories/images"
     assert [r.name for r in client.list_repositories(parent=LOCATION)] == [made.name]
     registry = httpx.Client(base_url=f"http://{made.registry_uri.partition('/')[0]}/v2/", trust_env=False)
@@ -194,7 +194,7 @@ def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: 
     assert found.uri == f"{made.registry_uri}/headcount@{digest}"
     assert found.tags == ["latest"]
 
-    client.delete_repository(name=made.name).result(timeout=30)
+    client.delete_repository(name=made.name).result(timeout=30)  # type: ignore[no-untyped-call]
     with pytest.raises(exceptions.NotFound):
         client.get_repository(name=made.name)
     with pytest.raises(httpx.ConnectError):
