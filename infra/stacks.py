@@ -1,5 +1,10 @@
-"""Pulumi's command line as this project calls it: which program, which state, what a stack put out."""
+"""Pulumi's command line as this project calls it: which program, which state, what a stack put out.
 
+python -m infra.stacks endpoint STACK   where the stack counts pictures, as JSON
+python -m infra.stacks recover STACK    takes up what a Pulumi that was killed left
+"""
+
+import argparse
 import json
 import os
 import shutil
@@ -9,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,10 +95,20 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def outputs(stack: str) -> dict[str, Any]:
     """What the stack exports. Raises StackError when it was never deployed."""
-    found: dict[str, Any] = json.loads(pulumi(stack, "stack", "output", "--json"))
+    how = "make up" if stack == LOCAL else f"pulumi up -s {stack}"
+    missing = StackError(f"Stack {stack} is not deployed. Deploy it: {how}")
+    if stack == LOCAL and not exists(LOCAL):
+        raise missing
+    try:
+        found: dict[str, Any] = json.loads(pulumi(stack, "stack", "output", "--json"))
+    except StackError as error:
+        if "no stack named" in str(error):
+            raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists those that there are.") from None
+        if "PULUMI_ACCESS_TOKEN" in str(error):
+            raise StackError("Pulumi does not know where the state is: `pulumi login` first.") from None
+        raise
     if not found:
-        how = "make up" if stack == LOCAL else f"pulumi up -s {stack}"
-        raise StackError(f"Stack {stack} is not deployed. Deploy it: {how}")
+        raise missing
     return found
 
 
@@ -108,13 +123,17 @@ def endpoint_of(found: Mapping[str, Any]) -> Endpoint:
 
 
 def exists(stack: str) -> bool:
-    listed = subprocess.run(
-        ["pulumi", "stack", "ls", "--json", "--project", "headcount"],
-        cwd=ROOT,
-        env=environment(stack),
-        capture_output=True,
-        text=True,
-    )
+    """Whether the state knows `stack`. Raises StackError without Pulumi."""
+    try:
+        listed = subprocess.run(
+            ["pulumi", "stack", "ls", "--json", "--project", "headcount"],
+            cwd=ROOT,
+            env=environment(stack),
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        raise StackError(INSTALL) from None
     return listed.returncode == 0 and any(s["name"] == stack for s in json.loads(listed.stdout))
 
 
@@ -216,8 +235,23 @@ def installed() -> bool:
     return shutil.which("pulumi", path=environment(LOCAL)["PATH"]) is not None
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.stacks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("endpoint", "recover"))
+    parser.add_argument("stack")
+    args = parser.parse_args(arguments)
     try:
-        print("\n".join(recover(sys.argv[2])))
+        if args.what == "endpoint":
+            print(json.dumps(asdict(endpoint(args.stack))))
+        else:
+            print("\n".join(recover(args.stack)) or "nothing to recover")
     except StackError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
