@@ -16,6 +16,7 @@ from sandbox.iam import policy_methods
 from sandbox.store import JSON, now
 
 REPOSITORY_ID = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+PROJECT_ID = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")  # a folder's name
 MUTABLE = ("description", "labels", "cleanupPolicies", "cleanupPolicyDryRun", "dockerConfig")
 
 
@@ -52,6 +53,8 @@ async def create(call: Call) -> JSON:
     wanted = call.query.get("repositoryId", call.query.get("repository_id", ""))
     if not REPOSITORY_ID.fullmatch(wanted):
         raise invalid(f'Invalid repository id "{wanted}": at most 63 of a-z, 0-9 and -, a letter first.')
+    if not PROJECT_ID.fullmatch(call.name.split("/")[1]):
+        raise invalid(f"Invalid project in {call.name}.")
     if repository.get("format") != "DOCKER":
         raise GoogleError(
             "UNIMPLEMENTED",

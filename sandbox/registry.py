@@ -32,6 +32,9 @@ log: {{accesslog: {{disabled: true}}, level: error}}
 storage: {{filesystem: {{rootdirectory: {root}}}, delete: {{enabled: true}}}}
 http: {{addr: "{address}"}}
 """
+# In the image: https://hub.docker.com/_/registry
+_REPOSITORIES = "/var/lib/registry/docker/registry/v2/repositories"
+_CONFIG_FILE = "/etc/docker/registry/config.yml"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -128,10 +131,7 @@ class Registry:
         self.stop()
         self._forget_pulled(f"{self.address}/{folder}".rstrip("/") + "/")
         if not self._program:
-            # Layers that only it used stay until the last repository goes.
-            if not folder and (client := self._docker()):
-                with contextlib.suppress(Exception):
-                    client.volumes.get(self._name).remove(force=True)
+            self._remove_in_volume(folder)
             return
         if not folder:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -161,6 +161,23 @@ class Registry:
         return found
 
     # -------------------------------------------------------------------------------------- container
+
+    def _remove_in_volume(self, folder: str) -> None:
+        import docker
+
+        if not (client := self._docker()):
+            return
+        if not folder:
+            with contextlib.suppress(docker.errors.APIError):
+                client.volumes.get(self._name).remove(force=True)
+            return
+        script = f'rm -rf "{_REPOSITORIES}/$1" && registry garbage-collect --delete-untagged {_CONFIG_FILE}'
+        client.containers.run(IMAGE, entrypoint=["sh", "-c", script, "sh", folder], volumes=self._volumes, remove=True)
+        self.start()
+
+    @property
+    def _volumes(self) -> dict[str, dict[str, str]]:
+        return {self._name: {"bind": "/var/lib/registry", "mode": "rw"}}
 
     def _forget_pulled(self, prefix: str) -> None:
         import docker
@@ -212,7 +229,7 @@ class Registry:
                 detach=True,
                 name=self._name,
                 ports={"5000/tcp": (host, int(port))},
-                volumes={self._name: {"bind": "/var/lib/registry", "mode": "rw"}},
+                volumes=self._volumes,
                 environment={"REGISTRY_STORAGE_DELETE_ENABLED": "true", "REGISTRY_LOG_LEVEL": "error"},
             )
         except docker.errors.DockerException as error:

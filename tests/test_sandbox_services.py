@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import docker
 import httpx
 import pytest
 from google.api_core import exceptions
@@ -19,6 +21,7 @@ from google.cloud.artifactregistry_v1 import ArtifactRegistryClient, Repository
 from googleapiclient import discovery
 from googleapiclient.errors import HttpError
 
+from sandbox import registry
 from sandbox.testing import RunningSandbox
 
 PROJECT = "my-project"
@@ -186,10 +189,10 @@ def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: 
     ).result(timeout=30)  # type: ignore[no-untyped-call]
     assert made.name == f"{LOCATION}/repositories/images"
     assert [r.name for r in client.list_repositories(parent=LOCATION)] == [made.name]
-    registry = httpx.Client(base_url=f"http://{made.registry_uri.partition('/')[0]}/v2/", trust_env=False)
-    assert registry.get("").status_code == 200
+    pushes = httpx.Client(base_url=f"http://{made.registry_uri.partition('/')[0]}/v2/", trust_env=False)
+    assert pushes.get("").status_code == 200
 
-    digest = push(registry, f"{PROJECT}/images/headcount", "latest")
+    digest = push(pushes, f"{PROJECT}/images/headcount", "latest")
     (found,) = client.list_docker_images(parent=made.name)
     assert found.uri == f"{made.registry_uri}/headcount@{digest}"
     assert found.tags == ["latest"]
@@ -198,16 +201,43 @@ def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: 
     with pytest.raises(exceptions.NotFound):
         client.get_repository(name=made.name)
     with pytest.raises(httpx.ConnectError):
-        registry.get("")
+        pushes.get("")
     assert not (sandbox.state / "registry").exists()
 
 
-def push(registry: httpx.Client, name: str, tag: str) -> str:
+def has_registry_image() -> bool:
+    return not subprocess.run(["docker", "image", "inspect", registry.IMAGE], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not has_registry_image(), reason=f"Docker has no image {registry.IMAGE}")
+def test_without_the_program_the_registry_is_a_container_that_a_kill_does_not_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    state = uuid.uuid4().hex[:12]
+    first = registry.Registry(tmp_path, 0, state)
+    first.start()
+    client = httpx.Client(base_url=f"http://{first.address}/v2/", trust_env=False)
+    for repository in ("one", "two"):
+        push(client, f"{PROJECT}/{repository}/headcount", "latest")
+
+    second = registry.Registry(tmp_path, int(first.address.partition(":")[2]), state)
+    second.start()
+    assert len(second.images(f"{PROJECT}/two")) == 1
+    second.remove(f"{PROJECT}/one")
+    assert second.images(f"{PROJECT}/one") == []
+    assert len(second.images(f"{PROJECT}/two")) == 1
+    second.remove("")
+    names = docker.from_env().volumes.list(), docker.from_env().containers.list(all=True)
+    assert state not in "".join(str(item.name) for items in names for item in items)
+
+
+def push(client: httpx.Client, name: str, tag: str) -> str:
     """An image without layers, as the distribution protocol has it; returns its digest."""
     config = b"{}"
     digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
-    upload = registry.post(f"{name}/blobs/uploads/").headers["location"]
-    assert registry.put(f"{upload}&digest={digest}", content=config).status_code == 201
+    upload = client.post(f"{name}/blobs/uploads/").headers["location"]
+    assert client.put(f"{upload}&digest={digest}", content=config).status_code == 201
     media = "application/vnd.oci.image.manifest.v1+json"
     manifest = {
         "schemaVersion": 2,
@@ -215,7 +245,7 @@ def push(registry: httpx.Client, name: str, tag: str) -> str:
         "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(config)},
         "layers": [],
     }
-    answer = registry.put(f"{name}/manifests/{tag}", content=json.dumps(manifest), headers={"content-type": media})
+    answer = client.put(f"{name}/manifests/{tag}", content=json.dumps(manifest), headers={"content-type": media})
     assert answer.status_code == 201, answer.text
     return str(answer.headers["docker-content-digest"])
 
