@@ -1,0 +1,142 @@
+"""The provider rolls real containers out: of a tiny image for what needs many, and of the serving image once."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import os
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker
+import httpx
+import pytest
+from conftest import ROOT
+from test_sandbox_docker import REGISTRY, engine, image
+from vertex_harness import (
+    ROLLOUT_URN,
+    VERSION_URN,
+    CallFailed,
+    Cloud,
+    Plugin,
+    Stack,
+    release,
+    rollout_inputs,
+    version_inputs,
+)
+
+from sandbox.testing import RunningSandbox
+
+__all__ = ["engine", "image"]  # fixtures
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def sandbox(engine: docker.DockerClient) -> Iterator[RunningSandbox]:
+    with RunningSandbox(runner="docker") as running:
+        yield running
+        assert running.violations() == []
+
+
+@pytest.fixture(scope="module")
+def cloud(sandbox: RunningSandbox) -> Cloud:
+    return Cloud(sandbox)
+
+
+@pytest.fixture(scope="module")
+def plugin(sandbox: RunningSandbox) -> Iterator[Plugin]:
+    with Plugin(sandbox.url) as running:
+        yield running
+
+
+def version(plugin: Plugin, name: str, model: str, image: str, **more: object) -> Stack:
+    made = Stack(f"{VERSION_URN}{name}")
+    made.up(plugin, version_inputs(model, image, **more))
+    return made
+
+
+def test_a_rollout_under_load_loses_no_request_and_a_canary_gets_its_share(
+    sandbox: RunningSandbox, cloud: Cloud, plugin: Plugin, image: str
+) -> None:
+    endpoint = cloud.endpoint("shares")
+    old = version(plugin, "shares-old", "shares", image)
+    new = version(plugin, "shares-new", "shares", image, env={"TINY_SECONDS": "1"})
+    rollout = Stack(f"{ROLLOUT_URN}shares")
+    rollout.up(plugin, rollout_inputs(endpoint, main=release(old.id)))
+    url = f"{sandbox.url}/v1/{endpoint}:predict"
+    with httpx.Client() as client:
+
+        def asked(times: int) -> collections.Counter[str]:
+            """Who answered, by version."""
+            by = {id_: model for id_, (model, _) in cloud.deployed(endpoint).items()}
+            answers = [client.post(url, json={"instances": [1]}, timeout=30) for _ in range(times)]
+            return collections.Counter(by[answer.raise_for_status().json()["deployedModelId"]] for answer in answers)
+
+        rollout.up(plugin, rollout_inputs(endpoint, main=release(old.id, 90), next=release(new.id, 10)))
+        share = asked(500)
+        assert 25 <= share["shares@2"] <= 75, share  # five standard deviations of 500 requests at 10 %
+        statuses: collections.Counter[int] = collections.Counter()
+        stop = threading.Event()
+
+        def load() -> None:
+            with httpx.Client() as one:
+                while not stop.is_set():
+                    statuses[one.post(url, json={"instances": [1]}, timeout=30).status_code] += 1
+
+        threads = [threading.Thread(target=load) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        newest = version(plugin, "shares-newest", "shares", image, env={"TINY_SECONDS": "1", "NEWEST": "1"})
+        rollout.up(plugin, rollout_inputs(endpoint, drain=1, main=release(newest.id)))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200}, statuses
+        assert statuses[200] > 50
+        assert set(asked(20)) == {"shares@3"}
+    rollout.delete(plugin)
+    cloud.check_history(endpoint)
+
+
+def test_a_broken_image_says_why_and_traffic_never_left_the_old_one(cloud: Cloud, plugin: Plugin, image: str) -> None:
+    endpoint = cloud.endpoint("broken")
+    good = version(plugin, "broken-good", "broken", image)
+    bad = version(plugin, "broken-bad", "broken", image, env={"TINY_EXIT": "1"})
+    rollout = Stack(f"{ROLLOUT_URN}broken")
+    rollout.up(plugin, rollout_inputs(endpoint, main=release(good.id)))
+    with pytest.raises(CallFailed, match=r"(?s)no weights"):
+        rollout.up(plugin, rollout_inputs(endpoint, main=release(bad.id)))
+    assert cloud.traffic(endpoint) == {"broken@1": 100}
+    assert len(cloud.deployed(endpoint)) == 1, "what failed is undeployed again"
+    cloud.check_history(endpoint)
+    rollout.delete(plugin)
+
+
+def test_the_serving_image_counts_four_through_the_endpoint(
+    sandbox: RunningSandbox, cloud: Cloud, plugin: Plugin, engine: docker.DockerClient, data: Path, checkpoint: Path
+) -> None:
+    client = os.environ.get("DOCKER", "docker")
+    name = f"{REGISTRY}/headcount-test:{uuid.uuid4().hex[:8]}"
+    for command in (["make", "image", f"IMAGE={name}", f"DOCKER={client}"], [client, "push", "-q", name]):
+        done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    built = engine.images.get(name)
+    digest = next(d for d in built.attrs["RepoDigests"] if d.startswith(name.partition(":test")[0].rpartition(":")[0]))
+    endpoint = cloud.endpoint("people")
+    made = Stack(f"{VERSION_URN}people")
+    made.up(plugin, version_inputs("people", digest, predictRoute="/predictions/people"))
+    rollout = Stack(f"{ROLLOUT_URN}people")
+    try:
+        rollout.up(plugin, rollout_inputs(endpoint, main=release(made.id)))
+        picture = base64.b64encode((data / "people" / "bus.jpg").read_bytes()).decode()
+        body = {"instances": [{"image": {"b64": picture}}], "parameters": {"confidence": 0.25}}
+        answer = httpx.post(f"{sandbox.url}/v1/{endpoint}:predict", json=body, timeout=60)
+        assert answer.raise_for_status().json()["predictions"][0]["count"] == 4
+    finally:
+        rollout.delete(plugin)
+        made.delete(plugin)
+        engine.images.remove(name, force=True)
