@@ -1,6 +1,8 @@
 """A tiny image with the contract of the serving image, for tests that deploy."""
 
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +53,12 @@ server.serve_forever()
 """
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def write_tiny_sources(folder: Path) -> None:
     """What a build context needs: a Dockerfile, its .dockerignore, a server, and weights that nobody reads."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,3 +70,10 @@ def write_tiny_sources(folder: Path) -> None:
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+
+
+def forget_images(registry: str) -> None:
+    """Removes what Docker pulled from a test's registry."""
+    found = ["docker", "images", "-q", "--filter", f"reference={registry}/*/*/*"]
+    if ids := subprocess.run(found, capture_output=True, text=True).stdout.split():
+        subprocess.run(["docker", "rmi", "-f", *ids], capture_output=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
-from infra_harness import SERVER, write_tiny_sources
+from infra_harness import SERVER, forget_images, free_port, write_tiny_sources
 
 from sandbox.testing import RunningSandbox
 
@@ -40,14 +40,6 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()) and not REQUIRED, reason=missing() or "it is all there"),
     pytest.mark.timeout(600),
 ]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Project:
@@ -129,6 +121,7 @@ class Project:
 
     def close(self) -> None:
         self.sandbox.stop()
+        forget_images(f"127.0.0.1:{self.registry_port}")
 
 
 @pytest.fixture(scope="module")

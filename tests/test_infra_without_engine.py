@@ -21,7 +21,7 @@ from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform_v1, artifactregistry_v1, storage  # type: ignore[attr-defined]
 from googleapiclient import discovery
-from infra_harness import write_tiny_sources
+from infra_harness import forget_images, free_port, write_tiny_sources
 from pulumi.runtime.proto import provider_pb2
 from vertex_harness import Plugin, struct, unstruct
 
@@ -91,7 +91,7 @@ class Maker(pulumi.runtime.Mocks):
             format_=getattr(artifactregistry_v1.Repository.Format, inputs["format"]), labels=inputs["labels"]
         )
         operation = client.create_repository(parent=LOCATION, repository_id=inputs["repositoryId"], repository=wanted)
-        made: Any = operation.result(timeout=60)
+        made: Any = operation.result(timeout=60)  # type: ignore[no-untyped-call]
         return made.name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
 
     def Account(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
@@ -113,7 +113,11 @@ class Maker(pulumi.runtime.Mocks):
             return f"{args.name}_id", {}
         client, tag = docker.from_env(), inputs["tags"][0]
         client.images.build(
-            path=inputs["context"]["location"], tag=tag, buildargs=inputs["buildArgs"], platform=inputs["platforms"][0]
+            path=inputs["context"]["location"],
+            tag=tag,
+            buildargs=inputs["buildArgs"],
+            platform=inputs["platforms"][0],
+            forcerm=True,
         )
         said = [json.loads(line) for line in client.images.push(tag).splitlines()]
         (digest,) = [line["aux"]["Digest"] for line in said if "aux" in line]
@@ -161,9 +165,11 @@ def plain(value: Any) -> Any:
 
 @pytest.fixture
 def sandbox() -> Iterator[RunningSandbox]:
-    with RunningSandbox("--registry-port", "0", "--api-delay", "0.5", runner="docker") as running:
+    port = free_port()
+    with RunningSandbox("--registry-port", str(port), "--api-delay", "0.5", runner="docker") as running:
         yield running
         assert running.violations() == []
+    forget_images(f"127.0.0.1:{port}")
 
 
 def test_the_same_resources_in_the_same_order_end_in_the_same_count(
