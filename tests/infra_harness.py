@@ -74,6 +74,7 @@ def write_tiny_sources(folder: Path) -> None:
 
 def forget_images(registry: str) -> None:
     """Removes what Docker pulled from a test's registry."""
-    found = ["docker", "images", "-q", "--filter", f"reference={registry}/*/*/*"]
-    if ids := subprocess.run(found, capture_output=True, text=True).stdout.split():
+    listed = subprocess.run(["docker", "images", "--format", "{{.ID}} {{.Repository}}"], capture_output=True, text=True)
+    ids = [line.split()[0] for line in listed.stdout.splitlines() if line.split()[1].startswith(registry + "/")]
+    if ids:
         subprocess.run(["docker", "rmi", "-f", *ids], capture_output=True)
