@@ -132,7 +132,10 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             f"  latency with {CONCURRENCY} clients: p50 {one['p50']:.0f}, p99 {one['p99']:.0f} ms: {ratio:.2f} times"
         ]
-        lines += ["  CPU a request, ms: " + ", ".join(f"{role} {spent:.2f}" for role, spent in one["cpu ms"].items())]
+        cpu = one["cpu ms"]
+        server = sum(cpu.values()) - one["stages"]["headcount"][CPU]
+        roles = ", ".join(f"{role} {spent:.2f}" for role, spent in cpu.items())
+        lines += [f"  CPU a request, ms: {roles}; the server itself, beyond counting: {server:.2f}"]
         for name, stages in one["stages"].items():
             lines += [f"  stages of {name}, ms: " + ", ".join(f"{stage} {ms:.2f}" for stage, ms in stages.items())]
     if memory := result.get("memory"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -48,7 +49,7 @@ class Letterbox:
 
     pixels: (h, w, 3), h and w multiples of the stride, the longer one LONGEST_SIDE rounded up to it.
     width, height: the upright picture's own size. scale: letterboxed over own pixels, per axis (x, y).
-    left, top: padding in letterboxed pixels.
+    left, top: padding in letterboxed pixels. milliseconds: what decoding and resizing took.
     """
 
     pixels: Pixels
@@ -57,6 +58,7 @@ class Letterbox:
     scale: tuple[float, float]
     left: int
     top: int
+    milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limits.max_pixels) -> Letterbox:
@@ -65,21 +67,25 @@ def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limi
     A JPEG is decoded at 1/2 or 1/4 of its size where that still has all the pixels the network sees.
     Raises PictureError.
     """
+    began = time.perf_counter()
     opened = _open(data, max_pixels)
     turned = opened.orientation in (5, 6, 7, 8)
     width, height = (opened.height, opened.width) if turned else (opened.width, opened.height)
     ratio = LONGEST_SIDE / max(width, height)
     inner_w, inner_h = max(1, round(width * ratio)), max(1, round(height * ratio))
     stored = (inner_h, inner_w) if turned else (inner_w, inner_h)
-    pixels = _resize(opened.decode(stored), stored)
-    pixels = _upright(pixels, opened.orientation)
+    pixels = opened.decode(stored)
+    decoded = time.perf_counter()
+    pixels = _upright(_resize(pixels, stored), opened.orientation)
     outer_w, outer_h = (math.ceil(side / stride) * stride for side in (inner_w, inner_h))
     left, top = (outer_w - inner_w) // 2, (outer_h - inner_h) // 2
     if (outer_w, outer_h) != (inner_w, inner_h):
         canvas = np.full((outer_h, outer_w, 3), PADDING, np.uint8)
         canvas[top : top + inner_h, left : left + inner_w] = pixels
         pixels = canvas
-    return Letterbox(np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top)
+    pixels = np.ascontiguousarray(pixels)
+    spent = {"decode": (decoded - began) * 1e3, "resize": (time.perf_counter() - decoded) * 1e3}
+    return Letterbox(pixels, width, height, (inner_w / width, inner_h / height), left, top, spent)
 
 
 def upright(data: bytes | memoryview, max_pixels: int = Limits.max_pixels) -> Pixels:
