@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -157,6 +157,10 @@ def clear_lock(stack: str) -> str:
 
 
 def _runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    with suppress(OSError):  # where there is no /proc
+        if stat.read_text().rpartition(")")[2].split()[0] == "Z":  # ended, and not yet missed by its parent
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
