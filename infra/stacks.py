@@ -40,6 +40,10 @@ class StackError(Exception):
     """Something the user can repair; its text says how."""
 
 
+class BusyError(StackError):
+    """Another Pulumi is at work on the stack."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where a stack's pictures are counted."""
@@ -143,14 +147,14 @@ def exists(stack: str) -> bool:
 def clear_lock(stack: str) -> str:
     """Removes the lock of a Pulumi that was killed on this machine. Returns what it did, or "".
 
-    Raises StackError when that Pulumi still runs. Only for a state in files, where a lock is a file.
+    Raises BusyError when that Pulumi still runs. Only for a state in files, where a lock is a file.
     """
     backend = environment(stack).get("PULUMI_BACKEND_URL", "")
     folder = Path(backend.removeprefix("file://")) / ".pulumi" / "locks"
     for lock in folder.glob(f"organization/headcount/{stack}/*.json"):
         holder = json.loads(lock.read_text())
         if holder.get("hostname") == os.uname().nodename and _runs(int(holder["pid"])):
-            raise StackError(f"Another pulumi is at work on stack {stack} (process {holder['pid']}). Wait for it.")
+            raise BusyError(f"Another pulumi is at work on stack {stack} (process {holder['pid']}). Wait for it.")
         lock.unlink(missing_ok=True)
         return f"cleared the lock of process {holder['pid']}, which was killed"
     return ""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from infra import stacks
-from infra.stacks import CLI, HOME, LOCAL, ROOT, StackError
+from infra.stacks import CLI, HOME, LOCAL, ROOT, BusyError, StackError
 
 PORT: Final = 8790  # of the sandbox, as Pulumi.local.yaml has it
 SANDBOX: Final = HOME / "sandbox"
@@ -42,8 +42,7 @@ def up(picture: Path | None) -> None:
     if not stacks.exists(LOCAL):
         (HOME / "pulumi" / "state").mkdir(parents=True, exist_ok=True)
         stacks.pulumi(LOCAL, "stack", "init")
-    for line in stacks.recover(LOCAL):
-        print(line)
+    _recover()
     if stacks.run(LOCAL, "up", "--yes", "--skip-preview"):
         raise StackError("`pulumi up` did not end well; what it says is above. Repeat `make up` when it is repaired.")
     found = stacks.outputs(LOCAL)
@@ -56,7 +55,7 @@ def down() -> None:
     """Destroys stack `local`, stops the sandbox and removes what both left. Raises StackError."""
     if stacks.installed() and stacks.exists(LOCAL):
         _start_sandbox()
-        stacks.recover(LOCAL)
+        _recover()
         if stacks.run(LOCAL, "destroy", "--yes", "--skip-preview"):
             raise StackError("`pulumi destroy` did not end well; what it says is above. Repeat `make down`.")
         stacks.pulumi(LOCAL, "stack", "rm", "--yes", "--preserve-config")
@@ -66,6 +65,21 @@ def down() -> None:
     for path in (SANDBOX, BUILDX, HOME / "pulumi" / "state", HOME / "context"):
         shutil.rmtree(path, ignore_errors=True)
     print("Nothing of stack local is left: no container, volume, process or port.")
+
+
+def _recover() -> None:
+    """Takes up what a killed run left. Its Pulumi may have survived it: that one is waited for."""
+    told = False
+    while True:
+        try:
+            for line in stacks.recover(LOCAL):
+                print(line, flush=True)
+            return
+        except BusyError as error:
+            if not told:
+                print(error, flush=True)
+            told = True
+            time.sleep(1)
 
 
 # --------------------------------------------------------------------------------------- what it needs
