@@ -279,6 +279,28 @@ def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deplo
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 
+def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(deployed: Project) -> None:
+    proved = deployed.outputs()
+    config = deployed.stack_file + (
+        "  headcount:production: true\n"
+        "  headcount:releases: {}\n"
+        f"  headcount:imageRepository: {proved['repository']}\n"
+    )
+    lines = [line for line in config.splitlines(True) if not line.startswith(("encryptionsalt", "#"))]
+    (deployed.folder / "Pulumi.prod.yaml").write_text("".join(lines))
+    deployed.pulumi("stack", "init", "prod")
+    deployed.pulumi("up", "-s", "prod", "--yes", "--skip-preview")
+    deployed.python("infra.releases", "-s", "prod", "add", "main", "--from", "local")
+    said = deployed.pulumi("up", "-s", "prod", "--yes", "--skip-preview")
+    assert "docker-build:index:Image" not in said
+    found = json.loads(deployed.pulumi("stack", "output", "-s", "prod", "--json"))
+    assert found["images"]["main"] == list(proved["images"].values())[-1]
+    assert deployed.count(found["url"]) == deployed.count(proved["url"])
+    assert "protect" in deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview", fails=True)
+    deployed.pulumi("state", "unprotect", "--all", "-s", "prod", "--yes")
+    deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview")
+
+
 def kill_up_at(project: Project, method: str) -> None:
     """Starts `pulumi up` and kills it, and its providers, once the sandbox has answered a call of `method`."""
     project.sandbox.admin("DELETE", "requests")
