@@ -8,7 +8,7 @@ from typing import Any
 import pulumi
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from infra.settings import BUILD, Names, Release, Settings, read
@@ -165,6 +165,9 @@ def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None
 
 
 @given(STACKS, STACKS)
+@example("dev", "Dev")
+@example("a.b", "a-b")
+@example("x" * 60, "x" * 61)
 def test_different_stacks_have_different_names(one: str, other: str) -> None:
     if one != other:
         a, b = Names("my-project", "europe-west4", one), Names("my-project", "europe-west4", other)
