@@ -184,8 +184,9 @@ class Registry:
 
         if not (client := self._docker()):
             return
-        for image in client.images.list():
-            for name in (*image.tags, *image.attrs.get("RepoDigests", [])):
+        # One call: client.images.list() looks at each image anew, and fails if somebody removes one meanwhile.
+        for image in client.api.images():
+            for name in (*(image["RepoTags"] or []), *(image["RepoDigests"] or [])):
                 if name.startswith(prefix):
                     with contextlib.suppress(docker.errors.DockerException):
                         client.images.remove(name)

@@ -248,7 +248,13 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell that runs the tests in the background makes them, and what they start, ignore Ctrl-C.
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def until(condition: Callable[[], object]) -> None:

@@ -213,5 +213,5 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
 def test_an_api_that_does_not_become_usable_is_said_in_a_sentence(tmp_path: Path) -> None:
     with RunningSandbox("--api-delay", "60", state=tmp_path / "state") as running:
         url = f"{running.url}/v1/{LOCATION}/endpoints?pageSize=1"
-        with pytest.raises(pulumi.RunError, match="aiplatform.googleapis.com was enabled .* Run `pulumi up` again"):
+        with pytest.raises(pulumi.RunError, match=r"aiplatform\.googleapis\.com was enabled .* Run `pulumi up` again"):
             asyncio.run(foundation.until_usable("aiplatform.googleapis.com", url, "token", seconds=0.2))
