@@ -15,6 +15,7 @@ import difflib
 import sys
 from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 from typing import Any, Final
 
 from ruamel.yaml import YAML
@@ -23,6 +24,8 @@ from infra.settings import BUILD
 from infra.stacks import ROOT, StackError, outputs
 
 Releases = dict[str, dict[str, Any]]
+_YAML: Final = YAML()
+_YAML.width = 200
 _DEFAULT: Final[Releases] = {"main": {"image": BUILD, "traffic": 100}}
 
 
@@ -85,16 +88,9 @@ def change(stack: str, edit: Callable[[Releases], Releases | bool]) -> str:
 
     Raises StackError when there is no such file.
     """
-    path = ROOT / f"Pulumi.{stack}.yaml"
-    if not path.exists():
-        raise StackError(f"There is no {path.name}: `pulumi stack init {stack}` makes a stack.")
-    yaml = YAML()
-    yaml.width = 200
-    before = path.read_text()
-    document = yaml.load(before) or {}
+    path, before, document = _file(stack)
     config = document.setdefault("config", {})
-    current = config.get("headcount:releases")
-    after = edit({n: dict(r) for n, r in (_DEFAULT if current is None else current).items()})
+    after = edit(_releases(document))
     if isinstance(after, bool):
         config.pop("headcount:paused", None)
         if after:
@@ -102,10 +98,33 @@ def change(stack: str, edit: Callable[[Releases], Releases | bool]) -> str:
     else:
         config["headcount:releases"] = after
     text = StringIO()
-    yaml.dump(document, text)
+    _YAML.dump(document, text)
     path.write_text(text.getvalue())
     lines = difflib.unified_diff(before.splitlines(True), text.getvalue().splitlines(True), path.name, path.name, n=2)
     return "".join(lines) or "nothing to change\n"
+
+
+def _file(stack: str) -> tuple[Path, str, Any]:
+    path = ROOT / f"Pulumi.{stack}.yaml"
+    if not path.exists():
+        raise StackError(f"There is no {path.name}: `pulumi stack init {stack}` makes a stack.")
+    text = path.read_text()
+    return path, text, _YAML.load(text) or {}
+
+
+def _releases(document: Any) -> Releases:
+    found = document.get("config", {}).get("headcount:releases")
+    return {name: dict(release) for name, release in (_DEFAULT if found is None else found).items()}
+
+
+def _proved(stack: str) -> str:
+    """The digest that gets most of the traffic on `stack`. Raises StackError."""
+    releases, running = _releases(_file(stack)[2]), _running(stack)
+    deployed = [name for name in releases if name in running]
+    if not deployed:
+        raise StackError(f"Stack {stack} runs nothing.")
+    best = max(deployed, key=lambda name: int(releases[name]["traffic"]))
+    return running[best].partition("@")[2]
 
 
 def _running(stack: str) -> dict[str, str]:
@@ -148,10 +167,7 @@ def _edit(args: argparse.Namespace, releases: Releases) -> Releases | bool:
             running = _running(args.stack) if built and args.image == BUILD else {}
             return canary(releases, args.name, args.image, args.percent, running)
         case "add":
-            images = list(_running(args.source).values())
-            if not images:
-                raise StackError(f"Stack {args.source} runs nothing.")
-            return canary(releases, args.name, images[-1].partition("@")[2], args.percent, {})
+            return canary(releases, args.name, _proved(args.source), args.percent, {})
         case "promote":
             return promote(releases, args.name)
         case "remove":

@@ -111,6 +111,19 @@ def test_production_takes_the_digest_that_dev_proved(checkout: Path, capsys: pyt
     assert f"image: {OLD}" in capsys.readouterr().out
 
 
+def test_proved_is_what_has_the_traffic_not_what_came_last(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = "r/headcount@sha256:" + "b" * 64
+    monkeypatch.setattr(releases, "outputs", lambda stack: {"images": RUNNING | {"next": tried}})
+    releases.main(["-s", "dev", "canary", "next", "10"])
+    releases.main(["-s", "prod", "add", "main", "--from", "dev"])
+    assert OLD in (checkout / "Pulumi.prod.yaml").read_text()
+    releases.main(["-s", "dev", "promote", "next"])
+    releases.main(["-s", "prod", "add", "main", "--from", "dev"])
+    assert tried.partition("@")[2] in (checkout / "Pulumi.prod.yaml").read_text()
+
+
 def test_pause_and_resume_leave_the_file_as_it_was(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (checkout / "Pulumi.dev.yaml").read_text()
     releases.main(["-s", "dev", "pause"])
