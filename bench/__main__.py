@@ -127,7 +127,8 @@ def table(result: dict[str, Any]) -> str:
         for name, rate in one["rates"].items():
             by_cpu = f"{one['to plain, CPU'][name]:17.2f}" if name in one["to plain, CPU"] else ""
             lines += [f"  {name:12}{rate:12.1f}{one['to plain'][name]:10.2f}{by_cpu}"]
-        lines += [f"  the server makes {one['server to in-process']:.2f} of headcount in-process"]
+        by_cpu = one["stages"]["headcount"][CPU] / sum(one["cpu ms"].values())
+        lines += [f"  the server makes {one['server to in-process']:.2f} of headcount in-process, {by_cpu:.2f} by CPU"]
         ratio = one["p99"] / one["p50"]
         lines += [
             f"  latency with {CONCURRENCY} clients: p50 {one['p50']:.0f}, p99 {one['p99']:.0f} ms: {ratio:.2f} times"

@@ -353,6 +353,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def _keep_large_blocks() -> None:
+    """ALLOCATOR for this process, which runs already: mallopt(3). The front spends a quarter less on large bodies."""
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+
+
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
 
@@ -416,6 +424,7 @@ def main() -> None:
     handler.setFormatter(_ForPeople() if arguments.console else _JsonLines())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=os.environ.get("HEADCOUNT_LOG_LEVEL", "INFO"), handlers=[handler])
+    _keep_large_blocks()
     launcher = None
     try:
         workers = setting("HEADCOUNT_WORKERS", workers_that_fit())
