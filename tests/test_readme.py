@@ -1,0 +1,98 @@
+"""What the README tells people to type is typed here, so that it cannot rot."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Server
+from PIL import Image
+
+from infra import releases
+
+README = (ROOT / "README.md").read_text()
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Path:
+    """The pictures that the README speaks of."""
+    for name in ("bus.jpg", "door.jpg", "photos/bus.jpg", "photos/zidane.jpg", "more/bus.jpg"):
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(data / "people" / ("zidane.jpg" if "zidane" in name else "bus.jpg"), target)
+    return tmp_path
+
+
+def here(text: str, server: Server) -> str:
+    """Text with the addresses of the server that runs."""
+    return text.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}").replace(
+        "127.0.0.1:7070", f"127.0.0.1:{server.grpc}"
+    )
+
+
+def lines(start: str) -> list[str]:
+    return [line.strip().removeprefix("$ ") for _, block in BLOCKS for line in block.splitlines() if start in line]
+
+
+def test_curl_lines_answer_as_shown(server: Server, folder: Path) -> None:
+    curls = lines("$ curl")
+    assert len(curls) == 2
+    said = [
+        subprocess.run(here(line, server), shell=True, cwd=folder, check=True, capture_output=True, text=True).stdout
+        for line in curls
+    ]
+    shown = re.search(r'\{"count":4,"people":\[\{"box":\[', README)
+    assert shown
+    assert said[0].startswith(shown[0])
+    assert Image.open(folder / "counted.jpg").format == "JPEG"
+
+
+def test_command_lines_count_as_shown(server: Server, folder: Path) -> None:
+    commands = lines(".venv/bin/headcount count")
+    assert len(commands) == 3
+    for line in commands:
+        words = shlex.split(here(line, server), comments=True)
+        ran = subprocess.run(
+            [sys.executable, "-m", "headcount.cli", *words[1:]], cwd=folder, check=False, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, (line, ran.stderr)
+        assert re.search(r"door\.jpg\s+\d" if "door" in line else r"zidane\.jpg\s+2\s", ran.stdout), ran.stdout
+    assert (folder / "out" / "door.counted.jpg").exists()
+
+
+def test_the_python_example_prints_four(server: Server, folder: Path) -> None:
+    (program,) = (block for kind, block in BLOCKS if kind == "python")
+    ran = subprocess.run(
+        [sys.executable, "-c", here(program, server)], cwd=folder, check=True, capture_output=True, text=True
+    )
+    assert ran.stdout == "4\n"
+
+
+def test_make_verbs_exist() -> None:
+    verbs = set(re.findall(r"`?make ([a-z][a-z-]*)", README + DEPLOY)) - {"it"}
+    assert {"serve", "test", "up", "down", "image", "bench", "sandbox", "live"} <= verbs
+    for verb in verbs:
+        subprocess.run(["make", "-n", verb], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_release_lines_write_the_stack_s_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dev", "prod"):
+        shutil.copy(ROOT / f"Pulumi.{name}.yaml", tmp_path)
+    monkeypatch.setattr(releases, "ROOT", tmp_path)
+    images: Any = {"images": {"main": "host/people@sha256:" + "a" * 64, "next": "host/people@sha256:" + "b" * 64}}
+    monkeypatch.setattr(releases, "outputs", lambda stack: images)
+    typed = re.findall(r"^    python -m infra\.releases (.*?)(?:\s+#.*)?$", DEPLOY, re.MULTILINE)
+    assert len(typed) >= 6
+    for line in typed:
+        assert releases.main(shlex.split(line)) in (0, None), line
+        assert "+" in capsys.readouterr().out, f"{line} prints the diff"
