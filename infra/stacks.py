@@ -156,6 +156,7 @@ def clear_lock(stack: str) -> str:
         if holder.get("hostname") == os.uname().nodename and _runs(int(holder["pid"])):
             raise BusyError(f"Another pulumi is at work on stack {stack} (process {holder['pid']}). Wait for it.")
         lock.unlink(missing_ok=True)
+        _end_orphans()
         return f"cleared the lock of process {holder['pid']}, which was killed"
     return ""
 
@@ -172,6 +173,17 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _end_orphans() -> None:
+    """Ends the plugins that a killed Pulumi left: some do not notice. Only where there is /proc."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            ours = process.joinpath("cwd").readlink() == ROOT / "infra"
+            name = process.joinpath("comm").read_text()
+            if ours and parent == "1" and name.startswith("pulumi-"):
+                os.kill(int(process.name), signal.SIGTERM)
 
 
 # What the google provider calls a resource that Google may have made before Pulumi was killed. The others are not

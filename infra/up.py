@@ -26,6 +26,7 @@ from infra import stacks
 from infra.stacks import CLI, HOME, LOCAL, ROOT, BusyError, StackError
 
 PORT: Final = 8790  # of the sandbox, as Pulumi.local.yaml has it
+REGISTRY_PORT: Final = 8791  # of its Docker registry
 SANDBOX: Final = HOME / "sandbox"
 PID: Final = HOME / "sandbox.pid"
 LOG: Final = HOME / "sandbox.log"
@@ -55,10 +56,15 @@ def down() -> None:
     """Destroys stack `local`, stops the sandbox and removes what both left. Raises StackError."""
     if stacks.installed() and stacks.exists(LOCAL):
         _start_sandbox()
-        _recover()
-        if stacks.run(LOCAL, "destroy", "--yes", "--skip-preview"):
-            raise StackError("`pulumi destroy` did not end well; what it says is above. Repeat `make down`.")
-        stacks.pulumi(LOCAL, "stack", "rm", "--yes", "--preserve-config")
+        force = []
+        if _recover() or stacks.run(LOCAL, "destroy", "--yes", "--skip-preview"):
+            # A killed `up` may have deployed what the state does not know. All of it is in the sandbox.
+            print("The sandbox is emptied, with whatever a killed or failed run left in it.", flush=True)
+            _stop_sandbox()
+            _start_sandbox("--fresh")
+            _forget_images()
+            force = ["--force"]
+        stacks.pulumi(LOCAL, "stack", "rm", "--yes", "--preserve-config", *force)
     _stop_sandbox()
     if BUILDX.exists():
         subprocess.run(["docker", "buildx", "rm", BUILDER], env=_buildx(), capture_output=True)
@@ -67,14 +73,14 @@ def down() -> None:
     print("Nothing of stack local is left: no container, volume, process or port.")
 
 
-def _recover() -> None:
-    """Takes up what a killed run left. Its Pulumi may have survived it: that one is waited for."""
+def _recover() -> bool:
+    """Takes up what a killed run left; whether there was anything. Its Pulumi may live: that one is waited for."""
     told = False
     while True:
         try:
-            for line in stacks.recover(LOCAL):
-                print(line, flush=True)
-            return
+            lines = stacks.recover(LOCAL)
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
+            return bool(lines)
         except BusyError as error:
             if not told:
                 print(error, flush=True)
@@ -145,11 +151,11 @@ def _sandbox_runs() -> bool:
     return False
 
 
-def _start_sandbox() -> None:
+def _start_sandbox(*options: str) -> None:
     if _sandbox_runs():
         return
     HOME.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "sandbox", "--port", str(PORT), "--state", str(SANDBOX)]
+    command = [sys.executable, "-m", "sandbox", "--port", str(PORT), "--state", str(SANDBOX), *options]
     with LOG.open("wb") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -177,6 +183,14 @@ def _stop_sandbox() -> None:
             return
         time.sleep(0.1)
     raise StackError(f"The sandbox (process {PID.read_text()}) does not stop; see {LOG}.")
+
+
+def _forget_images() -> None:
+    """Removes what Docker pulled from the sandbox's registry."""
+    listed = subprocess.run(["docker", "images", "--format", "{{.ID}} {{.Repository}}"], capture_output=True, text=True)
+    for line in listed.stdout.splitlines():
+        if f" 127.0.0.1:{REGISTRY_PORT}/" in line:
+            subprocess.run(["docker", "rmi", "-f", line.split()[0]], capture_output=True)
 
 
 # --------------------------------------------------------------------------------------------- a count

@@ -4,6 +4,7 @@ A tiny image with the same contract stands in for the serving image. Skipped whe
 HEADCOUNT_REQUIRE_ENGINE=1 makes that a failure.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -113,6 +114,15 @@ class Project:
             return []
         inspect = ["docker", "inspect", "--format", "{{.Config.Image}}", *ids]
         return subprocess.run(inspect, capture_output=True, text=True).stdout.split()
+
+    def plugins(self) -> list[str]:
+        """Pulumi's plugins that run for this project, where there is /proc."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if process.joinpath("cwd").readlink() == self.folder / "infra":
+                    found.append(process.joinpath("comm").read_text().strip())
+        return found
 
     def state_id(self) -> str:
         with sqlite3.connect(f"file:{self.sandbox.state}/state.sqlite?mode=ro", uri=True) as state:
@@ -329,6 +339,10 @@ def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: P
     for method in ("repositories.create", "models.upload", "endpoints.deployModel"):
         kill_up_at(deployed, method)
         said += deployed.python("infra.stacks", "recover", "local")
+        deadline = time.monotonic() + 10  # they were asked to end
+        while deployed.plugins() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert deployed.plugins() == []
     deployed.up()
     found = deployed.outputs()
     deployed.count(found["url"])
