@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import json
 import os
 import subprocess
 import threading
@@ -28,6 +29,7 @@ from vertex_harness import (
     version_inputs,
 )
 
+from headcount import Client
 from sandbox.testing import RunningSandbox
 
 __all__ = ["engine", "image"]  # fixtures
@@ -117,11 +119,17 @@ def test_a_broken_image_says_why_and_traffic_never_left_the_old_one(cloud: Cloud
 
 
 def test_the_serving_image_counts_four_through_the_endpoint(
-    sandbox: RunningSandbox, cloud: Cloud, plugin: Plugin, engine: docker.DockerClient, data: Path, checkpoint: Path
+    sandbox: RunningSandbox,
+    cloud: Cloud,
+    plugin: Plugin,
+    engine: docker.DockerClient,
+    data: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client = os.environ.get("DOCKER", "docker")
+    docker_client = os.environ.get("DOCKER", "docker")
     name = f"{REGISTRY}/headcount-test:{uuid.uuid4().hex[:8]}"
-    for command in (["make", "image", f"IMAGE={name}", f"DOCKER={client}"], [client, "push", "-q", name]):
+    for command in (["make", "image", f"IMAGE={name}", f"DOCKER={docker_client}"], [docker_client, "push", "-q", name]):
         done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     built = engine.images.get(name)
@@ -136,6 +144,17 @@ def test_the_serving_image_counts_four_through_the_endpoint(
         body = {"instances": [{"image": {"b64": picture}}], "parameters": {"confidence": 0.25}}
         answer = httpx.post(f"{sandbox.url}/v1/{endpoint}:predict", json=body, timeout=60)
         assert answer.raise_for_status().json()["predictions"][0]["count"] == 4
+        # As `headcount count --stack` does, once Pulumi has told it where; the second time it must send it smaller.
+        for room in (1_500_000, 300_000):
+            where = {"url": f"{sandbox.url}/v1/{endpoint}", "needs_token": False, "max_bytes": room}
+            told = subprocess.CompletedProcess([], 0, json.dumps(where), "")
+            with monkeypatch.context() as patched:
+                patched.setattr(subprocess, "run", lambda *_, told=told, **__: told)
+                client = Client(stack="local")
+            counted = client.count(data / "people" / "bus.jpg")
+            assert (counted.count, counted.width, counted.height) == (4, 810, 1080)
+            assert bool(counted.note) == (room == 300_000)
+            client.close()
     finally:
         rollout.delete(plugin)
         made.delete(plugin)
