@@ -32,7 +32,7 @@ class Served:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serving.launcher", "--archive", archive, "--port", str(self.port),
              "--grpc", f"127.0.0.1:{grpc}"],
-            env=os.environ | {"HEADCOUNT_WORKERS": str(CORES), "HEADCOUNT_LOG_LEVEL": "WARNING"},
+            env=os.environ | {"HEADCOUNT_WORKERS": str(CORES)},
             stdout=self.log, stderr=self.log,
         )  # fmt: skip
         while True:

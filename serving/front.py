@@ -7,22 +7,22 @@ name. So nothing copies a picture through the JVM, a slow client holds no worker
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serving.connections import BODY, Answer, Upstream
 from serving.contract import COUNT_HEADER, RequestError
+from serving.spool import Body, Spool
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,13 +37,13 @@ logger = logging.getLogger("headcount")
 class Settings:
     """What the front needs to know.
 
-    request_bytes: largest body. spool_bytes: all bodies together. queue: admitted requests, running ones included.
-    body_seconds: to send a body. answer_seconds: to answer it. stuck_seconds: without a sign of life from any
-    worker until /ping says so.
+    torchserve: its port on loopback. request_bytes: largest body. spool_bytes: all bodies together. queue: admitted
+    requests, running ones included. body_seconds: to send a body. answer_seconds: to answer it. stuck_seconds:
+    without a sign of life from any worker until /ping says so.
     """
 
     run_folder: Path
-    upstream: str
+    torchserve: int
     predict_route: str = PREDICT_ROUTE
     health_route: str = "/ping"
     request_bytes: int = 32_000_000
@@ -87,17 +87,17 @@ class Front:
         self.settings = settings
         self.draining = False
         self.in_flight = 0
-        self.spooled_bytes = 0
-        self.spool = settings.run_folder / "spool"
+        self.predict_routes = (settings.predict_route, PREDICT_ROUTE)
+        self.spool = Spool(settings.run_folder / "spool", settings.request_bytes, settings.spool_bytes)
         self.metrics = Metrics(self)
-        self._client: aiohttp.ClientSession | None = None
+        self.upstream = Upstream("127.0.0.1", settings.torchserve, PREDICT_ROUTE)
         self._looked, self._had_worker = 0.0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         path, method = scope["path"], scope["method"]
-        if path in (self.settings.predict_route, PREDICT_ROUTE):
+        if path in self.predict_routes:
             if method == "POST":
                 await self._predict(scope, receive, send)
             else:
@@ -112,9 +112,13 @@ class Front:
             route = self.settings.predict_route
             await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
 
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
+    def expect(self, scope: Mapping[str, Any]) -> Body | None:
+        """Where the body of a request goes, whose head has arrived; None if nobody wants it."""
+        wanted = scope["method"] == "POST" and scope["path"] in self.predict_routes
+        return self.spool.body(declared(scope)) if wanted else None
+
+    def close(self) -> None:
+        self.upstream.close()
 
     # Health
 
@@ -143,13 +147,15 @@ class Front:
     async def probe(self, picture: bytes) -> None:
         """Run a picture through TorchServe if no worker gave a sign of life lately: an idle one gives none."""
         if all(age > self.settings.stuck_seconds / 5 for age in self.workers().values()):
-            name = self._write(picture)
+            body = self.spool.body()
             try:
-                await self._ask({"spooled": name, "content_type": "image/jpeg", "query": "", "accept": ""}, "probe")
-            except (aiohttp.ClientError, OSError, TimeoutError, RequestError):
+                body.write(picture)
+                body.finish()
+                await self._ask(body, "probe")
+            except (OSError, RequestError):
                 pass  # health is judged by the sign of life alone
             finally:
-                self._forget(name, len(picture))
+                body.discard()
 
     # Predictions
 
@@ -184,124 +190,85 @@ class Front:
     async def _answer_prediction(
         self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, record: dict[str, Any]
     ) -> None:
-        if self.draining:
-            raise RequestError("this server is shutting down; ask another one", 503)
-        if not self._some_worker():
-            raise RequestError("no worker is ready; try again in some seconds", 503)
-        name, size = await self._receive_body(headers, receive)
-        admitted = False
+        body: Body = scope["extensions"][BODY] if "extensions" in scope else self.spool.body(declared(scope))
+        admitted = read = False
         try:
+            if self.draining:
+                raise RequestError("this server is shutting down; ask another one", 503)
+            if not self._some_worker():
+                raise RequestError("no worker is ready; try again in some seconds", 503)
+            await self._receive_body(body, headers, receive)
             if self.in_flight >= self.settings.queue:
                 raise RequestError(f"all workers are busy and {self.in_flight} requests wait; try again", 429)
             admitted, began = True, time.perf_counter()
             self.in_flight += 1
-            told = {
-                "spooled": name,
-                "content_type": headers.get("content-type", ""),
-                "query": scope["query_string"].decode("latin-1"),
-                "accept": headers.get("accept", ""),
-            }
-            try:
-                status, answered, body = await self._ask(told, record["request_id"])
-            except TimeoutError:
-                raise RequestError(f"no answer within {self.settings.answer_seconds:g} s; send less", 504) from None
-            except (aiohttp.ClientError, OSError):
-                raise RequestError("no worker is available at the moment; try again", 503) from None
-            self._observe(answered, began, status)
-            record |= {"status": status, "bytes": size, "count": answered.get(COUNT_HEADER)}
-            if status != 200:
-                record["message"] = json.loads(body)["error"]["message"]
+            answer = await self._ask(
+                body,
+                record["request_id"],
+                content_type=headers.get("content-type", ""),
+                query=scope["query_string"].decode("latin-1"),
+                accept=headers.get("accept", ""),
+            )
+            read = True
+            self._observe(answer, began)
+            record |= {"status": answer.status, "bytes": body.size, "count": answer.headers.get(COUNT_HEADER.lower())}
+            if answer.status != 200:
+                record["message"] = json.loads(answer.body)["error"]["message"]
             extra: Headers = [(b"x-request-id", record["request_id"].encode())]
             extra += [
-                (key.lower().encode(), answered[key].encode())
-                for key in (COUNT_HEADER, "Server-Timing")
-                if key in answered
+                (key, answer.headers[key.decode()].encode())
+                for key in (COUNT_HEADER.lower().encode(), b"server-timing")
+                if key.decode() in answer.headers
             ]
-            await _answer(send, status, body, answered.get("Content-Type", "application/json").encode(), extra)
+            content_type = answer.headers.get("content-type", "application/json").encode()
+            await _answer(send, answer.status, answer.body, content_type, extra)
         finally:
             self.in_flight -= admitted
-            self._forget(name, size)
+            body.discard(read)
 
-    async def _receive_body(self, headers: dict[str, str], receive: Receive) -> tuple[str, int]:
-        """Spool the body; its name and size. Raises RequestError and _ClientGoneError."""
-        limit = self.settings.request_bytes
-        too_large = RequestError(
-            f"the body is larger than {limit / 1e6:g} MB; send a smaller picture or fewer instances, "
-            "or raise HEADCOUNT_MAX_REQUEST_BYTES where the server runs", 413,
-        )  # fmt: skip
-        declared = headers.get("content-length", "")
-        refused = declared.isdigit() and int(declared) > limit
-        if refused and "expect" in headers:
-            raise too_large  # the client waits for leave to send: it is not given
-        name, size, taken = secrets.token_hex(16), 0, 0
-        file = -1 if refused else os.open(self.spool / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    async def _receive_body(self, body: Body, headers: dict[str, str], receive: Receive) -> None:
+        """Wait for the whole body. Raises RequestError, OSError and _ClientGoneError."""
+        if body.refused and "expect" in headers:
+            body.finish()  # the client waits for leave to send: it is not given
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 more = True
-                while more:
+                while more and body.failed is None:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _ClientGoneError
-                    chunk, more = message.get("body", b""), message.get("more_body", False)
-                    size += len(chunk)
-                    refused = refused or size > limit
-                    # A refused body is read to its end, within reason: a client still sending sees no answer.
-                    if refused and size > 4 * limit:
-                        raise too_large
-                    if not refused and chunk:
-                        if self.spooled_bytes + len(chunk) > self.settings.spool_bytes:
-                            raise RequestError("too many pictures are on their way at once; try again", 429)
-                        if os.write(file, chunk) < len(chunk):
-                            raise OSError(errno.ENOSPC, "no room for the body in the run folder")
-                        taken += len(chunk)
-                        self.spooled_bytes += len(chunk)
-            if refused:
-                raise too_large
-            return name, size
-        except BaseException as error:
-            self._forget(name, taken)
-            if isinstance(error, TimeoutError):
-                seconds = self.settings.body_seconds
-                raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
-            raise
-        finally:
-            if file >= 0:
-                os.close(file)
+                    more = message.get("more_body", False)
+                    if chunk := message.get("body", b""):
+                        body.write(chunk)
+        except TimeoutError:
+            seconds = self.settings.body_seconds
+            raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
+        body.finish()
 
-    async def _ask(self, told: dict[str, str], request_id: str) -> tuple[int, Any, bytes]:
-        """Status, headers and body of TorchServe's answer."""
-        if self._client is None:
-            self._client = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-                timeout=aiohttp.ClientTimeout(total=self.settings.answer_seconds),
-                auto_decompress=False,
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-            )
-        headers = {"Content-Type": "application/octet-stream", "x-request-id": request_id}
-        async with self._client.post(self.settings.upstream, data=_json(told), headers=headers) as answer:
-            body = await answer.read()
-            if answer.status >= 400 and not body.startswith(b'{"error"'):
-                # TorchServe's own words name Java classes.
-                raise RequestError("no worker could answer; the server's log says why. Try again", 503)
-            return answer.status, answer.headers, body
+    async def _ask(
+        self, body: Body, request_id: str, content_type: str = "", query: str = "", accept: str = ""
+    ) -> Answer:
+        """TorchServe's answer to a body. Raises RequestError."""
+        told = {"spooled": body.name, "size": body.size, "content_type": content_type, "query": query, "accept": accept}
+        try:
+            async with asyncio.timeout(self.settings.answer_seconds):
+                answer = await self.upstream.post(_json(told), request_id)
+        except TimeoutError:
+            raise RequestError(f"no answer within {self.settings.answer_seconds:g} s; send less", 504) from None
+        except OSError:
+            raise RequestError("no worker is available at the moment; try again", 503) from None
+        if answer.status >= 400 and not answer.body.startswith(b'{"error"'):
+            # TorchServe's own words name Java classes.
+            raise RequestError("no worker could answer; the server's log says why. Try again", 503)
+        return answer
 
-    def _observe(self, answered: Any, began: float, status: int) -> None:
+    def _observe(self, answer: Answer, began: float) -> None:
         self.metrics.latency.observe(time.perf_counter() - began)
-        if status == 200:
-            self.metrics.people.inc(int(answered.get(COUNT_HEADER, 0)))
-        for stage, spent in re.findall(r"(\w+);dur=([\d.]+)", answered.get("Server-Timing", "")):
+        if answer.status == 200:
+            self.metrics.people.inc(int(answer.headers.get(COUNT_HEADER.lower(), 0)))
+        for stage, spent in re.findall(r"(\w+);dur=([\d.]+)", answer.headers.get("server-timing", "")):
             if stage in self.metrics.stages:
                 self.metrics.stages[stage].observe(float(spent) / 1e3)
-
-    def _write(self, data: bytes) -> str:
-        name = secrets.token_hex(16)
-        (self.spool / name).write_bytes(data)
-        self.spooled_bytes += len(data)
-        return name
-
-    def _forget(self, name: str, size: int) -> None:
-        (self.spool / name).unlink(missing_ok=True)
-        self.spooled_bytes -= size
 
 
 class _ClientGoneError(Exception):
@@ -324,5 +291,14 @@ async def _answer(
     await send({"type": "http.response.body", "body": body})
 
 
+def declared(scope: Mapping[str, Any]) -> int:
+    """The length that a request's head declares for its body; 0 if none."""
+    length: bytes = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return int(length) if length.isdigit() else 0
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
 def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return _encode(value).encode()

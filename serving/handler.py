@@ -26,12 +26,11 @@ import torch
 from serving.contract import COUNT_HEADER, Instance, Limits, Parameters, Request, RequestError, parse_request
 from serving.detector import Count, Detector, word
 from serving.pictures import Letterbox, PictureError
+from serving.spool import SPOOLED_NAME
 from serving.storage import StorageError, read_object
 from serving.work import Work, annotate_count
 
 logger = logging.getLogger("handler")
-
-SPOOLED_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 class PeopleHandler:
@@ -176,13 +175,15 @@ class PeopleHandler:
         if isinstance(body, bytes | bytearray) and "data" not in row:  # from the front
             try:
                 told = json.loads(bytes(body))
-                name, content_type, query, accept = (told[k] for k in ("spooled", "content_type", "query", "accept"))
-                if not SPOOLED_NAME.fullmatch(name):
+                name, size = told["spooled"], told["size"]
+                content_type, query, accept = told["content_type"], told["query"], told["accept"]
+                if not re.fullmatch(SPOOLED_NAME, name):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise RequestError("over gRPC, send the picture's bytes, or JSON with instances, as 'data'") from None
             try:
-                data = (self.run_folder / "spool" / name).read_bytes()
+                with (self.run_folder / "spool" / name).open("rb", 0) as file:
+                    data = file.read(size)
             except FileNotFoundError:
                 raise RequestError("the front gave this request up before a worker was free", 503) from None
             return parse_request(data, content_type, query, accept, self.limits)

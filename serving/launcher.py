@@ -33,6 +33,7 @@ import numpy as np
 import simplejpeg
 import uvicorn
 
+from serving.connections import SpoolingProtocol
 from serving.contract import Limits, setting
 from serving.front import PREDICT_ROUTE, Front, Settings
 from serving.storage import StorageError, download_checkpoint
@@ -139,7 +140,7 @@ class Launcher:
         front = Front(
             Settings(
                 run_folder=self.run_folder,
-                upstream=f"http://127.0.0.1:{inference_port}{PREDICT_ROUTE}",
+                torchserve=inference_port,
                 predict_route=os.environ.get("AIP_PREDICT_ROUTE") or PREDICT_ROUTE,
                 health_route=os.environ.get("AIP_HEALTH_ROUTE") or "/ping",
                 request_bytes=setting("HEADCOUNT_MAX_REQUEST_BYTES", Settings.request_bytes),
@@ -152,8 +153,8 @@ class Launcher:
         )
         server = _Server(
             uvicorn.Config(
-                front, lifespan="off", loop="uvloop", http="httptools", log_config=None, access_log=False,
-                server_header=False, timeout_keep_alive=75, backlog=1024, ws="none",
+                front, lifespan="off", loop="uvloop", http=SpoolingProtocol, log_config=None, access_log=False,
+                server_header=False, proxy_headers=False, timeout_keep_alive=75, backlog=1024, ws="none",
             )
         )  # fmt: skip
         serving = asyncio.create_task(server.serve([public]))
@@ -172,7 +173,7 @@ class Launcher:
                 self.relaying.cancel()
             server.should_exit = server.force_exit = True
             await asyncio.wait([serving], timeout=1)
-            await front.close()
+            front.close()
 
     async def _drain(self, front: Front) -> None:
         """Wait for requests in flight. Those over gRPC pass the front by: their worker says that it is busy."""
@@ -307,6 +308,7 @@ models={json.dumps(self._model_settings())}
             probes = {probe for probe in probes if not probe.done()}
             if ready and len(probes) < self.workers:
                 probes.add(asyncio.create_task(front.probe(picture)))
+            front.spool.sweep()
             await asyncio.sleep(0.1 if not ready else front.settings.stuck_seconds / 10)
 
 

@@ -325,6 +325,29 @@ def test_a_client_that_disconnects_half_way_leaves_nothing(tight: Server, bus: b
     counts_four(tight, bus)
 
 
+def test_a_bodys_file_is_used_again_and_then_goes(tight: Server, bus: bytes) -> None:
+    spool = run_folder(tight) / "spool"
+    counts_four(tight, bus)
+    for body in (SMALL, bus, SMALL):  # a short one after a long one is not mixed with its rest
+        assert post(tight, body).json()["count"] == (4 if body is bus else 0)
+    refused(post(tight, b""), 400, "body is empty")
+    assert eventually(lambda: not any(spool.iterdir()), 5), "no picture stays"
+
+
+def test_requests_sent_before_the_answer_are_answered_in_order(tight: Server, bus: bytes) -> None:
+    head = "POST /predictions/people HTTP/1.1\r\nHost: x\r\n"
+    bodies = (SMALL, bus, SMALL)
+    following = b"".join(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies[1:-1])
+    last = f"{head}Connection: close\r\nContent-Length: {len(SMALL)}\r\n\r\n".encode() + SMALL
+    answers = read_all(connect(tight, f"Content-Length: {len(SMALL)}", SMALL + following + last))
+    assert re.findall(rb'"count":(\d)', answers) == [b"0", b"4", b"0"]
+
+
+def test_a_body_in_parts_is_put_together(tight: Server, bus: bytes) -> None:
+    parts = (bus[at : at + 70_000] for at in range(0, len(bus), 70_000))
+    assert post(tight, parts).json()["count"] == 4
+
+
 def test_a_slow_client_holds_no_worker_and_is_told(tight: Server, bus: bytes) -> None:
     began = time.monotonic()
     slow = [connect(tight, f"Content-Length: {len(bus)}", bus[:1000]) for _ in range(20)]
