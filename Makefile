@@ -20,7 +20,7 @@ CHECKPOINT := $(HOME_FOLDER)/weights/$(WEIGHTS).pt
 COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 
-.PHONY: help serve test test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help serve test install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,8 @@ test: .venv/.dev $(CHECKPOINT) ## lint, types and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST)
+
+install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; then: source .venv/bin/activate
 
 test-engine: .venv/.dev $(CHECKPOINT) ## the tests that need Pulumi's command line and its plugins on the PATH
 	HEADCOUNT_REQUIRE_ENGINE=1 $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)

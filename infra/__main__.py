@@ -27,5 +27,11 @@ pulumi.export("images", prediction.images)
 pulumi.export("models", {name: version.id for name, version in prediction.versions.items()})
 pulumi.export("bucket", foundation.bucket.url)
 pulumi.export("repository", foundation.repository.registry_uri)
-for name, value in prediction.how_to_use().items():
+lines = prediction.how_to_use()
+for name, value in lines.items():
     pulumi.export(name, value)
+if not pulumi.runtime.is_dry_run() and not config.paused:
+    # `pulumi up` cuts outputs off after 150 characters, and a line that is cut off cannot be pasted.
+    pulumi.Output.all(lines["count"], lines["curl"], prediction.rollout.id).apply(
+        lambda known: pulumi.log.info(f"Count people with\n    {known[0]}\n    {known[1]}")
+    )

@@ -46,10 +46,9 @@ def up(picture: Path | None) -> None:
     _recover()
     if stacks.run(LOCAL, "up", "--yes", "--skip-preview"):
         raise StackError("`pulumi up` did not end well; what it says is above. Repeat `make up` when it is repaired.")
-    found = stacks.outputs(LOCAL)
-    print(f"\nendpoint: {found['url']}\n{found['curl']}")
     if picture:
-        print(f"\n{_people(_count(str(found['url']), picture))} in {picture.name}")
+        url = str(stacks.outputs(LOCAL)["url"])
+        print(f"\n{_people(_count(url, picture))} in {picture.name}")
 
 
 def down() -> None:

@@ -5,10 +5,14 @@ Skipped where no Docker engine answers; HEADCOUNT_REQUIRE_DOCKER=1 makes that a 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -18,7 +22,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 
 from headcount import Client
@@ -205,3 +209,26 @@ def test_without_a_folder_to_write_to_it_says_so(image: str) -> None:
     )
     assert said.returncode == 1
     assert "temporary directory" in json.loads(said.stdout.splitlines()[-1])["message"]
+
+
+def test_the_readme_s_docker_line_serves(image: str, bus: bytes) -> None:
+    (line,) = re.findall(r"^docker run .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    port, name = free_port(), f"{RUN}-readme"
+    words = shlex.split(line.replace("127.0.0.1:8080:", f"127.0.0.1:{port}:"))
+    assert words[-1] == "headcount"
+    typed = subprocess.Popen([DOCKER, *words[1:-1], "--name", name, image], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/ping", timeout=5).status_code == 200:
+                    break
+            time.sleep(0.1)
+        answer = httpx.post(f"http://127.0.0.1:{port}/predictions/people", content=bus, timeout=20)
+        assert answer.json()["count"] == 4
+        typed.send_signal(signal.SIGTERM)
+        assert typed.wait(20) == 0
+        assert docker("ps", "-aq", "--filter", f"name={name}") == ""
+    finally:
+        docker("rm", "-f", name, check=False)
+        typed.wait(20)

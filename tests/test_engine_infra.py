@@ -7,6 +7,7 @@ HEADCOUNT_REQUIRE_ENGINE=1 makes that a failure.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -52,7 +53,7 @@ class Project:
         self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), "--api-delay", "2", runner="docker")
         for name in ("infra", "pulumi_vertex"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Pulumi.yaml", "Pulumi.local.yaml"):
+        for name in ("Pulumi.yaml", "Pulumi.local.yaml", "Pulumi.dev.yaml", "Pulumi.prod.yaml"):
             shutil.copy(ROOT / name, self.folder / name)
         (self.folder / ".venv").symlink_to(sys.prefix)
         write_tiny_sources(self.folder)
@@ -74,6 +75,16 @@ class Project:
         self.stack_file = stack.read_text().replace(":8790", f":{self.sandbox.port}")
         stack.write_text(self.stack_file)
         self.pulumi("stack", "init", "local")
+
+    def shell(self, line: str) -> str:
+        """What a line of the documents prints, typed as it stands there, with every question answered with yes."""
+        environment = self.environment | {"PULUMI_SKIP_CONFIRMATIONS": "true", "NO_COLOR": "1"}
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=self.folder, env=environment, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        return done.stdout
 
     def pulumi(self, *arguments: str, fails: bool = False) -> str:
         command = ["pulumi", *arguments, "--non-interactive"]
@@ -157,6 +168,15 @@ def test_up_ends_in_a_count_by_a_container_of_the_image_by_digest(deployed: Proj
     assert image.startswith(f"127.0.0.1:{deployed.registry_port}/")
     assert "@sha256:" in image
     assert deployed.containers() == [image]
+
+
+def test_the_lines_that_up_prints_can_be_pasted(deployed: Project, data: Path) -> None:
+    shutil.copy(data / "people" / "bus.jpg", deployed.folder / "picture.jpg")
+    said = deployed.up()
+    (headcount,) = re.findall(r"^\s+(headcount count .*)$", said, re.MULTILINE)
+    (curl,) = re.findall(r"^\s+(curl -.*)$", said, re.MULTILINE)
+    assert re.search(r"picture\.jpg\s+4\b", deployed.shell(headcount))
+    assert json.loads(deployed.shell(curl))["count"] == 4
 
 
 def test_the_container_reads_objects_of_the_stack_s_bucket(deployed: Project) -> None:
@@ -309,6 +329,50 @@ def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(
     assert "protect" in deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview", fails=True)
     deployed.pulumi("state", "unprotect", "--all", "-s", "prod", "--yes")
     deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview")
+
+
+def typed(text: str, start: str, end: str) -> list[str]:
+    """The command lines of one section of a document."""
+    section = text[text.index(start) :].partition(end)[0]
+    return [line.strip() for line in section.splitlines() if re.match(r"(    |)(pulumi|headcount|python) ", line)]
+
+
+def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deployed: Project) -> None:
+    """From `pulumi stack init dev` to prod and back to nothing, in a project of its own."""
+    # What a user with an account does not need.
+    mine = r"  (gcp|vertex):(accessToken|\w*[eE]ndpoint)"
+    endpoints = [line for line in deployed.stack_file.splitlines(True) if re.match(mine, line)]
+    for stack in ("dev", "prod"):
+        file = deployed.folder / f"Pulumi.{stack}.yaml"
+        file.write_text((ROOT / file.name).read_text() + "".join(endpoints))
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    first = typed((ROOT / "README.md").read_text(), "## In the cloud", "\n## ")
+    assert first == [
+        line.partition("  #")[0].strip() for line in typed(guide, "## dev,", "\n## ") if line.split()[1] != "login"
+    ]
+    *before, destroy = first
+    assert destroy == "pulumi destroy -s dev"
+    for line in before:
+        said = deployed.shell(line)
+        if line.startswith("headcount count"):
+            assert re.search(r"picture\.jpg\s+4\b", said), said
+    releases = typed(guide, "## Releases", "\n## ")
+    assert len(releases) == 5
+    for line in releases:
+        assert "+" in deployed.shell(line), "the diff"
+        deployed.shell("pulumi up -s dev")
+    deployed.shell("python -m infra.releases -s dev resume")
+    deployed.shell("pulumi up -s dev")
+    deployed.shell("headcount count --stack dev picture.jpg")
+    prod = typed(guide, "## prod", "\n## ")
+    assert prod[-1] == "pulumi up -s prod"
+    for line in (*prod, "headcount count --stack prod picture.jpg"):
+        deployed.shell(line)
+    (unprotect,) = re.findall(r"`(pulumi state unprotect [^`]*)`", guide)
+    for line in (unprotect, "pulumi destroy -s prod", destroy):
+        deployed.shell(line)
+    left = httpx.get(f"{deployed.sandbox.url}/v1/projects/my-project/locations/europe-west4/endpoints").json()
+    assert left == {}
 
 
 def kill_up_at(project: Project, method: str) -> None:

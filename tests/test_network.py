@@ -33,22 +33,25 @@ def test_known_counts(detector: Detector, data: Path, picture: str, people: int)
 
 
 def test_count_error_on_coco128(checkpoint: Path, data: Path) -> None:
-    """Mean absolute error at most 0.55 people, bfloat16 within 0.02 of float32."""
+    """Mean absolute error at most 0.55 people, bfloat16 within 0.02 of float32.
+
+    So is what a GPU does, here without one: float16, pictures of one shape together.
+    """
     with (data / "coco128" / "person_counts.csv").open() as file:
         rows = list(csv.DictReader(file))
     detector = Detector(checkpoint)
     boxes = [detector.prepare((data / "coco128" / "images" / row["file"]).read_bytes(), Limits()) for row in rows]
     truth = np.array([int(row["persons"]) for row in rows])
     errors = {}
-    for precision in (torch.float32, torch.bfloat16):
+    for precision in (torch.float32, torch.bfloat16, torch.float16):
+        detector.batches = precision == torch.float16
         network = load_network(checkpoint)
         network.keep_only("person")
         detector._forward = FromPictures(network.on(torch.device("cpu"), precision)).eval()
         counts = detector.count(boxes, [Parameters()] * len(boxes))
         errors[precision] = np.abs(np.array([len(c.people) for c in counts]) - truth).mean()
-    assert errors[torch.float32] <= 0.55
-    assert errors[torch.bfloat16] <= 0.55
-    assert abs(errors[torch.float32] - errors[torch.bfloat16]) <= 0.02
+    assert max(errors.values()) <= 0.55
+    assert max(errors.values()) - min(errors.values()) <= 0.02
 
 
 @pytest.mark.skipif("avx2" not in cpu_flags(), reason="compiled for x86-64-v3 or better")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT, Server
 from PIL import Image
 
@@ -96,3 +97,13 @@ def test_release_lines_write_the_stack_s_file(
     for line in typed:
         assert releases.main(shlex.split(line)) in (0, None), line
         assert "+" in capsys.readouterr().out, f"{line} prints the diff"
+
+
+def test_pulumi_lines_name_stacks_and_settings_that_there_are() -> None:
+    """tests/test_engine_infra.py types them where there is an engine."""
+    known = {name.removeprefix("headcount:") for name in yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]}
+    typed = re.findall(r"pulumi config set (\S+) .*-s (\w+)", README + DEPLOY)
+    assert len(typed) >= 5
+    for name, stack in typed:
+        assert name in known | {"gcp:project"}
+        assert (ROOT / f"Pulumi.{stack}.yaml").exists()
