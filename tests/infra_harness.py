@@ -27,7 +27,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        one = {"count": COUNT, "people": []}
+        model = {"name": "tiny", "version": "1"}
+        one = {"count": COUNT, "people": [], "image": {"width": 810, "height": 1080}, "model": model}
         if body.startswith(b"gs://"):
             bucket, _, name = body[5:].decode().partition("/")
             host = os.environ["STORAGE_EMULATOR_HOST"]

@@ -328,7 +328,7 @@ def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(
     assert deployed.count(found["url"]) == deployed.count(proved["url"])
     assert "protect" in deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview", fails=True)
     deployed.pulumi("state", "unprotect", "--all", "-s", "prod", "--yes")
-    deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview")
+    deployed.pulumi("destroy", "-s", "prod", "--yes", "--skip-preview", "--remove")
 
 
 def typed(text: str, start: str, end: str) -> list[str]:
@@ -339,6 +339,7 @@ def typed(text: str, start: str, end: str) -> list[str]:
 
 def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deployed: Project) -> None:
     """From `pulumi stack init dev` to prod and back to nothing, in a project of its own."""
+    deployed.handler(4)
     # What a user with an account does not need.
     mine = r"  (gcp|vertex):(accessToken|\w*[eE]ndpoint)"
     endpoints = [line for line in deployed.stack_file.splitlines(True) if re.match(mine, line)]
