@@ -271,6 +271,9 @@ def _problem(error: ErrorDetails, stack: str) -> str:
     said = f" ({field.description})" if field and field.description else ""
     if error["type"] == "missing":
         said += " is missing."
+    elif error["type"] == "bool_parsing":
+        said += f" is {json.dumps(error['input'])[:100]}, neither true nor false."
+        return line(said, f"set {key} true", f"set {key} false")
     elif error["type"] == "string_pattern_mismatch":
         said += f" is {json.dumps(error['input'])[:100]}, which does not have the right form."
     else:
@@ -278,7 +281,6 @@ def _problem(error: ErrorDetails, stack: str) -> str:
     example = str((field.examples or ["…"])[0] if field else "…")
     if example[0] in "[{":
         return line(said) + f"\n    in Pulumi.{stack}.yaml:  {key}: {example}"
-    example = example.lower() if example in ("True", "False") else example
     return line(said, f"set {path}{shlex.quote(key)} {shlex.quote(example)}")
 
 

@@ -222,6 +222,24 @@ def test_a_preview_builds_and_writes_nothing(deployed: Project) -> None:
     assert written == []
 
 
+def test_everything_wrong_is_said_at_once(deployed: Project) -> None:
+    (deployed.folder / "Pulumi.wrong.yaml").write_text(
+        "config: {gcp:region: moon, headcount:paused: maybe, headcount:minReplicas: many, headcount:machine: x}\n"
+    )
+    deployed.pulumi("stack", "init", "wrong")
+    said = deployed.pulumi("up", "-s", "wrong", "--yes", "--skip-preview", fails=True)
+    for repair in (
+        "set gcp:project my-project",
+        "set gcp:region europe-west4",
+        "set headcount:paused false",
+        "set headcount:minReplicas 1",
+        "rm headcount:machine",
+    ):
+        assert f"pulumi config {repair} -s wrong" in said, said
+    assert "Traceback" not in said
+    deployed.pulumi("destroy", "-s", "wrong", "--yes", "--skip-preview", "--remove")
+
+
 class Load:
     """Requests all the time, from `threads` clients; `lost` says which did not get a count."""
 
