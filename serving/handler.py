@@ -31,6 +31,7 @@ from serving.storage import StorageError, read_object
 from serving.work import Work, annotate_count
 
 logger = logging.getLogger("handler")
+READERS = 8  # objects of buckets that are read side by side
 
 
 class PeopleHandler:
@@ -87,11 +88,11 @@ class PeopleHandler:
         began = time.perf_counter()
         request = self._request(row)
         work = Work(request)
-        work.pictures = self._pictures(request.instances)
-        work.letterboxes = [
-            self._letterbox(picture, "" if request.single else f"instances[{i}]: ")
-            for i, picture in enumerate(work.pictures)
-        ]
+        # Letterboxed before the next are read: the objects of one request may be larger than the memory.
+        for start in range(0, len(request.instances), READERS):
+            for picture in self._pictures(request.instances[start : start + READERS]):
+                where = "" if request.single else f"instances[{len(work.letterboxes)}]: "
+                work.letterboxes.append(self._letterbox(picture, where))
         work.milliseconds["decode"] = (time.perf_counter() - began) * 1e3
         return work
 
@@ -164,10 +165,13 @@ class PeopleHandler:
         return prediction
 
     def _annotated(self, work: Work, i: int) -> bytes:
-        count, data = work.counts[i], work.pictures[i]
+        count = work.counts[i]
         assert isinstance(count, Count)
-        assert not isinstance(data, RequestError)
+        assert work.request is not None
         self._sign_of_life()
+        (data,) = self._pictures(work.request.instances[i : i + 1])
+        if isinstance(data, RequestError):
+            raise data
         return annotate_count(data, count, work.parameters, self.limits)
 
     def _request(self, row: dict[str, Any]) -> Request:
@@ -197,7 +201,7 @@ class PeopleHandler:
         remote = [i.uri for i in instances if i.uri]
         read: dict[str, bytes | RequestError] = {}
         if remote:
-            with ThreadPoolExecutor(8) as pool:
+            with ThreadPoolExecutor(READERS) as pool:
                 read = dict(zip(remote, pool.map(self._read, remote), strict=True))
         return [
             instance.error or (read[instance.uri] if instance.uri else instance.data or b"") for instance in instances

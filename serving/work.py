@@ -18,7 +18,6 @@ class Work:
     """
 
     request: Request | None = None
-    pictures: list[bytes | memoryview | RequestError] = field(default_factory=list)
     letterboxes: list[Letterbox | RequestError] = field(default_factory=list)
     counts: list[Count | RequestError] = field(default_factory=list)
     error: RequestError | None = None

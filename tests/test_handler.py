@@ -1,4 +1,4 @@
-"""The handler's batches, which TorchServe makes only where there is a GPU; here on the CPU."""
+"""The handler without TorchServe: what it holds, and the batches that TorchServe makes where there is a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from serving.handler import PeopleHandler
+from serving.handler import READERS, PeopleHandler
+from serving.storage import StorageError
 
 
 class Context(SimpleNamespace):
@@ -29,15 +30,59 @@ class Context(SimpleNamespace):
     def set_response_header(self, row: int, name: str, value: str) -> None: ...
 
 
-def test_a_batch_answers_each_request_in_its_place(
-    archive: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def context(archive: Path) -> Any:
+    return Context(archive)
+
+
+@pytest.fixture
+def handler(context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeopleHandler:
     for folder in ("workers", "busy", "spool"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("HEADCOUNT_RUN_FOLDER", str(tmp_path))
-    context: Any = Context(archive)
+    monkeypatch.setenv("HEADCOUNT_BUCKETS", "photos")
     handler = PeopleHandler()
     handler.initialize(context)
+    return handler
+
+
+def test_objects_are_read_a_few_at_a_time(
+    handler: PeopleHandler, context: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = (data / "people" / "bus.jpg").read_bytes()
+    held, most = 0, 0
+
+    def read(uri: str, limit: int) -> bytes:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        if uri.endswith("/13"):
+            raise StorageError(f"{uri} does not exist", 400)
+        return bus
+
+    def letterboxed(picture: Any, where: str) -> Any:
+        nonlocal held
+        held -= 1
+        return letterbox(picture, where)
+
+    letterbox = handler._letterbox
+    monkeypatch.setattr("serving.handler.read_object", read)
+    monkeypatch.setattr(handler, "_letterbox", letterboxed)
+    instances = [{"image": {"uri": f"gs://photos/{i}"}} for i in range(20)]
+
+    def ask(**parameters: Any) -> list[Any]:
+        body = json.dumps({"instances": instances, "parameters": parameters}).encode()
+        predictions: list[Any] = json.loads(handler.handle([{"data": body}], context)[0])["predictions"]
+        assert [prediction.get("count") for prediction in predictions] == [4] * 13 + [None] + [4] * 6
+        assert predictions[13]["error"]["message"] == "gs://photos/13 does not exist"
+        return predictions
+
+    ask()
+    assert most == READERS
+    assert all(len(one["annotated"]["b64"]) > 10_000 for one in ask(annotate=True) if "count" in one)
+
+
+def test_a_batch_answers_each_request_in_its_place(handler: PeopleHandler, context: Any, data: Path) -> None:
     bus, zidane = ((data / "people" / name).read_bytes() for name in ("bus.jpg", "zidane.jpg"))
     rows: list[dict[str, Any]] = [
         {"data": bus}, {"data": b"no picture"}, {"data": zidane}, {"data": bus, "confidence": b"0.6"}, {"data": bus},
