@@ -55,6 +55,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
     log: Path = Path(os.devnull)
     process: subprocess.Popen[bytes] | None = None
+    program: tuple[str, ...] = ("-m", "serving.launcher")
 
     def start(self) -> Server:
         """Start without waiting for it to be ready."""
@@ -62,7 +63,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.predict = f"{self.url}/predictions/people"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serving.launcher", "--archive", str(self.archive)],
+            [sys.executable, *self.program, "--archive", str(self.archive)],
             stdout=self.log.open("wb"), stderr=subprocess.STDOUT, cwd=self.log.parent,
             env=os.environ | {
                 "HEADCOUNT_WORKERS": "2", "AIP_HTTP_PORT": str(self.port), "HEADCOUNT_GRPC": f"127.0.0.1:{self.grpc}",

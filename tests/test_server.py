@@ -192,6 +192,41 @@ def test_grpc(server: Server, bus: bytes) -> None:
         assert client.count(bus).count == 4
 
 
+def test_where_there_is_a_gpu_requests_are_answered_together(
+    archive: Path, tmp_path: Path, bus: bytes, zidane: bytes
+) -> None:
+    """TorchServe's batches, as they are set up for a GPU; the arithmetic is a CPU's."""
+    program = "import serving.launcher as l; l.gpus = lambda: 1; l.GPU_BATCH_DELAY = 5000; l.main()"
+    environment = {"HEADCOUNT_WORKERS": "1", "HEADCOUNT_STUCK_SECONDS": "100"}  # no probes
+    server = Server(archive, environment, tmp_path / "log", program=("-c", program)).start()
+    asked = [(bus, 4), (zidane, 2), (b"no picture", None), (SMALL, 0)] * (launcher.GPU_BATCH // 4)
+
+    def ask(i: int) -> tuple[httpx.Response, float]:
+        began = time.monotonic()
+        accept = {"Accept": "image/jpeg"} if i < 4 else {}
+        answer = post(server, asked[i][0], headers={"x-request-id": f"request-{i}", **accept})
+        return answer, time.monotonic() - began
+
+    try:
+        server.wait()
+        assert ask(1)[1] > 5, "one alone waits for others"
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(ask, range(len(asked))))
+        assert max(seconds for _, seconds in answers) < 5, "as many as go together wait for nobody"
+        for i, ((_, count), (answer, _)) in enumerate(zip(asked, answers, strict=True)):
+            assert answer.headers["x-request-id"] == f"request-{i}"
+            if count is None:
+                refused(answer, 400, "not a picture")
+                continue
+            assert answer.headers[COUNT_HEADER] == str(count)
+            if i < 4:
+                assert Image.open(io.BytesIO(answer.content)).format == "JPEG"
+            else:
+                assert answer.json()["count"] == count
+    finally:
+        server.stop()
+
+
 def test_grpc_takes_json_and_refuses_the_rest(server: Server, bus: bytes, zidane: bytes) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
         predict = channel.unary_unary(METHOD, PredictionsRequest.SerializeToString, PredictionResponse.FromString)
