@@ -30,7 +30,7 @@ pulumi.export("repository", foundation.repository.registry_uri)
 lines = prediction.how_to_use()
 for name, value in lines.items():
     pulumi.export(name, value)
-if not pulumi.runtime.is_dry_run() and not config.paused:
+if config.releases and not config.paused and not pulumi.runtime.is_dry_run():
     # `pulumi up` cuts outputs off after 150 characters, and a line that is cut off cannot be pasted.
     pulumi.Output.all(lines["count"], lines["curl"], prediction.rollout.id).apply(
         lambda known: pulumi.log.info(f"Count people with\n    {known[0]}\n    {known[1]}")

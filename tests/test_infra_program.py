@@ -246,6 +246,18 @@ def test_exports_can_be_pasted(run: Run) -> None:
     assert outputs["consoleModels"].startswith("https://console.cloud.google.com/vertex-ai/models/")
 
 
+def test_lines_to_paste_are_said_whole_when_something_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pulumi.log, "info", said.append)
+    outputs = run("dev").outputs
+    (told,) = said
+    assert {outputs["count"], outputs["curl"]} <= {line.strip() for line in told.splitlines()}
+    run("dev", preview=True)
+    run("dev", paused="true")
+    run("prod", imageRepository=REPOSITORY)
+    assert len(said) == 1
+
+
 def test_on_local_the_same_program_asks_the_sandbox(run: Run) -> None:
     program = run("local")
     assert program.outputs["url"].startswith("http://127.0.0.1:8790/v1/projects/headcount-local/")
