@@ -115,7 +115,7 @@ class Front:
     def expect(self, scope: Mapping[str, Any]) -> Body | None:
         """Where the body of a request goes, whose head has arrived; None if nobody wants it."""
         wanted = scope["method"] == "POST" and scope["path"] in self.predict_routes
-        return self.spool.body(declared(scope)) if wanted else None
+        return self.spool.body(_declared(scope)) if wanted else None
 
     def close(self) -> None:
         self.upstream.close()
@@ -162,7 +162,7 @@ class Front:
     async def _predict(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         request_id = headers.get("x-request-id", "")
-        if not re.fullmatch(r"[\w.:-]{1,64}", request_id):
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", request_id):
             request_id = secrets.token_hex(8)
         arrived = time.time()
         record: dict[str, Any] = {"request_id": request_id, "status": 0}
@@ -190,7 +190,7 @@ class Front:
     async def _answer_prediction(
         self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, record: dict[str, Any]
     ) -> None:
-        body: Body = scope["extensions"][BODY] if "extensions" in scope else self.spool.body(declared(scope))
+        body: Body = scope.get("extensions", {}).get(BODY) or self.spool.body(_declared(scope))
         admitted = read = False
         try:
             if self.draining:
@@ -215,11 +215,8 @@ class Front:
             if answer.status != 200:
                 record["message"] = json.loads(answer.body)["error"]["message"]
             extra: Headers = [(b"x-request-id", record["request_id"].encode())]
-            extra += [
-                (key, answer.headers[key.decode()].encode())
-                for key in (COUNT_HEADER.lower().encode(), b"server-timing")
-                if key.decode() in answer.headers
-            ]
+            passed = {COUNT_HEADER.lower(), "server-timing"} & answer.headers.keys()
+            extra += [(name.encode(), answer.headers[name].encode()) for name in passed]
             content_type = answer.headers.get("content-type", "application/json").encode()
             await _answer(send, answer.status, answer.body, content_type, extra)
         finally:
@@ -291,7 +288,7 @@ async def _answer(
     await send({"type": "http.response.body", "body": body})
 
 
-def declared(scope: Mapping[str, Any]) -> int:
+def _declared(scope: Mapping[str, Any]) -> int:
     """The length that a request's head declares for its body; 0 if none."""
     length: bytes = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     return int(length) if length.isdigit() else 0
