@@ -35,6 +35,7 @@ from serving import launcher
 from serving.contract import COUNT_HEADER
 
 pytestmark = pytest.mark.timeout(240)
+KILLS = 2  # TorchServe waits longer and longer until it starts a worker again
 
 
 @pytest.fixture(scope="session")
@@ -474,6 +475,48 @@ def test_ten_thousand_mutated_pictures_cost_no_worker(server: Server, bus: bytes
     assert {p["error"]["code"] for p in errors} == {400}
     assert server.workers() == before
     counts_four(server, bus)
+
+
+def test_no_request_gets_another_s_answer(archive: Path, tmp_path: Path, bus: bytes, zidane: bytes) -> None:
+    """Files of bodies are used again: while clients leave and workers are killed, none may be used too soon."""
+    right = {bus: 4, zidane: 2, SMALL: 0}
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def leaves(rng: random.Random, body: bytes) -> None:
+        sent = rng.choice((rng.randrange(len(body)), len(body)))
+        with connect(server, f"Content-Length: {len(body)}", body[:sent]):
+            time.sleep(rng.uniform(0, 0.05))
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        while not stop.is_set():
+            body = rng.choice(list(right))
+            if rng.random() < 0.2:
+                with contextlib.suppress(OSError):
+                    leaves(rng, body)
+                continue
+            answer = post(server, body)
+            statuses.append(answer.status_code)
+            assert answer.status_code in (200, 429, 503)
+            if answer.status_code == 200:
+                assert answer.json()["count"] == right[body]
+
+    with running(archive, tmp_path / "log", HEADCOUNT_QUEUE="6") as server, ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, seed) for seed in range(8)]
+        for _ in range(KILLS):
+            time.sleep(3)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server.workers()[0], signal.SIGKILL)
+        server.wait()
+        time.sleep(2)
+        stop.set()
+        for one in clients:
+            one.result()
+        assert {200, 429, 503} == set(statuses)
+        assert statuses.count(200) > 40
+        counts_four(server, bus)
+        assert eventually(lambda: not any((run_folder(server) / "spool").iterdir()), 5)
 
 
 # Health
