@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -79,22 +79,28 @@ def pulumi(stack: str, *arguments: str) -> str:
 
 
 def run(stack: str, *arguments: str) -> int:
-    """Runs Pulumi on this terminal and returns its exit status. Ctrl-C reaches it, and it ends in its own time."""
+    """Runs Pulumi on this terminal and returns its exit status.
+
+    Ctrl-C reaches Pulumi, which ends in its own time; if it then failed, KeyboardInterrupt is raised.
+    """
+    interrupted = False
+
+    def note(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+
     try:
         process = subprocess.Popen(["pulumi", *arguments, "--stack", stack], cwd=ROOT, env=environment(stack))
     except FileNotFoundError:
         raise StackError(INSTALL) from None
-    with _interrupts_ignored():
-        return process.wait()
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, note)
     try:
-        yield
+        status = process.wait()
     finally:
         signal.signal(signal.SIGINT, before)
+    if status and interrupted:
+        raise KeyboardInterrupt
+    return status
 
 
 def outputs(stack: str) -> dict[str, Any]:

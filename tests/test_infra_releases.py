@@ -1,8 +1,11 @@
 """Releases change as their verbs say, and only the stack's file; what a killed Pulumi left is taken up."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +243,21 @@ def test_an_endpoint_of_google_needs_a_token_and_the_sandbox_none() -> None:
     google = stacks.endpoint_of({"url": "https://1.prediction.vertexai.goog/v1/e", "maxRequestBytes": 10})
     assert (google.needs_token, google.max_bytes) == (True, 10)
     assert not stacks.endpoint_of({"url": "http://127.0.0.1:8790/v1/e", "maxRequestBytes": 10}).needs_token
+
+
+@pytest.mark.parametrize(("ends", "raised"), [(1, True), (0, False)])
+def test_ctrl_c_reaches_pulumi_and_is_known_when_it_stopped_something(
+    ends: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulumi = tmp_path / "pulumi"
+    pulumi.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: sys.exit({ends}))\n"
+        "time.sleep(0.3)\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(0.3)\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    pulumi.chmod(0o755)
+    monkeypatch.setattr(stacks, "environment", lambda stack: {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) if raised else contextlib.nullcontext():
+        assert stacks.run("local", "up") == 0
+    assert signal.getsignal(signal.SIGINT) is before
