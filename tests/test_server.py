@@ -685,7 +685,8 @@ def test_sigkill_of_the_launcher_leaves_nothing_for_long(archive: Path, tmp_path
         launcher.sweep(folder.parent)
         assert folder.exists(), "its launcher is alive"
         server.stop(signal.SIGKILL)
-        assert eventually(lambda: gone(processes), 15), living(processes)
+        # A worker that TorchServe had not connected to yet waits 30 s for it.
+        assert eventually(lambda: gone(processes), 40), living(processes)
         launcher.sweep(folder.parent)  # as the next launcher does
         assert not folder.exists()
 
