@@ -679,14 +679,15 @@ def test_sigterm_before_it_is_ready_ends_it_too(archive: Path, tmp_path: Path) -
 
 def test_sigkill_of_the_launcher_leaves_nothing_for_long(archive: Path, tmp_path: Path) -> None:
     with running(archive, tmp_path / "log") as server:
+        # A worker that TorchServe has not connected to yet would wait 30 s for it.
+        assert eventually(lambda: "headcount_workers 2.0" in httpx.get(f"{server.url}/metrics").text, 30)
         processes, folder = server.processes(), run_folder(server)
         assert len(processes) >= 3
         os.utime(folder / "lock", (0, 0))
         launcher.sweep(folder.parent)
         assert folder.exists(), "its launcher is alive"
         server.stop(signal.SIGKILL)
-        # A worker that TorchServe had not connected to yet waits 30 s for it.
-        assert eventually(lambda: gone(processes), 40), living(processes)
+        assert eventually(lambda: gone(processes), 15), living(processes)
         launcher.sweep(folder.parent)  # as the next launcher does
         assert not folder.exists()
 
