@@ -63,19 +63,17 @@ def environment(stack: str) -> dict[str, str]:
 
 def pulumi(stack: str, *arguments: str) -> str:
     """What Pulumi prints. Raises StackError with its own words."""
-    try:
-        done = subprocess.run(
-            ["pulumi", *arguments, "--non-interactive", "--stack", stack],
-            cwd=ROOT,
-            env=environment(stack),
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        raise StackError(INSTALL) from None
+    done = _called(stack, *arguments, "--non-interactive", "--stack", stack)
     if done.returncode:
         raise StackError(done.stderr.strip() or done.stdout.strip())
     return done.stdout
+
+
+def _called(stack: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(["pulumi", *arguments], cwd=ROOT, env=environment(stack), capture_output=True, text=True)
+    except FileNotFoundError:
+        raise StackError(INSTALL) from None
 
 
 def run(stack: str, *arguments: str) -> int:
@@ -134,16 +132,7 @@ def endpoint_of(found: Mapping[str, Any]) -> Endpoint:
 
 def exists(stack: str) -> bool:
     """Whether the state knows `stack`. Raises StackError without Pulumi."""
-    try:
-        listed = subprocess.run(
-            ["pulumi", "stack", "ls", "--json", "--project", "headcount"],
-            cwd=ROOT,
-            env=environment(stack),
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        raise StackError(INSTALL) from None
+    listed = _called(stack, "stack", "ls", "--json", "--project", "headcount")
     return listed.returncode == 0 and any(s["name"] == stack for s in json.loads(listed.stdout))
 
 

@@ -42,10 +42,10 @@ CONFIG = Path(__file__).parent / "config"
 RUN_FOLDER = "headcount-"  # what run folders' names begin with
 START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
 DRAIN_SECONDS = 8  # for requests in flight after SIGTERM; Vertex AI kills after 10
-# Bytes. A worker takes 0.6 GB, and 1.5 while it decodes and annotates the largest picture that is accepted.
 WORKERS_PER_GPU = 4  # one decodes while another computes
 GPU_BATCH = 16  # requests that may go through the network together
 GPU_BATCH_DELAY = 5  # milliseconds that a request waits for others
+# Bytes. A worker takes 0.6 GB, and 1.5 while it decodes and annotates the largest picture that is accepted.
 MEMORY_PER_WORKER = 1_600_000_000
 
 # Large blocks stay with the process instead of going back to the kernel after every picture. It makes eager
@@ -308,7 +308,6 @@ models={json.dumps(self._model_settings())}
             probes = {probe for probe in probes if not probe.done()}
             if ready and len(probes) < self.workers:
                 probes.add(asyncio.create_task(front.probe(picture)))
-            front.spool.sweep()
             await asyncio.sleep(0.1 if not ready else front.settings.stuck_seconds / 10)
 
 
@@ -353,14 +352,6 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def _keep_large_blocks() -> None:
-    """ALLOCATOR for this process, which runs already: mallopt(3). The front spends a quarter less on large bodies."""
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
 
 
 def _die_with_parent() -> None:
@@ -426,7 +417,6 @@ def main() -> None:
     handler.setFormatter(_ForPeople() if arguments.console else _JsonLines())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=os.environ.get("HEADCOUNT_LOG_LEVEL", "INFO"), handlers=[handler])
-    _keep_large_blocks()
     launcher = None
     try:
         workers = setting("HEADCOUNT_WORKERS", workers_that_fit())

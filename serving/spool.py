@@ -1,11 +1,12 @@
 """Bodies on their way into files, which a worker reads and the front uses again or removes.
 
-Making and removing a file takes longer than writing 0.5 MB into one that is there. A file that is not used again
-within a second is removed, so that no picture stays for long.
+Making and removing a file takes longer than writing 0.5 MB into one that is there. A file that is not used again soon
+is removed, within two seconds: no picture stays for long.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import secrets
@@ -15,7 +16,7 @@ from pathlib import Path
 from serving.contract import RequestError
 
 SPOOLED_NAME = r"[0-9a-f]{32}"
-REUSED_BYTES, REUSED_FILES = 4_000_000, 16
+REUSED_BYTES, REUSED_FILES, REUSED_SECONDS = 4_000_000, 16, 1
 
 
 class Spool:
@@ -25,6 +26,7 @@ class Spool:
         self.folder, self.request_bytes, self.capacity = folder, request_bytes, capacity
         self.used = 0
         self._idle: list[tuple[str, int, float]] = []
+        self._sweeping = False
 
     def body(self, declared: int = 0) -> Body:
         """A body to come, of so many bytes if that is known."""
@@ -42,16 +44,25 @@ class Spool:
         """Take a file back."""
         if reusable and len(self._idle) < REUSED_FILES:
             self._idle.append((name, file, time.monotonic()))
+            if not self._sweeping:
+                self._sweep_later()
         else:
             os.close(file)
             (self.folder / name).unlink(missing_ok=True)
 
-    def sweep(self, seconds: float = 1) -> None:
-        """Remove the files that nobody needed for so long. The last released is the first used: old ones come first."""
-        old = time.monotonic() - seconds
+    def _sweep_later(self) -> None:
+        self._sweeping = True
+        asyncio.get_running_loop().call_later(REUSED_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """Remove the files that nobody needed lately. The last released is the first used: old ones come first."""
+        self._sweeping = False
+        old = time.monotonic() - REUSED_SECONDS
         while self._idle and self._idle[0][2] <= old:
             name, file, _ = self._idle.pop(0)
             self.release(name, file, reusable=False)
+        if self._idle:
+            self._sweep_later()
 
 
 class Body:

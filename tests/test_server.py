@@ -53,6 +53,7 @@ def tight(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """A server with small limits, whose one worker is soon busy."""
     limits = {
         "WORKERS": "1", "QUEUE": "3", "BODY_TIMEOUT": "3", "MAX_REQUEST_BYTES": "1000000", "MAX_PIXELS": "20000000",
+        "STUCK_SECONDS": "60",
     }  # fmt: skip
     with running(archive, tmp_path_factory.mktemp("tight") / "log",
                  **{f"HEADCOUNT_{name}": value for name, value in limits.items()}) as one:  # fmt: skip

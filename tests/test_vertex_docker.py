@@ -24,6 +24,8 @@ from vertex_harness import (
     Cloud,
     Plugin,
     Stack,
+    cloud,
+    plugin,
     release,
     rollout_inputs,
     version_inputs,
@@ -32,7 +34,7 @@ from vertex_harness import (
 from headcount import Client
 from sandbox.testing import RunningSandbox
 
-__all__ = ["engine", "image"]  # fixtures
+__all__ = ["cloud", "engine", "image", "plugin"]  # fixtures
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -42,17 +44,6 @@ def sandbox(engine: docker.DockerClient) -> Iterator[RunningSandbox]:
     with RunningSandbox(runner="docker") as running:
         yield running
         assert running.violations() == []
-
-
-@pytest.fixture(scope="module")
-def cloud(sandbox: RunningSandbox) -> Cloud:
-    return Cloud(sandbox)
-
-
-@pytest.fixture(scope="module")
-def plugin(sandbox: RunningSandbox) -> Iterator[Plugin]:
-    with Plugin(sandbox.url) as running:
-        yield running
 
 
 def version(plugin: Plugin, name: str, model: str, image: str, **more: object) -> Stack:

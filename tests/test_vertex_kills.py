@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,12 +23,15 @@ from vertex_harness import (
     Proxy,
     Stack,
     Wire,
+    cloud,
     release,
     rollout_inputs,
     version_inputs,
 )
 
 from sandbox.testing import RunningSandbox
+
+__all__ = ["cloud"]  # a fixture
 
 names = (f"k{number}" for number in itertools.count())
 # Reads change nothing, so a kill beside one is a kill after the last write, only later. With this set they
@@ -44,11 +48,6 @@ def sandbox() -> Iterator[RunningSandbox]:
 
 
 @pytest.fixture(scope="module")
-def cloud(sandbox: RunningSandbox) -> Cloud:
-    return Cloud(sandbox)
-
-
-@pytest.fixture(scope="module")
 def preparing(sandbox: RunningSandbox) -> Iterator[Plugin]:
     """The provider of the runs before the one that is killed."""
     with Plugin(sandbox.url) as plugin:
@@ -62,7 +61,7 @@ def proxy(sandbox: RunningSandbox) -> Iterator[Proxy]:
     proxy.close()
 
 
-class Scenario:
+class Scenario(ABC):
     """One run of the engine over a stack of its own: first what is there before, then the steps that a kill
     meets."""
 
@@ -82,14 +81,14 @@ class Scenario:
             self.left[0](plugin)
             self.left.pop(0)
 
-    def prepare(self, plugin: Plugin) -> None:
+    def prepare(self, plugin: Plugin) -> None:  # noqa: B027 - the first run has nothing before it
         pass
 
-    def steps(self) -> list[Callable[[Plugin], object]]:
-        raise NotImplementedError
+    @abstractmethod
+    def steps(self) -> list[Callable[[Plugin], object]]: ...
 
-    def check(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def check(self) -> None: ...
 
     def roll_out(self, plugin: Plugin, **models: Any) -> None:
         self.rollout.up(plugin, rollout_inputs(self.endpoint, **models))

@@ -28,7 +28,9 @@ from vertex_harness import (
     Plugin,
     Proxy,
     Stack,
+    cloud,
     in_background,
+    plugin,
     release,
     rollout_inputs,
     struct,
@@ -38,6 +40,8 @@ from vertex_harness import (
 
 from pulumi_vertex.plan import Spec, deployed_id
 from sandbox.testing import RunningSandbox
+
+__all__ = ["cloud", "plugin"]  # fixtures
 
 pytestmark = pytest.mark.timeout(180)
 UNKNOWN = rpc.UNKNOWN
@@ -55,17 +59,6 @@ def sandbox() -> Iterator[RunningSandbox]:
 def _clean(sandbox: RunningSandbox) -> Iterator[None]:
     yield
     sandbox.clear_faults()
-
-
-@pytest.fixture(scope="module")
-def cloud(sandbox: RunningSandbox) -> Cloud:
-    return Cloud(sandbox)
-
-
-@pytest.fixture(scope="module")
-def plugin(sandbox: RunningSandbox) -> Iterator[Plugin]:
-    with Plugin(sandbox.url) as running:
-        yield running
 
 
 @pytest.fixture

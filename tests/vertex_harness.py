@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import google.auth.credentials
 import grpc
+import pytest
 from google.api_core.exceptions import NotFound
 from google.cloud import aiplatform_v1
 from google.protobuf import empty_pb2, json_format, struct_pb2
@@ -429,3 +430,14 @@ class Proxy:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def cloud(sandbox: RunningSandbox) -> Cloud:
+    return Cloud(sandbox)
+
+
+@pytest.fixture(scope="module")
+def plugin(sandbox: RunningSandbox) -> Iterator[Plugin]:
+    with Plugin(sandbox.url) as running:
+        yield running
