@@ -8,84 +8,99 @@ PYTHON ?= python3.11
 PORT ?= 8080
 GRPC ?= 7070
 HOME_FOLDER := .headcount
-# Weights, pictures and tables for machines that cannot reach the release page.
-DATA := $(wildcard ../shared/data)
-export HEADCOUNT_WEIGHTS_MIRROR ?= $(if $(DATA),$(DATA)/weights)
-SAMPLE := $(wildcard $(DATA)/people/bus.jpg)
+# A folder with the weights, pictures and tables serves as their mirror, where it exists.
+export HEADCOUNT_MIRROR ?= $(abspath $(wildcard ../shared/data))
 
 UV := .tools/bin/uv
 BIN := .venv/bin
 WEIGHTS ?= yolov5n
-CHECKPOINT := $(HOME_FOLDER)/weights/$(WEIGHTS).pt
+# Holds the path of the checkpoint that serves: another one than WEIGHTS where that cannot be fetched.
+CHECKPOINT := $(HOME_FOLDER)/weights/$(WEIGHTS).path
 COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
+SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 
-.PHONY: help serve test install test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help serve test check lint samples install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PORT=, GRPC=, WEIGHTS=yolov5s …)
-	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --port $(PORT) --grpc 127.0.0.1:$(GRPC) $(if $(SAMPLE),--sample $(SAMPLE))
+	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --port $(PORT) --grpc 127.0.0.1:$(GRPC) --sample "$(SAMPLE)"
 
-test: .venv/.dev $(CHECKPOINT) ## lint, types and every test
+test: lint samples ## lint, types and every test (PYTEST=options)
+	$(BIN)/pytest $(PYTEST)
+
+check: lint samples ## lint, types and the fast tests
+	$(BIN)/pytest -m "not slow" $(PYTEST)
+
+lint: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PYTEST)
+
+samples: .venv/.dev $(CHECKPOINT) # without them the tests say which ones did not run
+	@$(BIN)/python -m headcount.data bus.jpg zidane.jpg coco128 > /dev/null || true
 
 install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; then: source .venv/bin/activate
 
-test-engine: .venv/.dev $(CHECKPOINT) ## the tests that need Pulumi's command line and its plugins on the PATH
-	HEADCOUNT_REQUIRE_ENGINE=1 $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)
+test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
+	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)
 
-bench: .venv/.dev $(ARCHIVE)/.made compile ## throughput, latency, accuracy; a table and a plot in bench/results
-	$(BIN)/python -m bench --checkpoint $(CHECKPOINT) --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
+bench: samples compile ## throughput, latency, accuracy; a table and a plot in bench/results
+	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
 
 compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine: faster, needs g++
-	$(BIN)/python -m serving.compile --checkpoint $(CHECKPOINT) --out $(COMPILED)
-	@rm -f $(ARCHIVE)/.made && $(MAKE) $(ARCHIVE)/.made
+	$(BIN)/python -m serving.compile --checkpoint "$$(cat $(CHECKPOINT))" --out $(COMPILED)
+	@$(MAKE_ARCHIVE)
 
 sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: from empty)
 	@exec $(BIN)/python -m sandbox --state $(HOME_FOLDER)/sandbox $(if $(FRESH),--fresh)
 
-up: .venv/.dev $(CHECKPOINT) ## the whole program on this machine, from nothing to a count (PICTURE=)
-	@$(BIN)/python -m infra.up $(or $(PICTURE),$(SAMPLE))
+up: .venv/.dev samples ## the whole program on this machine, from nothing to a count (PICTURE=)
+	@$(BIN)/python -m infra.up "$(or $(PICTURE),$(SAMPLE))"
 
 down: .venv/.dev ## destroy it again
 	@$(BIN)/python -m infra.up --down
 
 image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BUILD_ARGS=)
-	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg WEIGHTS=$(WEIGHTS) -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
+	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
 
 $(UV): requirements/tools.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "Python 3.11 is needed; '$(PYTHON)' is not one. Install it, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .tools && .tools/bin/pip install -q --require-hashes -r requirements/tools.txt && touch $@
 
-# uv links packages from its cache, so that the gigabytes of torch are on the disk once.
+# uv links packages from its cache, so that the gigabytes of torch are on the disk once. It does not read pip's
+# configuration, where a machine may name a package index of its own.
+INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.tools/bin/pip config get global.index-url 2>/dev/null || true)}}; \
+	test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; UV_SYSTEM_CERTS=1 $(UV) pip install --python $(BIN)/python
 .venv/.serve: $(UV) requirements/serve.txt requirements/torch.txt requirements/client.txt pyproject.toml
 	@test -x $(BIN)/python || $(UV) venv -q --python $$(.tools/bin/python -c 'import sys; print(sys._base_executable)') .venv
-	$(UV) pip install --python $(BIN)/python --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
+	@$(INSTALL) --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
 	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@
 
 .venv/.dev: .venv/.serve requirements/dev.txt
-	$(UV) pip install --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	@$(INSTALL) --require-hashes -r requirements/dev.txt
 	@touch $@
 
 $(CHECKPOINT): | .venv/.serve
-	@$(BIN)/python -m serving.weights $(WEIGHTS) --into $(HOME_FOLDER)/weights
+	@mkdir -p $(@D)
+	@$(BIN)/python -m headcount.data $(WEIGHTS).pt > $@
 
+MAKE_ARCHIVE = $(BIN)/python -m serving.archive --checkpoint "$$(cat $(CHECKPOINT))" --out $(ARCHIVE) \
+	$$(if ls $(COMPILED)/*.so >/dev/null 2>&1; then echo --compiled $(COMPILED); fi) && touch $(ARCHIVE)/.made
 $(ARCHIVE)/.made: .venv/.serve $(CHECKPOINT) serving/handler.py
-	@$(BIN)/python -m serving.archive --checkpoint $(CHECKPOINT) --out $(ARCHIVE) $(if $(wildcard $(COMPILED)/*.so),--compiled $(COMPILED))
-	@touch $@
+	@$(BIN)/python -m headcount.data bus.jpg > /dev/null || true # for the line that `make serve` prints
+	@$(MAKE_ARCHIVE)
 
-# Everything is resolved together first, so that each environment is a part of the same set. No hosts, only hashes.
+# All extras are resolved together, and each other file is constrained to that result. The files hold hashes and no
+# address of a package index.
 COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
-lock: $(UV) ## choose the newest allowed versions anew and write requirements/
-	$(COMPILE) --upgrade pyproject.toml --all-extras -o requirements/dev.txt
+lock: $(UV) ## write requirements/ after a change of pyproject.toml (UPGRADE=--upgrade: newest allowed versions)
+	$(COMPILE) $(UPGRADE) pyproject.toml --all-extras -o requirements/dev.txt
 	for part in serve client; do $(COMPILE) pyproject.toml --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
-	echo 'uv' | $(COMPILE) --upgrade - -o requirements/tools.txt
+	echo 'uv' | $(COMPILE) $(UPGRADE) - -o requirements/tools.txt
 
 live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=): costs money for minutes
 	@$(BIN)/python -m tests.live_vertex $(PROJECT)

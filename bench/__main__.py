@@ -9,12 +9,10 @@ seconds / cores), since it takes those from the server.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from bench.pipelines import CPU, PIPELINES, Pipeline, Stages, median_stages
 from bench.served import CONCURRENCY, Served
+from headcount.data import fetch, labelled_people
 from serving.launcher import ALLOCATOR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +38,8 @@ def twelve_megapixels(data: bytes) -> bytes:
 
 def accuracy(pipelines: dict[str, Pipeline], folder: Path) -> dict[str, float]:
     """Mean absolute count error of each pipeline on coco128."""
-    with (folder / "person_counts.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    pictures = [(folder / "images" / row["file"]).read_bytes() for row in rows]
-    truth = np.array([int(row["persons"]) for row in rows])
+    files = sorted((folder / "images").iterdir())
+    pictures, truth = [file.read_bytes() for file in files], np.array([labelled_people(file) for file in files])
     return {name: float(np.abs(np.array(p.counts(pictures)) - truth).mean()) for name, p in pipelines.items()}
 
 
@@ -52,22 +49,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=home / "weights" / "yolov5n.pt")
     parser.add_argument("--compiled", type=Path, default=home / "compiled" / "yolov5n")
     parser.add_argument("--archive", type=Path, default=home / "archive" / "yolov5n")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--rounds", type=int, default=6, help="turns each pipeline and the server take")
     parser.add_argument("--seconds", type=float, default=3, help="of each turn")
     parser.add_argument("--requests", type=int, default=10_000, help="of the memory test; 0 leaves it out")
     arguments = parser.parse_args()
-    picture = arguments.data / "people" / "bus.jpg"
-    if not picture.exists():
-        sys.exit(f"{picture} is missing; name a folder with people/bus.jpg and coco128/ by --data")
-    bus = picture.read_bytes()
+    bus = fetch("bus.jpg").read_bytes()
     pictures = {"bus.jpg": bus, "12 megapixels": twelve_megapixels(bus)}
     RESULTS.mkdir(exist_ok=True)
     os.environ.update(ALLOCATOR, OMP_NUM_THREADS="1")  # the same for all
     multiprocessing.set_start_method("spawn")
 
     pipelines = {name: Pipeline(name, arguments.checkpoint, arguments.compiled) for name in PIPELINES}
-    result: dict[str, Any] = {"error": accuracy(pipelines, arguments.data / "coco128"), "pictures": {}}
+    result: dict[str, Any] = {"error": accuracy(pipelines, fetch("coco128")), "pictures": {}}
     server = Served(arguments.archive, RESULTS / "server.log")
     result["start seconds"] = server.started_after
     for data in pictures.values():  # the JVM compiles what is hot within some thousand requests

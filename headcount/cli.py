@@ -25,7 +25,6 @@ from headcount.counters import Counter, CountError
 from headcount.files import Input, annotated_paths, find_inputs
 from headcount.results import Result, csv_header, csv_row, json_text, printable, table_text
 from serving.contract import Parameters, RequestError
-from serving.weights import terminal_report
 
 # Plain help and errors: rich's panels wrap a message over framed lines, which scripts and logs cannot use.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -74,7 +73,7 @@ def count(
     """Count the people in pictures, in this process or on a server.
 
     Without --url, --grpc and --stack the network runs here; its weights are fetched the first time. HEADCOUNT_WEIGHTS
-    names others (yolov5n, yolov5s and so on, or a file), HEADCOUNT_WEIGHTS_MIRROR where to fetch them from.
+    names others (yolov5n, yolov5s and so on, or a file), HEADCOUNT_MIRROR a folder or URL to fetch them from.
 
     Exit code: 0 all pictures were counted, 1 some or all were not, 2 the command was not understood.
     """
@@ -159,8 +158,7 @@ def _counted(
 def _open(server: Server, pictures: int) -> Counter:
     url, grpc, stack = server
     try:
-        with terminal_report() as report:
-            return open_counter(url, grpc, min(pictures, os.cpu_count() or 1, 8), report, stack)
+        return open_counter(url, grpc, min(pictures, os.cpu_count() or 1, 8), stack)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     except CountError as error:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from headcount.counters import Answer, Counter, CountError, Grpc, InProcess, Rest
 from serving.contract import Parameters, Point, RequestError
-from serving.weights import DEFAULT, Report, WeightsError, find, home
 
 
 def open_counter(
     url: str | None = None,
     grpc: str | None = None,
     parallel: int = 1,
-    report: Report | None = None,
     stack: str | None = None,
 ) -> Counter:
     """The counter for a server's URL, for a gRPC address, for a stack's endpoint, or for this process.
@@ -34,9 +32,11 @@ def open_counter(
         from headcount.vertex import Stack
 
         return Stack(stack)
+    from headcount.data import DEFAULT_WEIGHTS, DataError, find_weights
+
     try:
-        checkpoint = find(os.environ.get("HEADCOUNT_WEIGHTS") or DEFAULT, home() / "weights", report)
-    except WeightsError as error:
+        checkpoint = find_weights(os.environ.get("HEADCOUNT_WEIGHTS") or DEFAULT_WEIGHTS)
+    except DataError as error:
         raise CountError(str(error)) from None
     return InProcess(checkpoint, parallel)
 

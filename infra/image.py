@@ -31,9 +31,9 @@ class Image(pulumi.ComponentResource):
 
     def __init__(self, settings: Settings, foundation: Foundation, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("headcount:index:Image", settings.stack, None, opts)
-        fetch_weights(ROOT, settings.weights)
+        weights = fetch_weights(ROOT, settings.weights)
         context = ROOT / CONTEXT / settings.names.labels["stack"]
-        sources = stage(ROOT, context, settings.weights)
+        sources = stage(ROOT, context, weights)
         image = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
         cache = pulumi.Output.concat(image, ":cache")
         build = docker_build.Image(
@@ -44,7 +44,7 @@ class Image(pulumi.ComponentResource):
             platforms=[docker_build.Platform.LINUX_AMD64],  # what Vertex AI runs, also from Apple silicon
             build_args={
                 "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
-                "WEIGHTS": settings.weights,
+                "WEIGHTS": weights,
                 "SOURCES": sources,
                 **settings.build_args,
             },
@@ -79,15 +79,23 @@ class Image(pulumi.ComponentResource):
         self.register_outputs({})
 
 
-def fetch_weights(root: Path, weights: str) -> None:
-    """Sees that the weights are there. Raises pulumi.RunError, which says what to do."""
+def fetch_weights(root: Path, weights: str) -> str:
+    """Returns the name of the weights in `.headcount/weights`: those asked for, or the ones that serve instead of them.
+
+    Fetches them if need be. Raises pulumi.RunError, which says what to do.
+    """
     if (root / WEIGHTS / f"{weights}.pt").exists():
-        return
-    # A process of its own: nothing of serving/ is imported here.
-    command = [sys.executable, "-m", "serving.weights", weights, "--into", str(WEIGHTS)]
-    done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True)
+        return weights
+    # In a process of its own, because the program imports nothing of headcount/.
+    done = subprocess.run(
+        [sys.executable, "-m", "headcount.data", f"{weights}.pt"],
+        cwd=root, env={**os.environ, "HEADCOUNT_HOME": str(root / ".headcount")}, capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode:
-        raise pulumi.RunError(f"The weights {weights} cannot be had: {done.stderr.strip()}")
+        raise pulumi.RunError(done.stderr.strip())
+    if done.stderr:
+        pulumi.log.info(done.stderr.strip())
+    return Path(done.stdout.strip()).stem
 
 
 def stage(root: Path, to: Path, weights: str) -> str:

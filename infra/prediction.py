@@ -4,9 +4,10 @@ import pulumi
 import pulumi_gcp as gcp
 
 import pulumi_vertex as vertex
+from infra import BUILD
 from infra.foundation import Foundation
 from infra.image import NAME, Image
-from infra.settings import BUILD, Release, Settings
+from infra.settings import Release, Settings
 
 PREDICT_ROUTE = "/predictions/people"
 HEALTH_ROUTE = "/ping"

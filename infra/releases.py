@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ruamel.yaml import YAML
 
-from infra.settings import BUILD
+from infra import BUILD
 from infra.stacks import ROOT, StackError, outputs
 
 Releases = dict[str, dict[str, Any]]

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from infra import BUILD
+
 PROJECT: Final = "headcount"
-BUILD: Final = "build"  # stands for the digest of the image that this stack builds
 _AT: Final = f"{PROJECT}:releases"
 
 

@@ -1,4 +1,4 @@
-"""What tests share: real data, the checkpoint, and a running server."""
+"""What all tests share: a clean environment, what the machine has, sample pictures, the checkpoint, and a server."""
 
 from __future__ import annotations
 
@@ -6,45 +6,160 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import docker
 import httpx
+import hypothesis
+import images
+import machine
 import pytest
+from helpers import ROOT, free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+from headcount.data import fetch, find_weights
+from sandbox.registry import Registry
 
-# One thread of arithmetic: two that spin for each other on a busy machine are slower by far.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The user's environment changes no result. HEADCOUNT_HOME and HEADCOUNT_MIRROR only say where files are.
+_KEPT = {"HEADCOUNT_REQUIRE", "HEADCOUNT_HOME", "HEADCOUNT_MIRROR"}
+_DROPPED = ("HEADCOUNT_", "AIP_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCP_", "PULUMI_", "STORAGE_EMULATOR_HOST",
+            "JAVA_HOME", "JAVA_TOOL_OPTIONS", "OMP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # fmt: skip
+for _name in list(os.environ):
+    if _name.upper().startswith(_DROPPED) and _name not in _KEPT:
+        del os.environ[_name]
+RUN = uuid.uuid4().hex[:12]
+os.environ |= {
+    "OMP_NUM_THREADS": "1",  # two threads of arithmetic that wait for each other on a busy machine are slower by far
+    "HEADCOUNT_ACCELERATOR": "cpu",  # the expectations are a CPU's, also on a machine with a GPU
+    "CLOUDSDK_CONFIG": os.devnull,  # no credentials of the user
+    "HEADCOUNT_TEST_RUN": RUN,  # in the environment of all that a test starts: see pytest_sessionfinish
+}
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no error
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*parts): parts of the machine, by their names in tests/machine.py")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        machine.require(*mark.args)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which tests did not run, why, and how to get what they need."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    if not reasons:
+        return
+    terminalreporter.section("tests that did not run")
+    for reason, tests in reasons.most_common():
+        part = machine.PARTS.get(reason.partition(":")[0].removeprefix("needs "))
+        terminalreporter.line(f"{tests} {reason}" + (f". To run them: {part.remedy}." if part else ""))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run if a process that a test started is still there."""
+    left = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            pid = int(environment.parent.name)
+            if f"HEADCOUNT_TEST_RUN={RUN}".encode() in environment.read_bytes() and pid != os.getpid():
+                left.append(f"{pid} {_command(pid)[:100]}")
+    if left:
+        print("\nprocesses that a test left:", *left, sep="\n", file=sys.stderr)
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
-def data() -> Path:
-    """Real pictures and tables, beside the checkout."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.exists():
-        pytest.skip(f"no pictures at {folder}")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder people/ with the pictures bus.jpg and zidane.jpg."""
+    machine.require("samples")
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "people").mkdir()
+    for name in ("bus.jpg", "zidane.jpg"):
+        (folder / "people" / name).write_bytes(fetch(name).read_bytes())
     return folder
 
 
 @pytest.fixture(scope="session")
+def bus(data: Path) -> bytes:
+    """A picture with four people, 810×1080."""
+    return (data / "people" / "bus.jpg").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def zidane(data: Path) -> bytes:
+    """A picture with two people, 1280×720."""
+    return (data / "people" / "zidane.jpg").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def coco128() -> Path:
+    """A folder with 128 labelled pictures: images/*.jpg, and labels/*.txt where there is anything to label."""
+    machine.require("coco128")
+    return fetch("coco128")
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> Iterator[docker.DockerClient]:
+    """The Docker engine's API."""
+    machine.require("docker")
+    client = docker.from_env(version="auto", timeout=120)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Docker registry of this run, 127.0.0.1:PORT."""
+    machine.require("docker", "registry")
+    one = Registry(tmp_path_factory.mktemp("registry"), 0, RUN)
+    one.start()
+    yield one.address
+    images.forget_images(one.address)
+    one.remove("")
+
+
+@pytest.fixture(scope="session")
+def tiny_image(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The tiny image in the registry, by digest."""
+    machine.require("build")
+    folder = tmp_path_factory.mktemp("tiny")
+    images.write_tiny_sources(folder)
+    name = f"{registry}/tiny:{images.RUN}"
+    images.build(folder, name)
+    yield images.push(name)
+    images.remove_all()
+
+
+@pytest.fixture(scope="session")
+def serving_image(checkpoint: Path) -> Iterator[str]:
+    """The serving image, built from this checkout."""
+    machine.require("build")
+    built = subprocess.run(
+        ["make", "image", f"IMAGE={images.RUN}", f"DOCKER={machine.docker_client()}",
+         f"BUILD_ARGS=--label {images.LABEL}={images.RUN}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    yield images.RUN
+    images.docker("rmi", "-f", images.RUN, check=False)
+
+
+@pytest.fixture(scope="session")
 def checkpoint() -> Path:
-    """yolov5n.pt as `make` fetched it."""
-    path = ROOT / ".headcount" / "weights" / "yolov5n.pt"
-    if not path.exists():
-        pytest.fail(f"{path} is missing; run the tests with `make test`")
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """The checkpoint that serves on this machine."""
+    return find_weights("yolov5n")
 
 
 @dataclass
@@ -62,13 +177,15 @@ class Server:
         self.port, self.grpc = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.predict = f"{self.url}/predictions/people"
-        self.process = subprocess.Popen(
-            [sys.executable, *self.program, "--archive", str(self.archive)],
-            stdout=self.log.open("wb"), stderr=subprocess.STDOUT, cwd=self.log.parent,
-            env=os.environ | {
-                "HEADCOUNT_WORKERS": "2", "AIP_HTTP_PORT": str(self.port), "HEADCOUNT_GRPC": f"127.0.0.1:{self.grpc}",
-            } | self.environment,
-        )  # fmt: skip
+        environment = {
+            "HEADCOUNT_WORKERS": "2", "AIP_HTTP_PORT": str(self.port), "HEADCOUNT_GRPC": f"127.0.0.1:{self.grpc}",
+        }  # fmt: skip
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.program, "--archive", str(self.archive)],
+                stdout=log, stderr=subprocess.STDOUT, cwd=self.log.parent,
+                env=os.environ | environment | self.environment,
+            )  # fmt: skip
         return self
 
     def wait(self, status: int = 200, seconds: float = 60) -> float:

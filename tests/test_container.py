@@ -1,17 +1,12 @@
-"""The image as it is run in production: read-only, two CPUs, somebody without rights, nothing but Docker around it.
-
-Skipped where no Docker engine answers; HEADCOUNT_REQUIRE_DOCKER=1 makes that a failure.
-"""
+"""The image as it is run in production: read-only, two CPUs, somebody without rights, nothing but Docker around it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -22,43 +17,15 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, free_port
+from helpers import ROOT, free_port
+from images import RUN, docker
+from machine import docker_client
 from PIL import Image
 
 from headcount import Client
 from serving.detector import cpu_flags
 
-# The distribution's client has BuildKit built in; another one on the PATH may lack the plugin for it.
-DOCKER = os.environ.get("DOCKER") or shutil.which("docker", path="/usr/bin") or "docker"
-IMAGE = "headcount:test"
-# A name of this run, so that only its own containers are removed.
-RUN = f"headcount-test-{uuid.uuid4().hex[:8]}"
-
-pytestmark = pytest.mark.timeout(900)
-
-
-def docker(*arguments: str, check: bool = True) -> str:
-    done = subprocess.run([DOCKER, *arguments], check=False, capture_output=True, text=True)
-    if check and done.returncode:
-        pytest.fail(f"docker {' '.join(arguments)}: {done.stderr[-3000:]}")
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def image(checkpoint: Path) -> Iterator[str]:
-    try:
-        subprocess.run([DOCKER, "info"], check=True, capture_output=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        if os.environ.get("HEADCOUNT_REQUIRE_DOCKER") == "1":
-            pytest.fail(f"HEADCOUNT_REQUIRE_DOCKER is set, and no Docker engine answers to {DOCKER}")
-        pytest.skip("no Docker engine answers")
-    built = subprocess.run(
-        ["make", "image", f"IMAGE={IMAGE}", f"DOCKER={DOCKER}"], check=False, cwd=ROOT, capture_output=True, text=True
-    )
-    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
-    yield IMAGE
-    for container in docker("ps", "-aq", "--filter", f"name={RUN}").split():
-        docker("rm", "-f", container)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Container:
@@ -69,7 +36,7 @@ class Container:
         self.name = f"{RUN}-{uuid.uuid4().hex[:8]}"
         docker(
             "run", "--detach", "--name", self.name, "--read-only", "--tmpfs", "/tmp",
-            "-e", "HEADCOUNT_GRPC=0.0.0.0:7070", "-p", "127.0.0.1::8080", "-p", "127.0.0.1::7070", *options, IMAGE,
+            "-e", "HEADCOUNT_GRPC=0.0.0.0:7070", "-p", "127.0.0.1::8080", "-p", "127.0.0.1::7070", *options, RUN,
         )  # fmt: skip
         ports = json.loads(docker("inspect", "-f", "{{json .NetworkSettings.Ports}}", self.name))
         self.url, self.grpc = (
@@ -100,12 +67,7 @@ class Container:
 
 
 @pytest.fixture(scope="module")
-def bus(data: Path) -> bytes:
-    return (data / "people" / "bus.jpg").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def container(image: str, bus: bytes) -> Iterator[tuple[Container, float]]:
+def container(serving_image: str, bus: bytes) -> Iterator[tuple[Container, float]]:
     """A container on two CPUs that counted four, and the seconds until then."""
     one = Container("--cpus", "2")
     try:
@@ -142,8 +104,8 @@ def test_there_is_no_compiler(container: tuple[Container, float]) -> None:
     assert docker("exec", container[0].name, "sh", "-c", script) == "end"
 
 
-def test_labels_say_what_it_is(image: str) -> None:
-    labels = json.loads(docker("image", "inspect", "-f", "{{json .Config.Labels}}", image))
+def test_labels_say_what_it_is(serving_image: str) -> None:
+    labels = json.loads(docker("image", "inspect", "-f", "{{json .Config.Labels}}", serving_image))
     assert labels["org.opencontainers.image.title"] == "headcount"
     assert labels["org.opencontainers.image.description"]
 
@@ -157,7 +119,7 @@ def test_the_compiled_network_is_used(container: tuple[Container, float]) -> Non
     assert ready["workers"] == 2
 
 
-def test_one_cpu_has_one_worker_and_stops_at_once(image: str, bus: bytes) -> None:
+def test_one_cpu_has_one_worker_and_stops_at_once(serving_image: str, bus: bytes) -> None:
     one = Container("--cpus", "1")
     try:
         assert one.count(bus) == 4
@@ -170,7 +132,7 @@ def test_one_cpu_has_one_worker_and_stops_at_once(image: str, bus: bytes) -> Non
         one.remove()
 
 
-def test_the_largest_picture_fits_into_little_memory(image: str, bus: bytes) -> None:
+def test_the_largest_picture_fits_into_little_memory(serving_image: str, bus: bytes) -> None:
     out = io.BytesIO()
     Image.new("RGBA", (7070, 7070), (10, 20, 30, 128)).save(out, "PNG")
     one = Container("--cpus", "2", "--memory", "2g", "--memory-swap", "2g")
@@ -187,7 +149,7 @@ def test_the_largest_picture_fits_into_little_memory(image: str, bus: bytes) -> 
         one.remove()
 
 
-def test_broken_weights_end_it_with_the_reason(image: str, tmp_path: Path) -> None:
+def test_broken_weights_end_it_with_the_reason(serving_image: str, tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 no weights")
     tmp_path.chmod(0o755)
     one = Container("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/yolov5n.pt:ro")
@@ -200,9 +162,9 @@ def test_broken_weights_end_it_with_the_reason(image: str, tmp_path: Path) -> No
         one.remove()
 
 
-def test_without_a_folder_to_write_to_it_says_so(image: str) -> None:
+def test_without_a_folder_to_write_to_it_says_so(serving_image: str) -> None:
     said = subprocess.run(
-        [DOCKER, "run", "--rm", "--name", f"{RUN}-full", "--read-only", image],
+        [docker_client(), "run", "--rm", "--name", f"{RUN}-full", "--read-only", serving_image],
         check=False,
         capture_output=True,
         text=True,
@@ -211,12 +173,12 @@ def test_without_a_folder_to_write_to_it_says_so(image: str) -> None:
     assert "temporary directory" in json.loads(said.stdout.splitlines()[-1])["message"]
 
 
-def test_the_readme_s_docker_line_serves(image: str, bus: bytes) -> None:
+def test_the_readme_s_docker_line_serves(serving_image: str, bus: bytes) -> None:
     (line,) = re.findall(r"^docker run .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     port, name = free_port(), f"{RUN}-readme"
     words = shlex.split(line.replace("127.0.0.1:8080:", f"127.0.0.1:{port}:"))
     assert words[-1] == "headcount"
-    typed = subprocess.Popen([DOCKER, *words[1:-1], "--name", name, image], stdout=subprocess.DEVNULL)
+    typed = subprocess.Popen([docker_client(), *words[1:-1], "--name", name, serving_image], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:

@@ -1,7 +1,6 @@
 """The whole program under Pulumi's engine, with the google and docker-build providers, against the sandbox.
 
-A tiny image with the same contract stands in for the serving image. Skipped where `pulumi` or Docker is missing;
-HEADCOUNT_REQUIRE_ENGINE=1 makes that a failure.
+A tiny image with the same contract stands in for the serving image.
 """
 
 import contextlib
@@ -22,26 +21,16 @@ from typing import Any
 
 import httpx
 import pytest
-from infra_harness import SERVER, forget_images, free_port, write_tiny_sources
+from helpers import ROOT, free_port
+from images import SERVER, forget_images, write_tiny_sources
+from machine import engine
 
 from sandbox.testing import RunningSandbox
 
-ROOT = Path(__file__).resolve().parent.parent
-REQUIRED = os.environ.get("HEADCOUNT_REQUIRE_ENGINE") == "1"
+pytestmark = [pytest.mark.slow, pytest.mark.needs("engine", "docker", "registry", "build"), pytest.mark.timeout(600)]
 
 
-def missing() -> str:
-    if not shutil.which("pulumi"):
-        return "pulumi is not on the PATH"
-    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
-        return "Docker does not answer"
-    return ""
-
-
-pytestmark = [
-    pytest.mark.skipif(bool(missing()) and not REQUIRED, reason=missing() or "it is all there"),
-    pytest.mark.timeout(600),
-]
+PATH = os.environ["PATH"]
 
 
 class Project:
@@ -60,7 +49,9 @@ class Project:
         state = self.folder / ".headcount/pulumi/state"  # where infra/stacks.py has it
         state.mkdir(parents=True)
         self.environment = os.environ | {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join(
+                [str(Path(sys.executable).parent), str(Path(engine() or "").parent), os.environ["PATH"]]
+            ),
             "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]),
             "PULUMI_HOME": str(folder / "home"),
             "PULUMI_BACKEND_URL": f"file://{state}",
@@ -147,8 +138,6 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    if why := missing():
-        pytest.fail(why)
     project = Project(tmp_path_factory.mktemp("engine"))
     project.start()
     yield project

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra import image, releases, stacks
-from infra.settings import BUILD, read
+from infra import BUILD, image, releases, stacks
+from infra.settings import read
 from infra.stacks import StackError
 
 ROOT = Path(__file__).resolve().parent.parent

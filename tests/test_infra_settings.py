@@ -11,7 +11,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from infra.settings import BUILD, Names, Release, Settings, read
+from infra import BUILD
+from infra.settings import Names, Release, Settings, read
 from sandbox import artifact_registry, cloud, iam, storage, vertex_endpoints, vertex_models
 
 ROOT = Path(__file__).resolve().parent.parent

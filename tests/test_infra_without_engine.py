@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import runpy
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docker
 import httpx
+import images
 import pulumi
 import pytest
 import yaml
@@ -21,24 +20,20 @@ from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform_v1, artifactregistry_v1, storage  # type: ignore[attr-defined]
 from googleapiclient import discovery
-from infra_harness import forget_images, free_port, write_tiny_sources
+from helpers import ROOT, free_port
+from images import forget_images, write_tiny_sources
 from pulumi.runtime.proto import provider_pb2
 from vertex_harness import Plugin, struct, unstruct
 
 from infra import foundation, image
 from sandbox.testing import RunningSandbox
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT, REGION = "headcount-local", "europe-west4"
 LOCATION = f"projects/{PROJECT}/locations/{REGION}"
 ANYBODY = AnonymousCredentials()  # type: ignore[no-untyped-call]
 
 
-def no_docker() -> bool:
-    return subprocess.run(["docker", "info"], capture_output=True).returncode != 0
-
-
-pytestmark = [pytest.mark.skipif(no_docker(), reason="Docker does not answer"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("docker", "registry", "build")]
 
 
 class Maker(pulumi.runtime.Mocks):
@@ -111,17 +106,10 @@ class Maker(pulumi.runtime.Mocks):
         if args.typ != "docker-build:index:Image":  # the component of that name
             self.made.pop()
             return f"{args.name}_id", {}
-        client, tag = docker.from_env(), inputs["tags"][0]
-        client.images.build(
-            path=inputs["context"]["location"],
-            tag=tag,
-            buildargs=inputs["buildArgs"],
-            platform=inputs["platforms"][0],
-            forcerm=True,
-        )
-        said = [json.loads(line) for line in client.images.push(tag).splitlines()]
-        (digest,) = [line["aux"]["Digest"] for line in said if "aux" in line]
-        client.images.remove(tag)
+        tag = inputs["tags"][0]
+        images.build(Path(inputs["context"]["location"]), tag, **inputs["buildArgs"])
+        digest = images.push(tag).partition("@")[2]
+        images.docker("rmi", tag)
         return digest, {"digest": digest, "ref": f"{tag}@{digest}"}
 
     def AiEndpoint(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802

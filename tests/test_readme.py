@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Server
+from conftest import Server
+from helpers import ROOT
 from PIL import Image
 
 from infra import releases

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from sandbox.testing import RunningSandbox
 
 PROJECT = "my-project"
 LOCATION = f"projects/{PROJECT}/locations/europe-west4"
-HAS_REGISTRY = bool(shutil.which("docker-registry") or shutil.which("registry"))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +173,7 @@ def test_objects_survive_a_kill(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- artifact registry
 
 
-@pytest.mark.skipif(not HAS_REGISTRY, reason="no docker-registry on the PATH")
+@pytest.mark.needs("registry")
 def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: RunningSandbox) -> None:
     client = ArtifactRegistryClient(
         credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
@@ -205,11 +203,8 @@ def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: 
     assert not (sandbox.state / "registry").exists()
 
 
-def has_registry_image() -> bool:
-    return not subprocess.run(["docker", "image", "inspect", registry.IMAGE], capture_output=True).returncode
-
-
-@pytest.mark.skipif(not has_registry_image(), reason=f"Docker has no image {registry.IMAGE}")
+@pytest.mark.slow
+@pytest.mark.needs("docker", "registry_image")
 def test_without_the_program_the_registry_is_a_container_that_a_kill_does_not_lose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import base64
 import collections
 import json
-import os
 import subprocess
-import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import httpx
+import images
 import pytest
-from conftest import ROOT
-from test_sandbox_docker import REGISTRY, engine, image
+from helpers import Load
 from vertex_harness import (
     ROLLOUT_URN,
     VERSION_URN,
@@ -34,30 +31,30 @@ from vertex_harness import (
 from headcount import Client
 from sandbox.testing import RunningSandbox
 
-__all__ = ["cloud", "engine", "image", "plugin"]  # fixtures
+__all__ = ["cloud", "plugin"]  # fixtures
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def sandbox(engine: docker.DockerClient) -> Iterator[RunningSandbox]:
+def sandbox(docker_engine: docker.DockerClient) -> Iterator[RunningSandbox]:
     with RunningSandbox(runner="docker") as running:
         yield running
         assert running.violations() == []
 
 
-def version(plugin: Plugin, name: str, model: str, image: str, **more: object) -> Stack:
+def version(plugin: Plugin, name: str, model: str, tiny_image: str, **more: object) -> Stack:
     made = Stack(f"{VERSION_URN}{name}")
-    made.up(plugin, version_inputs(model, image, **more))
+    made.up(plugin, version_inputs(model, tiny_image, **more))
     return made
 
 
 def test_a_rollout_under_load_loses_no_request_and_a_canary_gets_its_share(
-    sandbox: RunningSandbox, cloud: Cloud, plugin: Plugin, image: str
+    sandbox: RunningSandbox, cloud: Cloud, plugin: Plugin, tiny_image: str
 ) -> None:
     endpoint = cloud.endpoint("shares")
-    old = version(plugin, "shares-old", "shares", image)
-    new = version(plugin, "shares-new", "shares", image, env={"TINY_SECONDS": "1"})
+    old = version(plugin, "shares-old", "shares", tiny_image)
+    new = version(plugin, "shares-new", "shares", tiny_image, env={"TINY_SECONDS": "1"})
     rollout = Stack(f"{ROLLOUT_URN}shares")
     rollout.up(plugin, rollout_inputs(endpoint, main=release(old.id)))
     url = f"{sandbox.url}/v1/{endpoint}:predict"
@@ -72,33 +69,22 @@ def test_a_rollout_under_load_loses_no_request_and_a_canary_gets_its_share(
         rollout.up(plugin, rollout_inputs(endpoint, main=release(old.id, 90), next=release(new.id, 10)))
         share = asked(500)
         assert 25 <= share["shares@2"] <= 75, share  # five standard deviations of 500 requests at 10 %
-        statuses: collections.Counter[int] = collections.Counter()
-        stop = threading.Event()
-
-        def load() -> None:
-            with httpx.Client() as one:
-                while not stop.is_set():
-                    statuses[one.post(url, json={"instances": [1]}, timeout=30).status_code] += 1
-
-        threads = [threading.Thread(target=load) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        newest = version(plugin, "shares-newest", "shares", image, env={"TINY_SECONDS": "1", "NEWEST": "1"})
-        rollout.up(plugin, rollout_inputs(endpoint, drain=1, main=release(newest.id)))
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert set(statuses) == {200}, statuses
-        assert statuses[200] > 50
+        with Load(url, {"instances": [1]}) as load:
+            newest = version(plugin, "shares-newest", "shares", tiny_image, env={"TINY_SECONDS": "1", "NEWEST": "1"})
+            rollout.up(plugin, rollout_inputs(endpoint, drain=1, main=release(newest.id)))
+        assert {status for status, _ in load.answers} == {200}, load.answers
+        assert load.answers.total() > 50
         assert set(asked(20)) == {"shares@3"}
     rollout.delete(plugin)
     cloud.check_history(endpoint)
 
 
-def test_a_broken_image_says_why_and_traffic_never_left_the_old_one(cloud: Cloud, plugin: Plugin, image: str) -> None:
+def test_a_broken_image_says_why_and_traffic_never_left_the_old_one(
+    cloud: Cloud, plugin: Plugin, tiny_image: str
+) -> None:
     endpoint = cloud.endpoint("broken")
-    good = version(plugin, "broken-good", "broken", image)
-    bad = version(plugin, "broken-bad", "broken", image, env={"TINY_EXIT": "1"})
+    good = version(plugin, "broken-good", "broken", tiny_image)
+    bad = version(plugin, "broken-bad", "broken", tiny_image, env={"TINY_EXIT": "1"})
     rollout = Stack(f"{ROLLOUT_URN}broken")
     rollout.up(plugin, rollout_inputs(endpoint, main=release(good.id)))
     with pytest.raises(CallFailed, match=r"(?s)no weights"):
@@ -113,18 +99,14 @@ def test_the_serving_image_counts_four_through_the_endpoint(
     sandbox: RunningSandbox,
     cloud: Cloud,
     plugin: Plugin,
-    engine: docker.DockerClient,
+    registry: str,
+    serving_image: str,
     data: Path,
-    checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    docker_client = os.environ.get("DOCKER", "docker")
-    name = f"{REGISTRY}/headcount-test:{uuid.uuid4().hex[:8]}"
-    for command in (["make", "image", f"IMAGE={name}", f"DOCKER={docker_client}"], [docker_client, "push", "-q", name]):
-        done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    built = engine.images.get(name)
-    digest = next(d for d in built.attrs["RepoDigests"] if d.startswith(name.partition(":test")[0].rpartition(":")[0]))
+    name = f"{registry}/headcount:test"
+    images.docker("tag", serving_image, name)
+    digest = images.push(name)
     endpoint = cloud.endpoint("people")
     made = Stack(f"{VERSION_URN}people")
     made.up(plugin, version_inputs("people", digest, predictRoute="/predictions/people"))
@@ -149,4 +131,3 @@ def test_the_serving_image_counts_four_through_the_endpoint(
     finally:
         rollout.delete(plugin)
         made.delete(plugin)
-        engine.images.remove(name, force=True)

@@ -1,0 +1,82 @@
+"""Docker images for tests: the tiny one, which `tiny_server.py` answers in, and what a run leaves in Docker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+
+import machine
+import pytest
+from helpers import ROOT
+
+# Names and labels of this run: images and containers of others on this machine are neither looked at nor removed.
+RUN = f"headcount-test-{uuid.uuid4().hex[:8]}"
+LABEL = "headcount.test"
+SERVER = (ROOT / "tests" / "tiny_server.py").read_text()
+DOCKERFILE = f"""\
+FROM {machine.BASE_IMAGE}
+ARG SOURCES=
+LABEL headcount.sources="${{SOURCES}}"
+COPY serving/server.py /server.py
+ENTRYPOINT ["python", "/server.py"]
+CMD ["from-the-image"]
+"""
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    """What the Docker command prints. Fails the test where it fails."""
+    done = subprocess.run(
+        [machine.docker_client(), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DOCKER_BUILDKIT": "1"},
+    )
+    if check and done.returncode:
+        pytest.fail(f"docker {' '.join(arguments)}: {(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout.strip()
+
+
+def write_tiny_sources(folder: Path) -> None:
+    """Writes a build context: a Dockerfile, its .dockerignore, a server, and weights that nobody reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / ".dockerignore", folder)
+    for name, text in (
+        ("Dockerfile", DOCKERFILE),
+        ("serving/server.py", SERVER),
+        (".headcount/weights/yolov5n.pt", "weights"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def build(folder: Path, name: str, **arguments: str) -> None:
+    """Builds the image `name` from a folder, for linux/amd64 and with the label of this run."""
+    options = [option for key, value in arguments.items() for option in ("--build-arg", f"{key}={value}")]
+    label = f"{LABEL}={RUN}"
+    docker("build", "--quiet", "--platform", "linux/amd64", "--label", label, *options, "--tag", name, str(folder))
+
+
+def push(name: str) -> str:
+    """Pushes an image to the registry in its name; returns its name by digest."""
+    docker("push", "--quiet", name)
+    digests: list[str] = json.loads(docker("image", "inspect", "--format", "{{json .RepoDigests}}", name))
+    return next(digest for digest in digests if digest.startswith(name.rpartition(":")[0] + "@"))
+
+
+def forget_images(registry: str) -> None:
+    """Removes what Docker pulled from a test's registry."""
+    listed = docker("images", "--format", "{{.ID}} {{.Repository}}").splitlines()
+    if ids := [line.split()[0] for line in listed if line.split()[1].startswith(registry + "/")]:
+        docker("rmi", "-f", *ids, check=False)
+
+
+def remove_all() -> None:
+    """Removes the containers and images of this run that a failed test may have left."""
+    for kind, remove in (("ps", "rm"), ("images", "rmi")):
+        found = docker(kind, "-aq", "--filter", f"label={LABEL}={RUN}", check=False).split()
+        if found:
+            docker(remove, "-f", *dict.fromkeys(found), check=False)
