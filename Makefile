@@ -57,10 +57,10 @@ sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: fr
 	@exec $(BIN)/python -m sandbox --state $(HOME_FOLDER)/sandbox $(if $(FRESH),--fresh)
 
 up: .venv/.dev samples ## the whole program on this machine, from nothing to a count (PICTURE=)
-	@$(BIN)/python -m infra.up "$(or $(PICTURE),$(SAMPLE))"
+	@picture="$(or $(PICTURE),$(SAMPLE))"; $(BIN)/python -m laptop up $${picture:+"$$picture"}
 
 down: .venv/.dev ## destroy it again
-	@$(BIN)/python -m infra.up --down
+	@$(BIN)/python -m laptop down
 
 image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BUILD_ARGS=)
 	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .

@@ -13,25 +13,26 @@ from serving.contract import Parameters, Point, RequestError
 def open_counter(
     url: str | None = None,
     grpc: str | None = None,
-    parallel: int = 1,
     stack: str | None = None,
+    endpoint: str | None = None,
+    parallel: int = 1,
 ) -> Counter:
-    """The counter for a server's URL, for a gRPC address, for a stack's endpoint, or for this process.
+    """The counter for a server's URL, a gRPC address, a stack's endpoint, an endpoint of Vertex AI, or this process.
 
     In this process the checkpoint is HEADCOUNT_WEIGHTS (a published name or a path), fetched if need be.
     parallel: pictures counted at once in this process. Raises CountError, and ValueError for an address that
     is none.
     """
-    if sum(server is not None for server in (url, grpc, stack)) > 1:
-        raise ValueError("a URL, a gRPC address and a stack are different servers; give one of them")
+    if sum(server is not None for server in (url, grpc, stack, endpoint)) > 1:
+        raise ValueError("a URL, a gRPC address, a stack and an endpoint are different servers; give one of them")
     if url is not None:
         return Rest(url)
     if grpc is not None:
         return Grpc(grpc)
-    if stack is not None:
-        from headcount.vertex import Stack
+    if stack is not None or endpoint is not None:
+        from headcount.endpoint import Endpoint, of_name, of_stack
 
-        return Stack(stack)
+        return Endpoint(of_stack(stack) if stack is not None else of_name(endpoint or ""))
     from headcount.data import DEFAULT_WEIGHTS, DataError, find_weights
 
     try:
@@ -49,13 +50,21 @@ class Client:
     >>> answer.count, answer.people[0].box
     (4, (671.7, 393.7, 809.6, 879.1))
 
-    url: a Headcount server. grpc: HOST:PORT of its gRPC service instead. stack: a deployed Pulumi stack instead. May
-    be used from several threads; one that counts in this process loads the network, so keep it. Raises CountError, and
+    url: a Headcount server. grpc: HOST:PORT of its gRPC service instead. stack: a deployed Pulumi stack instead.
+    endpoint: an endpoint of Vertex AI instead, projects/…/locations/…/endpoints/ID. A client may be used from several
+    threads. One that counts in this process loads the network, so keep it. Raises CountError, and
     ValueError for an address that is none.
     """
 
-    def __init__(self, url: str | None = None, *, grpc: str | None = None, stack: str | None = None) -> None:
-        self._counter = open_counter(url, grpc, stack=stack)
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        grpc: str | None = None,
+        stack: str | None = None,
+        endpoint: str | None = None,
+    ) -> None:
+        self._counter = open_counter(url, grpc, stack, endpoint)
 
     def count(
         self,

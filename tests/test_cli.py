@@ -33,7 +33,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from headcount import Answer, Client, CountError, counters
-from headcount.cli import app, in_order, parse_region
+from headcount.cli import app
+from headcount.count_command import in_order, parse_region
 from headcount.counters import Grpc, Rest
 from headcount.files import Input, annotated_paths, find_inputs
 from serving.contract import Parameters, RequestError

@@ -46,7 +46,7 @@ class Project:
             shutil.copy(ROOT / name, self.folder / name)
         (self.folder / ".venv").symlink_to(sys.prefix)
         write_tiny_sources(self.folder)
-        state = self.folder / ".headcount/pulumi/state"  # where infra/stacks.py has it
+        state = self.folder / ".headcount/pulumi/state"  # where headcount/stacks.py has it
         state.mkdir(parents=True)
         self.environment = os.environ | {
             "PATH": os.pathsep.join(
@@ -93,7 +93,7 @@ class Project:
         return done.stdout
 
     def release(self, *arguments: str) -> str:
-        return self.python("infra.releases", "-s", "local", *arguments)
+        return self.python("headcount.cli", "release", "-s", "local", *arguments)
 
     def outputs(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.pulumi("stack", "output", "-s", "local", "--json"))
@@ -327,7 +327,7 @@ def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(
     (deployed.folder / "Pulumi.prod.yaml").write_text("".join(lines))
     deployed.pulumi("stack", "init", "prod")
     deployed.pulumi("up", "-s", "prod", "--yes", "--skip-preview")
-    deployed.python("infra.releases", "-s", "prod", "add", "main", "--from", "local")
+    deployed.python("headcount.cli", "release", "-s", "prod", "add", "main", "--from", "local")
     said = deployed.pulumi("up", "-s", "prod", "--yes", "--skip-preview")
     assert "docker-build:index:Image" not in said
     found = json.loads(deployed.pulumi("stack", "output", "-s", "prod", "--json"))
@@ -369,7 +369,7 @@ def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deploye
     for line in releases:
         assert "+" in deployed.shell(line), "the diff"
         deployed.shell("pulumi up -s dev")
-    deployed.shell("python -m infra.releases -s dev resume")
+    deployed.shell("headcount release -s dev resume")
     deployed.shell("pulumi up -s dev")
     deployed.shell("headcount count --stack dev picture.jpg")
     prod = typed(guide, "## prod", "\n## ")
@@ -410,7 +410,7 @@ def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: P
     said = ""
     for method in ("repositories.create", "models.upload", "endpoints.deployModel"):
         kill_up_at(deployed, method)
-        said += deployed.python("infra.stacks", "recover", "local")
+        said += deployed.python("headcount.cli", "recover", "local")
         deadline = time.monotonic() + 10  # they were asked to end
         while deployed.plugins() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -42,7 +42,6 @@ def test_count_error_on_coco128(checkpoint: Path, coco128: Path) -> None:
     boxes = [detector.prepare(picture.read_bytes(), Limits()) for picture in pictures]
     truth = np.array([labelled_people(picture) for picture in pictures])
     errors = {}
-    torch.set_num_threads(os.cpu_count() or 1)  # more than 300 pictures
     for precision in (torch.float32, torch.bfloat16, torch.float16):
         detector.batches = precision == torch.float16
         network = load_network(checkpoint)
@@ -50,7 +49,6 @@ def test_count_error_on_coco128(checkpoint: Path, coco128: Path) -> None:
         detector._forward = FromPictures(network.on(torch.device("cpu"), precision)).eval()
         counts = detector.count(boxes, [Parameters()] * len(boxes))
         errors[precision] = np.abs(np.array([len(c.people) for c in counts]) - truth).mean()
-    torch.set_num_threads(1)
     assert max(errors.values()) <= 0.55
     assert max(errors.values()) - min(errors.values()) <= 0.02
 

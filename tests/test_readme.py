@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from conftest import Server
 from helpers import ROOT
 from PIL import Image
+from typer.testing import CliRunner
 
-from infra import releases
+from headcount import releases
+from headcount.cli import app
 
 README = (ROOT / "README.md").read_text()
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
@@ -85,19 +86,20 @@ def test_make_verbs_exist() -> None:
         subprocess.run(["make", "-n", verb], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_release_lines_write_the_stack_s_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("dev", "prod"):
-        shutil.copy(ROOT / f"Pulumi.{name}.yaml", tmp_path)
-    monkeypatch.setattr(releases, "ROOT", tmp_path)
-    images: Any = {"images": {"main": "host/people@sha256:" + "a" * 64, "next": "host/people@sha256:" + "b" * 64}}
-    monkeypatch.setattr(releases, "outputs", lambda stack: images)
-    typed = re.findall(r"^    python -m infra\.releases (.*?)(?:\s+#.*)?$", DEPLOY, re.MULTILINE)
+def test_release_lines_write_the_stack_s_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Pulumi.yaml", "Pulumi.dev.yaml", "Pulumi.prod.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    images = {"main": "host/people@sha256:" + "a" * 64, "next": "host/people@sha256:" + "b" * 64}
+    monkeypatch.setattr("headcount.release_command.outputs", lambda stack: {"images": images})
+    monkeypatch.setattr(releases, "proved", lambda stack: "sha256:" + "a" * 64)
+    typed = re.findall(r"^    headcount (release .*?)(?:\s+#.*)?$", DEPLOY, re.MULTILINE)
     assert len(typed) >= 6
     for line in typed:
-        assert releases.main(shlex.split(line)) in (0, None), line
-        assert "+" in capsys.readouterr().out, f"{line} prints the diff"
+        run = CliRunner().invoke(app, shlex.split(line))
+        assert run.exit_code == 0, (line, run.output)
+        changed = [one for one in run.stdout.splitlines() if one[:1] in "+-" and one[:3] not in ("+++", "---")]
+        assert changed, f"{line} prints the diff"
 
 
 def test_pulumi_lines_name_stacks_and_settings_that_there_are() -> None:

@@ -1,46 +1,100 @@
-"""Counting through a stack's endpoint on Vertex AI, or in the sandbox."""
+"""Counting through an endpoint of Vertex AI, or of the sandbox; and what an endpoint serves."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import subprocess
-import sys
+import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from headcount.counters import TIMEOUT, Answer, CountError, Patience, Person, post
+from headcount.stacks import StackError, outputs
 from serving.contract import Parameters
 from serving.pictures import PictureError, annotate, upright
 
-SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
+NAME: Final = r"projects/[^/]+/locations/([a-z0-9-]+)/endpoints/[^/]+"
+# Request size limit, keyed by whether the endpoint is dedicated:
+# https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
+MAX_REQUEST_BYTES: Final = {True: 10 * 2**20, False: 1_500_000}
 LONGEST_SIDE = 2560  # pixels of a picture that is sent smaller: the network sees 640
 QUALITY = 90
 
 
-class Stack:
-    """Asks the endpoint of a Pulumi stack, with Application Default Credentials. Raises CountError.
+@dataclass(frozen=True)
+class Address:
+    """Where an endpoint is asked. url: without `:predict`. max_bytes: the largest request."""
+
+    url: str
+    max_bytes: int
+
+    @property
+    def needs_token(self) -> bool:
+        """Google's endpoints take Application Default Credentials; the sandbox, on plain HTTP, takes none."""
+        return self.url.startswith("https://")
+
+
+def of_stack(stack: str) -> Address:
+    """The address of a stack's endpoint. Raises CountError."""
+    try:
+        found = outputs(stack)
+    except StackError as error:
+        raise CountError(str(error)) from None
+    return Address(str(found["url"]), int(found["maxRequestBytes"]))
+
+
+def of_name(endpoint: str) -> Address:
+    """The address of an endpoint by its resource name (projects/…/locations/…/endpoints/…) or its URL.
+
+    Raises CountError, and ValueError for a text that is neither.
+    """
+    if match := re.fullmatch(rf"https?://[^/]+/v1(?:beta1)?/{NAME}", endpoint):
+        return Address(endpoint, MAX_REQUEST_BYTES[".prediction.vertexai.goog/" in endpoint])
+    if not (match := re.fullmatch(NAME, endpoint)):
+        raise ValueError(
+            f"{endpoint!r} is not an endpoint; give projects/PROJECT/locations/REGION/endpoints/ID, or its URL"
+        )
+    regional = f"https://{match[1]}-aiplatform.googleapis.com/v1/{endpoint}"
+    found = describe(regional)
+    if not found.get("dedicatedEndpointEnabled"):
+        return Address(regional, MAX_REQUEST_BYTES[False])
+    if not (dns := str(found.get("dedicatedEndpointDns") or "").removeprefix("https://")):
+        raise CountError(f"{endpoint} has no DNS name yet: it gets one with its first deployment")
+    return Address(f"https://{dns}/v1/{endpoint}", MAX_REQUEST_BYTES[True])
+
+
+def describe(url: str) -> dict[str, Any]:
+    """What Vertex AI says of an endpoint. url: its own, on the region's host. Raises CountError."""
+    import httpx
+
+    headers = _Credentials().header() if url.startswith("https://") else {}
+    try:
+        answer = httpx.get(url, headers=headers, timeout=30, trust_env=url.startswith("https://"))
+        content = answer.json()
+    except (httpx.TransportError, ValueError) as error:
+        raise CountError(f"{url} does not answer: {error}") from None
+    if answer.status_code != 200:
+        raise CountError(f"{url} answers {answer.status_code}: {content.get('error', {}).get('message', '')}")
+    return dict(content)
+
+
+class Endpoint:
+    """Asks an endpoint, on Google Cloud with Application Default Credentials. Raises CountError.
 
     A picture over the endpoint's payload limit is sent smaller, and its answer's note says so; boxes are those of the
-    original. The annotated picture is drawn here, since an answer has the same limit.
+    original. The annotated picture is drawn here, because an answer has the same limit.
     """
 
     parallel = 4
 
-    def __init__(self, stack: str) -> None:
+    def __init__(self, address: Address) -> None:
         import httpx
 
-        # infra is asked as a program: nothing here depends on it, or on Pulumi.
-        told = subprocess.run(
-            [sys.executable, "-m", "infra.stacks", "endpoint", stack], check=False, capture_output=True, text=True
-        )
-        if told.returncode:
-            raise CountError(told.stderr.strip().rpartition("\n")[2])
-        where = json.loads(told.stdout)
-        self._url = httpx.URL(f"{where['url']}:predict")
-        self._room = where["max_bytes"]
-        self._credentials = _Credentials() if where["needs_token"] else None
+        self._url = httpx.URL(f"{address.url}:predict")
+        self._room = address.max_bytes
+        self._credentials = _Credentials() if address.needs_token else None
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
         self._patience = Patience()
 
@@ -61,7 +115,7 @@ class Stack:
         self._http.close()
 
     def _ask(self, data: bytes, given: dict[str, Any]) -> Answer:
-        headers = {"Authorization": f"Bearer {self._credentials.token()}"} if self._credentials else {}
+        headers = self._credentials.header() if self._credentials else {}
         body = {"instances": [{"image": {"b64": base64.b64encode(data).decode()}}], "parameters": given}
         content = post(self._http, self._url, headers=headers, json=body)
         try:
@@ -118,14 +172,17 @@ class _Credentials:
             import google.auth.exceptions
             import google.auth.transport.requests
         except ImportError as error:
-            raise CountError(f"an endpoint on Google Cloud needs {error.name}; run `make test` or install it") from None
+            raise CountError(
+                f"an endpoint on Google Cloud needs {error.name}; run `make install`, or install headcount[client]"
+            ) from None
         try:
             self._credentials, _ = google.auth.default(scopes=[SCOPE])
         except google.auth.exceptions.DefaultCredentialsError:
             raise CountError("no Google credentials: run `gcloud auth application-default login`") from None
         self._request = google.auth.transport.requests.Request()
 
-    def token(self) -> str:
+    def header(self) -> dict[str, str]:
+        """The request header that identifies the caller. Raises CountError."""
         import google.auth.exceptions
 
         if not self._credentials.valid:
@@ -135,4 +192,4 @@ class _Credentials:
                 raise CountError(
                     f"the Google credentials are refused ({error}): run `gcloud auth application-default login`"
                 ) from None
-        return str(self._credentials.token)
+        return {"Authorization": f"Bearer {self._credentials.token}"}

@@ -1,0 +1,146 @@
+"""What runs where: canary, promotion, rollback, pause. Edits a stack's file; `pulumi up` deploys the change."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final
+
+from headcount.stacks import StackError, outputs, project_folder
+
+Releases = dict[str, dict[str, Any]]
+BUILD: Final = "build"  # the `image` of a release that is built from the sources
+_DEFAULT: Final[Releases] = {"main": {"image": BUILD, "traffic": 100}}
+
+
+# ----------------------------------------------------------------------------------------- what changes
+
+
+def canary(releases: Releases, name: str, image: str, percent: int, running: dict[str, str]) -> Releases:
+    """`name` gets `percent` of the traffic, the others share the rest as they did.
+
+    A release that is built from the sources is pinned to the digest that runs (`running`, by release): the sources
+    are the canary's now. Raises StackError.
+    """
+    if not 0 <= percent <= 100:
+        raise StackError(f"A canary's share is 0 to 100 percent, not {percent}.")
+    others = {n: dict(r) for n, r in releases.items() if n != name}
+    for other, release in others.items():
+        if image == BUILD and release["image"] == BUILD:
+            if other not in running:
+                raise StackError(f"Nothing runs yet as {other}, so there is nothing to keep: pulumi up first.")
+            release["image"] = running[other].partition("@")[2]
+    _share(others, 100 - percent)
+    return others | {name: {"image": image, "traffic": percent if others else 100}}
+
+
+def promote(releases: Releases, name: str) -> Releases:
+    """All traffic to `name`; the others stay, without any. Raises StackError."""
+    _known(releases, name)
+    return {n: {**r, "traffic": 100 if n == name else 0} for n, r in releases.items()}
+
+
+def remove(releases: Releases, name: str) -> Releases:
+    """Without `name`. Raises StackError while it has traffic and is not the last."""
+    _known(releases, name)
+    if releases[name]["traffic"] and len(releases) > 1:
+        raise StackError(f"{name} has {releases[name]['traffic']} % of the traffic. Promote another first.")
+    return {n: r for n, r in releases.items() if n != name}
+
+
+def _known(releases: Releases, name: str) -> None:
+    if name not in releases:
+        raise StackError(f"There is no release {name}; there are: {', '.join(releases) or 'none'}.")
+
+
+def _share(releases: Releases, total: int) -> None:
+    """Scales the traffic to `total`, whole numbers, the largest taking what rounding leaves."""
+    before = sum(r["traffic"] for r in releases.values())
+    if not releases:
+        return
+    for release in releases.values():
+        release["traffic"] = release["traffic"] * total // before if before else 0
+    largest = max(releases.values(), key=lambda r: r["traffic"])
+    largest["traffic"] += total - sum(r["traffic"] for r in releases.values())
+
+
+def change(stack: str, edit: Callable[[Releases], Releases]) -> str:
+    """Changes the releases in `Pulumi.<stack>.yaml` and keeps its comments; returns the diff. Raises StackError."""
+
+    def changed(config: dict[str, Any]) -> None:
+        config["headcount:releases"] = edit(read(stack))
+
+    return _rewrite(stack, changed)
+
+
+def pause(stack: str, paused: bool) -> str:
+    """Writes to the stack's file whether everything is undeployed; returns the diff. Raises StackError."""
+
+    def changed(config: dict[str, Any]) -> None:
+        config.pop("headcount:paused", None)
+        if paused:
+            config["headcount:paused"] = True
+
+    return _rewrite(stack, changed)
+
+
+def read(stack: str) -> Releases:
+    """The releases in the stack's file. Raises StackError."""
+    found = _loaded(stack)[2].get("config", {}).get("headcount:releases")
+    return {name: dict(release) for name, release in (_DEFAULT if found is None else found).items()}
+
+
+def _rewrite(stack: str, edit: Callable[[dict[str, Any]], None]) -> str:
+    path, before, document = _loaded(stack)
+    edit(document.setdefault("config", {}))
+    text = StringIO()
+    _yaml().dump(document, text)
+    path.write_text(text.getvalue())
+    lines = difflib.unified_diff(before.splitlines(True), text.getvalue().splitlines(True), path.name, path.name, n=2)
+    return "".join(lines) or "nothing to change\n"
+
+
+def _loaded(stack: str) -> tuple[Path, str, Any]:
+    path = project_folder() / f"Pulumi.{stack}.yaml"
+    if not path.exists():
+        raise StackError(f"There is no {path.name}: `pulumi stack init {stack}` makes a stack.")
+    text = path.read_text()
+    return path, text, _yaml().load(text) or {}
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 200
+    return yaml
+
+
+def proved(stack: str) -> str:
+    """The digest that serves most of a stack's traffic, asked of its endpoint. Raises StackError."""
+    from headcount.counters import CountError
+    from headcount.endpoint import describe
+
+    found = outputs(stack)
+    try:
+        endpoint = describe(endpoint_url(found))
+    except CountError as error:
+        raise StackError(str(error)) from None
+    shares = endpoint.get("trafficSplit", {})
+    deployed = {one["id"]: one["model"].partition("/models/")[2] for one in endpoint.get("deployedModels", [])}
+    by_version = {deployed[id_]: share for id_, share in shares.items() if share and id_ in deployed}
+    releases = {name: by_version.get(version.partition("/models/")[2], 0) for name, version in found["models"].items()}
+    best = max(releases, key=lambda name: releases[name], default="")
+    if not best or not releases[best]:
+        raise StackError(f"Stack {stack} serves nothing: `pulumi up -s {stack}` first.")
+    return str(found["images"][best]).partition("@")[2]
+
+
+def endpoint_url(found: dict[str, Any]) -> str:
+    """The URL of a stack's endpoint as a resource, which a dedicated endpoint's own host does not have."""
+    name, url = str(found["endpoint"]), str(found["url"])
+    if url.startswith("http://"):  # the sandbox
+        return f"{url.partition('/v1/')[0]}/v1/{name}"
+    return f"https://{name.split('/')[3]}-aiplatform.googleapis.com/v1/{name}"

@@ -1,0 +1,161 @@
+"""The stacks of this project, through Pulumi's command line and Automation API."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from pulumi.automation import PulumiCommand
+
+PROJECT: Final = "headcount"
+LOCAL: Final = "local"  # the stack on the sandbox
+INSTALL: Final = (
+    "Pulumi's command line is not installed. See https://www.pulumi.com/docs/install/, put `pulumi` on the PATH "
+    "and repeat."
+)
+
+
+class StackError(Exception):
+    """A stack cannot do what was asked; the message says how to repair it."""
+
+
+class BusyError(StackError):
+    """Another Pulumi process is updating the stack."""
+
+
+def project_folder() -> Path:
+    """The folder of the project's Pulumi.yaml: the working folder or one above it, else the checkout of this file.
+
+    Raises StackError.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+        file = folder / "Pulumi.yaml"
+        if file.is_file() and f"name: {PROJECT}\n" in file.read_text():
+            return folder
+    raise StackError(
+        f"There is no Pulumi.yaml of the project {PROJECT} in {here} or above it. Go to a checkout and repeat, or name "
+        "an endpoint by --endpoint."
+    )
+
+
+def home() -> Path:
+    """The folder of the checkout's own state: Pulumi's command line and the state of stack `local`."""
+    return project_folder() / ".headcount"
+
+
+def cli_folder() -> Path:
+    """The folder in which `make up` installs Pulumi's command line."""
+    return home() / "pulumi" / "cli"
+
+
+def state_folder() -> Path:
+    """The folder with the state of stack `local`."""
+    return home() / "pulumi" / "state"
+
+
+def environment(stack: str) -> dict[str, str]:
+    """The environment of Pulumi's process: this Python is first on the PATH, and `local` has its own state."""
+    folders = [str(Path(sys.executable).parent), str(cli_folder() / "bin"), os.environ.get("PATH", "")]
+    changed = {**os.environ, "PATH": os.pathsep.join(folders), "PULUMI_SKIP_UPDATE_CHECK": "true"}
+    if stack == LOCAL:
+        changed |= {
+            "PULUMI_BACKEND_URL": f"file://{state_folder()}",
+            # The state holds no secret, because the sandbox's token is the word "sandbox". With a public passphrase
+            # Pulumi.local.yaml is the same for everybody.
+            "PULUMI_CONFIG_PASSPHRASE": "headcount",
+            # The google provider asks Compute Engine for its regions at its start, whatever endpoint is set.
+            "PULUMI_GCP_SKIP_REGION_VALIDATION": "true",
+        }
+    return changed
+
+
+def installed() -> bool:
+    return shutil.which("pulumi", path=environment(LOCAL)["PATH"]) is not None
+
+
+def pulumi(stack: str, *arguments: str) -> str:
+    """What Pulumi prints for a command on a stack. Raises StackError with Pulumi's own words."""
+    from pulumi.automation.errors import CommandError, StackNotFoundError
+
+    try:
+        done = _command().run([*arguments, "--stack", stack], str(project_folder()), environment(stack))
+    except StackNotFoundError:
+        raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the stacks that there are.") from None
+    except CommandError as error:
+        said = str(error).partition("\n stderr: ")[2].strip() or str(error)
+        if "PULUMI_ACCESS_TOKEN" in said:
+            raise StackError("Pulumi does not know where the state is: run `pulumi login` first.") from None
+        raise StackError(said) from None
+    return str(done.stdout)
+
+
+def _command() -> PulumiCommand:
+    try:
+        from pulumi.automation import PulumiCommand
+    except ImportError as error:
+        raise StackError(f"A stack needs the package {error.name}: run `make install` and repeat.") from None
+    try:
+        on_path = shutil.which("pulumi")
+        return PulumiCommand(root=None if on_path else str(cli_folder()))
+    except FileNotFoundError:
+        raise StackError(INSTALL) from None
+
+
+def run(stack: str, *arguments: str) -> int:
+    """Runs Pulumi on this terminal and returns its exit status.
+
+    The Automation API would run it without its live display. Ctrl-C reaches Pulumi, which ends in its own time;
+    KeyboardInterrupt is raised if it then failed.
+    """
+    interrupted = False
+
+    def note(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    try:
+        process = subprocess.Popen(
+            ["pulumi", *arguments, "--stack", stack], cwd=project_folder(), env=environment(stack)
+        )
+    except FileNotFoundError:
+        raise StackError(INSTALL) from None
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if status and interrupted:
+        raise KeyboardInterrupt
+    return status
+
+
+def exists(stack: str) -> bool:
+    """Whether the state has the stack. Raises StackError where Pulumi is not installed."""
+    try:
+        listed = pulumi(stack, "stack", "ls", "--json")
+    except StackError as error:
+        if str(error) == INSTALL:
+            raise
+        return False
+    return any(found["name"] == stack for found in json.loads(listed))
+
+
+def outputs(stack: str) -> dict[str, Any]:
+    """What the stack exports. Raises StackError where it was never deployed."""
+    how = "make up" if stack == LOCAL else f"pulumi up -s {stack}"
+    missing = StackError(f"Stack {stack} is not deployed. Deploy it: {how}")
+    if stack == LOCAL and not state_folder().is_dir():
+        raise missing
+    # Not LocalWorkspace.stack_outputs, because that decrypts secrets too, for which a reader may have no key.
+    found: dict[str, Any] = json.loads(pulumi(stack, "stack", "output", "--json"))
+    if not found:
+        raise missing
+    return found

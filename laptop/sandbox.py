@@ -1,0 +1,115 @@
+"""The sandbox of stack `local` as a process of this machine: started, found again and stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from headcount import stacks
+from headcount.stacks import StackError
+
+PORT: Final = 8790  # as Pulumi.local.yaml has it
+REGISTRY_PORT: Final = 8791
+
+
+def state_folder() -> Path:
+    return stacks.home() / "sandbox"
+
+
+def start(*options: str) -> None:
+    """Returns when the sandbox answers. Raises StackError."""
+    if _runs():
+        return
+    stacks.home().mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "sandbox", "--port", str(PORT), "--state", str(state_folder()), *options]
+    with _log().open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=stacks.project_folder(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    _pid_file().write_text(str(process.pid))
+    for _ in range(300):
+        if process.poll() is not None:
+            raise StackError(f"The sandbox did not start: {_log().read_text().strip()}")
+        with suppress(urllib.error.HTTPError, OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/projects/p/locations/l/models", timeout=2)
+            return
+        time.sleep(0.1)
+    raise StackError(f"The sandbox does not answer on port {PORT}; see {_log()}.")
+
+
+def stop() -> None:
+    """Returns when the sandbox has ended, if it ran. Raises StackError."""
+    if not _runs():
+        return
+    pid = _pid()
+    if pid is None:
+        raise StackError("The sandbox was started by hand: stop it there, then repeat `make down`.")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    for _ in range(600):
+        if not _runs():
+            _pid_file().unlink()
+            return
+        time.sleep(0.1)
+    raise StackError(f"The sandbox (process {pid}) does not stop; see {_log()}.")
+
+
+def left() -> list[str]:
+    """What is left of a stopped sandbox: a line for each port that something listens on."""
+    found = []
+    for port in (PORT, REGISTRY_PORT):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                found.append(f"end the process that listens on port {port}")
+    return found
+
+
+def _runs() -> bool:
+    """Whether a sandbox uses the state folder: it keeps a lock there as long as it lives."""
+    lock = state_folder() / "lock"
+    if not lock.exists():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _pid() -> int | None:
+    """The process that `start` started, if it is still that one: its id may belong to another program since."""
+    try:
+        pid = int(_pid_file().read_text())
+    except (OSError, ValueError):
+        return None
+    command = _command(pid)
+    return pid if "-m sandbox" in command and str(state_folder()) in command else None
+
+
+def _command(pid: int) -> str:
+    """The command line of a process, or "" if there is none."""
+    if Path("/proc/self").exists():
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return ""
+    return subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
+
+
+def _pid_file() -> Path:
+    return stacks.home() / "sandbox.pid"
+
+
+def _log() -> Path:
+    return stacks.home() / "sandbox.log"

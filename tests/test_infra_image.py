@@ -1,0 +1,45 @@
+"""The build context of the image: what enters it, and what its hash depends on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from infra import image
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    for name in ("Dockerfile", ".dockerignore", "serving/a.py", ".headcount/weights/yolov5n.pt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / ".dockerignore").write_text("*\n!serving/**/*.py\n!.headcount/weights/*.pt\n")
+    for name in ("serving/b.txt", "secret", ".headcount/weights/yolov5s.pt"):
+        (root / name).write_text("no")
+    return root
+
+
+def test_only_what_is_allowed_enters_the_image(sources: Path, tmp_path: Path) -> None:
+    image.stage(sources, tmp_path / "to", "yolov5n")
+    found = {str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*") if p.is_file()}
+    assert found == {"Dockerfile", ".dockerignore", "serving/a.py", ".headcount/weights/yolov5n.pt"}
+
+
+def test_a_checkout_s_modes_and_times_do_not_enter_it(sources: Path, tmp_path: Path) -> None:
+    def seen() -> dict[str, tuple[int, float]]:
+        to = tmp_path / "to"
+        return {str(p.relative_to(to)): (p.stat().st_mode, p.stat().st_mtime) for p in to.rglob("*")}
+
+    first = image.stage(sources, tmp_path / "to", "yolov5n"), seen()
+    (sources / "serving/a.py").chmod(0o600)
+    os.utime(sources / "serving/a.py", (1, 1))
+    assert (image.stage(sources, tmp_path / "to", "yolov5n"), seen()) == first
+
+
+def test_a_change_of_the_same_size_has_another_hash_and_another_time(sources: Path, tmp_path: Path) -> None:
+    first, to = image.stage(sources, tmp_path / "to", "yolov5n"), tmp_path / "to/serving/a.py"
+    time = to.stat().st_mtime
+    (sources / "serving/a.py").write_text("serving/b.py")
+    assert image.stage(sources, tmp_path / "to", "yolov5n") != first
+    assert to.stat().st_mtime != time

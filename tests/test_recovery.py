@@ -1,0 +1,95 @@
+"""A stack whose Pulumi was killed is repaired."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headcount import recovery, stacks
+from headcount.stacks import StackError
+
+
+def state(*pending: dict[str, Any]) -> dict[str, Any]:
+    operations = [{"type": "creating", "resource": resource} for resource in pending]
+    return {"version": 3, "deployment": {"resources": [], "pending_operations": operations}}
+
+
+def test_what_was_being_created_counts_as_created_until_a_refresh_has_looked() -> None:
+    def pending(kind: str, resource: str, **inputs: str) -> dict[str, Any]:
+        return {"urn": f"urn:pulumi:dev::headcount::{kind}::{resource}", "type": kind, "inputs": inputs}
+
+    before = state(
+        pending("gcp:storage/bucket:Bucket", "bucket", name="b"),
+        pending("gcp:artifactregistry/repository:Repository", "images", repositoryId="r"),
+        pending("gcp:serviceaccount/account:Account", "serving", accountId="a"),
+        pending("gcp:vertex/aiEndpoint:AiEndpoint", "endpoint", name="7"),
+        pending("vertex:index:ModelVersion", "main"),
+    )
+    after, names = recovery.promote_pending(before, "my-project", "europe-west4")
+    assert names == ["bucket", "images", "serving", "endpoint", "main"]
+    assert "pending_operations" not in after["deployment"]
+    assert {one["urn"].rpartition("::")[2]: one["id"] for one in after["deployment"]["resources"]} == {
+        "bucket": "my-project/b",
+        "images": "projects/my-project/locations/europe-west4/repositories/r",
+        "serving": "projects/my-project/serviceAccounts/a@my-project.iam.gserviceaccount.com",
+        "endpoint": "projects/my-project/locations/europe-west4/endpoints/7",
+    }
+    assert all(one["outputs"] == {} for one in after["deployment"]["resources"])
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of a lock of stack dev, whose state is in files."""
+    monkeypatch.setattr(stacks, "environment", lambda stack: {"PULUMI_BACKEND_URL": f"file://{tmp_path}"})
+    file = tmp_path / ".pulumi/locks/organization/headcount/dev/1.json"
+    file.parent.mkdir(parents=True)
+    return file
+
+
+def test_the_lock_of_a_living_pulumi_stays(lock: Path, tmp_path: Path) -> None:
+    shutil.copy(shutil.which("sleep") or "", tmp_path / "pulumi")  # a process of this name
+    with subprocess.Popen([tmp_path / "pulumi", "600"]) as living:
+        lock.write_text(json.dumps({"pid": living.pid, "hostname": os.uname().nodename}))
+        with pytest.raises(StackError, match=f"process {living.pid}"):
+            recovery.clear_lock("dev")
+        assert lock.exists()
+        living.kill()
+
+
+def test_the_lock_of_a_dead_pulumi_is_cleared(lock: Path) -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    lock.write_text(json.dumps({"pid": child, "hostname": os.uname().nodename}))
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # ended, but still in the table of processes
+    assert str(child) in recovery.clear_lock("dev")
+    assert not lock.exists()
+    os.waitpid(child, 0)
+
+
+def test_a_process_id_that_another_program_has_now_is_no_living_pulumi(lock: Path) -> None:
+    lock.write_text(json.dumps({"pid": os.getpid(), "hostname": os.uname().nodename}))
+    assert str(os.getpid()) in recovery.clear_lock("dev")
+    assert not lock.exists()
+
+
+def test_the_lock_of_another_machine_stays(lock: Path) -> None:
+    lock.write_text(json.dumps({"pid": 2**22, "hostname": "elsewhere"}))
+    with pytest.raises(StackError, match=r"Process 4194304 on elsewhere .*`pulumi cancel -s dev`"):
+        recovery.clear_lock("dev")
+    assert lock.exists()
+
+
+def test_a_state_that_was_cut_off_is_taken_from_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "environment", lambda stack: {"PULUMI_BACKEND_URL": f"file://{tmp_path}"})
+    file = tmp_path / ".pulumi/stacks/headcount/dev.json"
+    file.parent.mkdir(parents=True)
+    file.with_name("dev.json.bak").write_text('{"version": 3}')
+    file.write_text('{"vers')
+    assert recovery.restore_state_file("dev")
+    assert json.loads(file.read_text()) == {"version": 3}
+    assert recovery.restore_state_file("dev") == ""
