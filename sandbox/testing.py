@@ -40,6 +40,7 @@ class RunningSandbox:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.process.stdout.close()
             raise RuntimeError(f"the sandbox ended with status {self.process.wait()}")
         self.port = int(line.split("127.0.0.1:")[1].split(",")[0])
 
@@ -48,6 +49,8 @@ class RunningSandbox:
         if self.process and self.process.poll() is None:
             self.process.send_signal(how)
             self.process.wait(90)
+        if self.process and self.process.stdout:
+            self.process.stdout.close()
 
     def kill(self) -> None:
         self.stop(signal.SIGKILL)

@@ -85,7 +85,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         waited.append(service)
 
     monkeypatch.setattr(foundation, "until_usable", usable)
-    monkeypatch.setattr(image, "fetch_weights", lambda root, weights: None)
+    monkeypatch.setattr(image, "fetch_weights", lambda root, weights: weights)
     monkeypatch.setattr(image, "stage", lambda root, to, weights: "0123456789abcdef")
 
     def program(stack: str, preview: bool = False, **settings: Any) -> Program:

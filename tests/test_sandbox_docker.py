@@ -42,6 +42,18 @@ def sandbox(docker_engine: docker.DockerClient, tiny_image: str, state: Path) ->
     assert containers(docker_engine) == []  # a stopped sandbox leaves none
 
 
+@pytest.fixture(autouse=True)
+def tidy(sandbox: RunningSandbox) -> Iterator[None]:
+    """Undeploys what a test left, so that one that fails does not make the next ones fail."""
+    yield
+    assert sandbox.process is not None
+    if sandbox.process.poll() is not None:
+        sandbox.start()
+    for found in sandbox.do("GET", "endpoints").get("endpoints", []):
+        for deployed in found.get("deployedModels", []):
+            undeploy(sandbox, f"endpoints/{found['name'].rpartition('/')[2]}", int(deployed["id"]))
+
+
 def upload(sandbox: RunningSandbox, name: str, image: str, env: Any = None, **spec: Any) -> Any:
     spec = {"imageUri": image, "predictRoute": "/predict", "healthRoute": "/ping", **spec}
     spec["env"] = [{"name": k, "value": v} for k, v in (env or {}).items()]
@@ -267,8 +279,8 @@ def test_predictions_pass_as_they_are(sandbox: RunningSandbox) -> None:
     where = endpoint(sandbox, "raw")
     deploy(sandbox, where, 7)
     url = f"{sandbox.url}/v1/{LOCATION}/{where}"
-    raw = httpx.post(f"{url}:rawPredict", content=b"\xff\xd8text", headers={"content-type": "text/x-any"})
-    assert (raw.content, raw.headers["content-type"]) == (b"txet\xd8\xff", "text/x-any")
+    raw = httpx.post(f"{url}:rawPredict", content=b"\xff\xd8text", headers={"content-type": "application/x-text"})
+    assert (raw.content, raw.headers["content-type"]) == (b"txet\xd8\xff", "application/x-text")
     body = {"instances": [1], "parameters": {"status": 422}}
     status, answer = sandbox.ask("POST", f"{where}:predict", body)
     assert (status, json.loads(answer["error"]["message"])) == (422, {"error": "no such picture"})
@@ -348,7 +360,7 @@ def test_a_killed_sandbox_finds_its_containers_again(
     until(lambda: containers(docker_engine, going))
     pending = {c.id for c in containers(docker_engine, going)}
     sandbox.kill()
-    assert len(containers(docker_engine)) == 4  # SIGKILL: nobody stopped them
+    assert sum(len(containers(docker_engine, where)) for where in (kept, going, gone)) == 4, "SIGKILL stops none"
     # One of two is lost meanwhile, and one belongs to nothing.
     containers(docker_engine, kept)[0].remove(force=True)
     labels = {**containers(docker_engine, gone)[0].labels, LABEL + "deployed-model": "99"}
@@ -366,7 +378,7 @@ def test_a_killed_sandbox_finds_its_containers_again(
     for where in (kept, going, gone):
         until(functools.partial(answers, sandbox, where))
         undeploy(sandbox, where, 7)
-    assert containers(docker_engine) == []
+        assert containers(docker_engine, where) == []
 
 
 @pytest.mark.parametrize("moment", [0.05, 0.4, 1.0])
@@ -421,7 +433,7 @@ def test_a_stop_ends_the_containers_and_a_start_brings_them_back(
     where = endpoint(sandbox, "restart")
     deploy(sandbox, where, 7)
     sandbox.stop()
-    assert containers(docker_engine) == []
+    assert containers(docker_engine, where) == []
     sandbox.start()
     until(functools.partial(answers, sandbox, where))
     undeploy(sandbox, where, 7)
@@ -450,7 +462,7 @@ def test_googles_client_deploys_and_predicts(
     endpoint.undeploy_all()
     endpoint.delete()
     model.delete()
-    assert containers(docker_engine) == []
+    assert containers(docker_engine, endpoint.name) == []
 
 
 def test_without_docker_a_deployment_says_what_is_missing(tiny_image: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A model server of a hundred lines with the contract of the serving image: what the tests' tiny image runs.
 
-Standard library only. It answers JSON instances with the container's circumstances, text with the text reversed, and
-anything else with COUNT people. Its environment: TINY_EXIT ends it at once, TINY_SECONDS is the time until it is
+Standard library only. It answers JSON instances with the container's circumstances, application/x-text with the text
+reversed, and anything else with COUNT people. Its environment: TINY_EXIT ends it at once, TINY_SECONDS is the time until it is
 healthy. A request's parameters: sleep (seconds), status (to answer with), exit.
 """
 
@@ -37,10 +37,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = self.headers.get("content-type", "")
         if self.path != os.environ["AIP_PREDICT_ROUTE"]:
             self.answer(404, b"not here")
-        elif kind == "application/json":
-            self.predict(json.loads(body))
-        elif kind.startswith("text/"):
+        elif kind == "application/x-text":
             self.answer(200, body[::-1], kind)
+        elif body.startswith(b"{"):
+            self.predict(json.loads(body))
         else:
             self.answer(200, json.dumps(counted(body)).encode())
 
