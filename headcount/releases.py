@@ -129,13 +129,19 @@ def proved(stack: str) -> str:
     except CountError as error:
         raise StackError(str(error)) from None
     shares = endpoint.get("trafficSplit", {})
-    deployed = {one["id"]: one["model"].partition("/models/")[2] for one in endpoint.get("deployedModels", [])}
+    deployed = {one["id"]: _version(one) for one in endpoint.get("deployedModels", [])}
     by_version = {deployed[id_]: share for id_, share in shares.items() if share and id_ in deployed}
     releases = {name: by_version.get(version.partition("/models/")[2], 0) for name, version in found["models"].items()}
     best = max(releases, key=lambda name: releases[name], default="")
     if not best or not releases[best]:
         raise StackError(f"Stack {stack} serves nothing: `pulumi up -s {stack}` first.")
     return str(found["images"][best]).partition("@")[2]
+
+
+def _version(deployed: dict[str, Any]) -> str:
+    """The model version of a deployed model, as ID@VERSION: Google's answers have the version in either place."""
+    model, _, version = str(deployed["model"]).partition("/models/")[2].partition("@")
+    return f"{model}@{deployed.get('modelVersionId') or version}"
 
 
 def endpoint_url(found: dict[str, Any]) -> str:

@@ -27,11 +27,15 @@ pulumi.export("images", prediction.images)
 pulumi.export("models", {name: version.id for name, version in prediction.versions.items()})
 pulumi.export("bucket", foundation.bucket.url)
 pulumi.export("repository", foundation.repository.registry_uri)
+pulumi.export("vertexAgent", foundation.agent.email)
 lines = prediction.how_to_use()
 for name, value in lines.items():
     pulumi.export(name, value)
-if config.releases and not config.paused and not pulumi.runtime.is_dry_run():
+if not pulumi.runtime.is_dry_run():
     # `pulumi up` cuts outputs off after 150 characters, and a line that is cut off cannot be pasted.
-    pulumi.Output.all(lines["count"], lines["curl"], prediction.rollout.id).apply(
-        lambda known: pulumi.log.info(f"Count people with\n    {known[0]}\n    {known[1]}")
+    paste = [lines["count"], lines["curl"]] if config.releases and not config.paused else []
+    pulumi.Output.all(prediction.rollout.id, *paste).apply(
+        lambda known: pulumi.log.info(
+            "\n    ".join(["Count people with", *known[1:]] if paste else []) + f"\n{prediction.machines()}"
+        )
     )

@@ -1,98 +1,56 @@
 """What everything else stands on: enabled APIs, the bucket, the image repository, the serving account."""
 
-import asyncio
-import json
-import time
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
 from typing import Final
 
 import pulumi
 import pulumi_gcp as gcp
 
+from infra.apis import APIS, SCANNING, Api, until_usable
 from infra.settings import Settings
 
-READY_SECONDS: Final = 300  # "If you enabled this API recently, wait a few minutes", Google's answers say
-
-
-@dataclass(frozen=True)
-class Api:
-    """One Google API, and a call that changes nothing and answers once the API is usable."""
-
-    service: str
-    setting: str  # the google provider's setting for its address
-    address: str
-    probe: str
-
-
-# Only what this program calls. Service Usage and Resource Manager, which enable the others, are there first.
-APIS: Final = (
-    Api(
-        "storage.googleapis.com",
-        "storageCustomEndpoint",
-        "https://storage.googleapis.com/storage/v1/",
-        "b?project={project}&maxResults=1",
-    ),
-    Api(
-        "artifactregistry.googleapis.com",
-        "artifactRegistryCustomEndpoint",
-        "https://artifactregistry.googleapis.com/v1/",
-        "projects/{project}/locations/{region}/repositories?pageSize=1",
-    ),
-    Api(
-        "iam.googleapis.com",
-        "iamBetaCustomEndpoint",
-        "https://iam.googleapis.com/v1/",
-        "projects/{project}/serviceAccounts?pageSize=1",
-    ),
-    Api(
-        "aiplatform.googleapis.com",
-        "vertexAiCustomEndpoint",
-        "https://{region}-aiplatform.googleapis.com/v1/",
-        "projects/{project}/locations/{region}/endpoints?pageSize=1",
-    ),
-)
+READER: Final = "roles/artifactregistry.reader"
 
 
 class Foundation(pulumi.ComponentResource):
     """APIs, bucket, image repository and service account of one stack.
 
-    APIs stay enabled when the stack is destroyed: others in the project may use them. Nothing is public. No
-    project-wide role is granted: the serving account reads one bucket and nothing else.
+    APIs stay enabled when the stack is destroyed, because others in the project may use them. Nothing is public. No
+    project-wide role is granted: the serving account reads one bucket and nothing else. In production everything here
+    is protected.
     """
 
     def __init__(self, settings: Settings, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("headcount:index:Foundation", settings.stack, None, opts)
+        protected = pulumi.ResourceOptions(protect=settings.production)
+        super().__init__(
+            "headcount:index:Foundation", settings.stack, None, pulumi.ResourceOptions.merge(opts, protected)
+        )
         names = settings.names
         self._settings = settings
+        self._parent = pulumi.ResourceOptions(parent=self)
         self._token = gcp.organizations.get_client_config_output().access_token
-        self._usable = {api.service: self._enable(api) for api in APIS}
-        keep = pulumi.ResourceOptions(parent=self, protect=settings.production)
+        #: The project's number, as Google's own service accounts and host names have it.
+        self.project_number = gcp.organizations.get_project_output(project_id=settings.project).number
+        apis = (*APIS, SCANNING) if settings.scan_images else APIS
+        self._usable = {api.service: self._enable(api) for api in apis}
+        #: Vertex AI's service agent, which pulls the images. It exists as soon as this resource does.
+        self.agent = self._identity("aiplatform.googleapis.com")
+        encrypted = self._grant_key(settings.kms_key) if settings.kms_key else {}
 
-        #: Pictures that requests name by gs://, and later training data.
+        #: Pictures that requests name by gs://. They show people, so none is kept for long.
         self.bucket = gcp.storage.Bucket(
             "bucket",
             name=names.bucket,
             location=settings.region.upper(),  # as Google answers it: no diff
             uniform_bucket_level_access=True,
             public_access_prevention="enforced",
-            versioning={"enabled": True},
-            lifecycle_rules=[
-                {
-                    "action": {"type": "Delete"},
-                    "condition": {
-                        "days_since_noncurrent_time": settings.retention_days,
-                        "with_state": "ARCHIVED",
-                    },
-                },
-                {"action": {"type": "AbortIncompleteMultipartUpload"}, "condition": {"age": 7}},
-            ],
-            # Soft delete keeps, and charges for, what a destroyed stack leaves: production only.
-            soft_delete_policy={"retention_duration_seconds": 7 * 86400 if settings.production else 0},
+            versioning={"enabled": settings.keep_deleted_days > 0},
+            lifecycle_rules=_lifecycle(settings),
+            # Soft delete keeps, and charges for, what was deleted.
+            soft_delete_policy={"retention_duration_seconds": 0},
+            encryption={"default_kms_key_name": settings.kms_key} if settings.kms_key else None,
             force_destroy=not settings.production,
-            labels=names.labels,
-            opts=pulumi.ResourceOptions.merge(keep, self.after("storage.googleapis.com")),
+            labels=settings.all_labels,
+            opts=self._after("storage.googleapis.com", encrypted.get("storage")),
         )
         self.repository = gcp.artifactregistry.Repository(
             "images",
@@ -100,29 +58,42 @@ class Foundation(pulumi.ComponentResource):
             location=settings.region,
             format="DOCKER",
             description="Serving images of headcount",
-            # Vertex AI copies an image when a model version is made: what runs needs none of these.
+            # KEEP wins over DELETE: https://cloud.google.com/artifact-registry/docs/repositories/cleanup-policy-overview
             cleanup_policies=[
                 {"id": "keep-recent", "action": "KEEP", "most_recent_versions": {"keep_count": 20}},
+                {
+                    "id": "keep-released",
+                    "action": "KEEP",
+                    "condition": {"tag_state": "TAGGED", "tag_prefixes": [RELEASE_TAG]},
+                },
                 {"id": "delete-old", "action": "DELETE", "condition": {"older_than": f"{90 * 86400}s"}},
             ],
-            labels=names.labels,
-            opts=pulumi.ResourceOptions.merge(keep, self.after("artifactregistry.googleapis.com")),
+            kms_key_name=settings.kms_key or None,
+            vulnerability_scanning_config={
+                "enablement_config": "INHERITED" if settings.scan_images else "DISABLED",
+            },
+            labels=settings.all_labels,
+            opts=self._after("artifactregistry.googleapis.com", encrypted.get("artifactregistry")),
         )
-        for member in settings.image_readers:
+        readers: dict[str, pulumi.Input[str]] = {"agent": self.agent.member, **{m: m for m in settings.image_readers}}
+        #: Whatever pulls an image of the repository depends on these.
+        self.image_readers = [
             gcp.artifactregistry.RepositoryIamMember(
-                f"images-{member}",
+                f"images-{name}",
                 location=self.repository.location,
                 repository=self.repository.name,
-                role="roles/artifactregistry.reader",
+                role=READER,
                 member=member,
-                opts=pulumi.ResourceOptions(parent=self),
+                opts=self._parent,
             )
+            for name, member in readers.items()
+        ]
         #: What the container runs as.
         self.service_account = gcp.serviceaccount.Account(
             "serving",
             account_id=names.service_account,
             display_name=f"Headcount serving, stack {settings.stack}"[:100],
-            opts=pulumi.ResourceOptions.merge(pulumi.ResourceOptions(parent=self), self.after("iam.googleapis.com")),
+            opts=self._after("iam.googleapis.com"),
         )
         #: Whatever runs as the serving account depends on these.
         self.grants = [
@@ -131,7 +102,7 @@ class Foundation(pulumi.ComponentResource):
                 bucket=self.bucket.name,
                 role="roles/storage.objectViewer",
                 member=self.service_account.member,
-                opts=pulumi.ResourceOptions(parent=self),
+                opts=self._parent,
             )
         ]
         self.register_outputs({})
@@ -145,57 +116,62 @@ class Foundation(pulumi.ComponentResource):
         """Options of a resource that waits until `service` can be used."""
         return pulumi.ResourceOptions(depends_on=self._usable[service])
 
+    def _after(self, service: str, grant: pulumi.Resource | None = None) -> pulumi.ResourceOptions:
+        options = pulumi.ResourceOptions.merge(self._parent, self.after(service))
+        return pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[grant] if grant else []))
+
+    def _identity(self, service: str) -> gcp.projects.ServiceIdentity:
+        """Creates the service agent of a Google service, so that it can be granted roles before its first use."""
+        name = service.partition(".")[0]
+        return gcp.projects.ServiceIdentity(f"{name}-agent", service=service, opts=self._after(service))
+
+    def _grant_key(self, key: str) -> dict[str, pulumi.Resource]:
+        """Lets the agents of the services that store data use the Cloud KMS key, keyed by service."""
+        storage = gcp.storage.get_project_service_account_output(project=self._settings.project)
+        agents = {
+            "storage": pulumi.Output.concat("serviceAccount:", storage.email_address),
+            "artifactregistry": self._identity("artifactregistry.googleapis.com").member,
+            "aiplatform": self.agent.member,
+        }
+        return {
+            service: gcp.kms.CryptoKeyIAMMember(
+                f"key-{service}",
+                crypto_key_id=key,
+                role="roles/cloudkms.cryptoKeyEncrypterDecrypter",
+                member=member,
+                opts=self._parent,
+            )
+            for service, member in agents.items()
+        }
+
     def _enable(self, api: Api) -> pulumi.Output[list[pulumi.Resource]]:
         service = gcp.projects.Service(
-            api.service.partition(".")[0],
-            service=api.service,
-            disable_on_destroy=False,
-            opts=pulumi.ResourceOptions(parent=self),
+            api.service.partition(".")[0], service=api.service, disable_on_destroy=False, opts=self._parent
         )
+        settings = self._settings
         base = pulumi.Config("gcp").get(api.setting) or api.address
-        url = (base + api.probe).format(project=self._settings.project, region=self._settings.region)
+        url = (base + api.probe).format(project=settings.project, region=settings.region)
 
-        async def usable(resolved: tuple[str, str]) -> list[pulumi.Resource]:
+        async def usable(token: str, number: str) -> list[pulumi.Resource]:
             if not pulumi.runtime.is_dry_run():
-                await until_usable(api.service, url, resolved[1])
+                await until_usable(api.service, url, token, (settings.project, number))
             return [service]
 
-        return pulumi.Output.all(service.id, self._token).apply(lambda both: usable((both[0], both[1])))
+        known = pulumi.Output.all(service.id, self._token, self.project_number)
+        return known.apply(lambda all_: usable(all_[1], all_[2]))
 
 
-async def until_usable(service: str, url: str, token: str, seconds: float = READY_SECONDS) -> None:
-    """Returns when `url` no longer answers that `service` is disabled. Raises pulumi.RunError.
-
-    Google answers SERVICE_DISABLED for a while after an API was enabled; its provider does not wait for that.
-    https://cloud.google.com/apis/docs/troubleshooting#service_disabled
-    Any other answer is left to the resource that needs the API, whose error says more.
-    """
-    deadline, pause = time.monotonic() + seconds, 0.5
-    while await asyncio.to_thread(_disabled, url, token):
-        if time.monotonic() > deadline:
-            raise pulumi.RunError(
-                f"{service} was enabled {seconds:.0f} s ago and Google still answers that it is not. "
-                "Run `pulumi up` again in a few minutes."
-            )
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.5, 10)
+#: Prefix of the tag that a release's image has, so that no clean-up takes it.
+RELEASE_TAG: Final = "release-"
 
 
-def _disabled(url: str, token: str) -> bool:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    try:
-        with urllib.request.urlopen(request, timeout=30):
-            return False
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        return error.code == 403 and ("SERVICE_DISABLED" in text or _reason(text) == "accessNotConfigured")
-    except OSError:
-        return False
-
-
-def _reason(text: str) -> str:
-    """The reason in the older APIs' errors, of which Storage is one."""
-    try:
-        return str(json.loads(text)["error"]["errors"][0]["reason"])
-    except (ValueError, LookupError, TypeError):
-        return ""
+def _lifecycle(settings: Settings) -> list[gcp.storage.BucketLifecycleRuleArgsDict]:
+    rules: list[gcp.storage.BucketLifecycleRuleArgsDict] = [
+        {"action": {"type": "Delete"}, "condition": {"age": settings.picture_days, "with_state": "LIVE"}},
+        {"action": {"type": "AbortIncompleteMultipartUpload"}, "condition": {"age": 7}},
+    ]
+    if days := settings.keep_deleted_days:
+        rules.append(
+            {"action": {"type": "Delete"}, "condition": {"days_since_noncurrent_time": days, "with_state": "ARCHIVED"}}
+        )
+    return rules

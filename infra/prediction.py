@@ -1,5 +1,7 @@
 """Model versions, the endpoint they are deployed on, and how the traffic is shared."""
 
+from typing import Final
+
 import pulumi
 import pulumi_gcp as gcp
 
@@ -9,16 +11,20 @@ from infra.foundation import Foundation
 from infra.image import NAME, Image
 from infra.settings import Release, Settings
 
-PREDICT_ROUTE = "/predictions/people"
-HEALTH_ROUTE = "/ping"
-# By whether the endpoint is dedicated: https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
-MAX_REQUEST_BYTES = {True: 10 * 2**20, False: 1_500_000}
+PREDICT_ROUTE: Final = "/predictions/people"
+HEALTH_ROUTE: Final = "/ping"
+# Request size limit, keyed by `dedicated`: https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
+MAX_REQUEST_BYTES: Final = {True: 10 * 2**20, False: 1_500_000}
+# The first picture is counted some seconds after a container's start; the rest of it is the image's pull.
+STARTUP_PROBE: Final[vertex.Probe] = {"path": HEALTH_ROUTE, "period_seconds": 5, "timeout_seconds": 5}
+DEPLOYMENT_TIMEOUT_SECONDS: Final = 1800
 
 
 class Prediction(pulumi.ComponentResource):
     """One model version for each release, one endpoint, one rollout.
 
-    Without releases, or paused, the endpoint has no machines: it costs nothing and answers nothing.
+    Without releases, or paused, the endpoint has no machines: it costs nothing and answers nothing. In production
+    everything that serves is protected: the rollout, the endpoint, the versions that have traffic.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class Prediction(pulumi.ComponentResource):
     ) -> None:
         super().__init__("headcount:index:Prediction", settings.stack, None, opts)
         names = settings.names
+        self._settings, self._foundation = settings, foundation
         provider = vertex.Provider(
             "vertex",
             project=settings.project,
@@ -37,7 +44,6 @@ class Prediction(pulumi.ComponentResource):
             **({"endpoint": settings.vertex_endpoint} if settings.vertex_endpoint else {}),
             opts=pulumi.ResourceOptions(parent=self),
         )
-        repository = settings.image_repository or foundation.repository.registry_uri
         usable = foundation.after("aiplatform.googleapis.com")
         #: Image by digest of each release.
         self.images: dict[str, pulumi.Output[str]] = {}
@@ -45,7 +51,8 @@ class Prediction(pulumi.ComponentResource):
         self.versions: dict[str, vertex.ModelVersion] = {}
         for name, release in settings.releases.items():
             digest = image.digest if image and release.image == BUILD else release.image
-            self.images[name] = pulumi.Output.concat(repository, "/", NAME, "@", digest)
+            self.images[name] = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME, "@", digest)
+            serves = settings.production and release.traffic > 0
             self.versions[name] = vertex.ModelVersion(
                 name,
                 model_id=names.model,
@@ -54,11 +61,20 @@ class Prediction(pulumi.ComponentResource):
                 image=self.images[name],
                 predict_route=PREDICT_ROUTE,
                 health_route=HEALTH_ROUTE,
+                startup_probe=STARTUP_PROBE,
+                deployment_timeout_seconds=DEPLOYMENT_TIMEOUT_SECONDS,
                 env={"HEADCOUNT_BUCKETS": foundation.bucket.name},
                 aliases=[name],
-                labels=names.labels,
-                opts=pulumi.ResourceOptions.merge(pulumi.ResourceOptions(parent=self, provider=provider), usable),
+                labels=settings.all_labels,
+                opts=pulumi.ResourceOptions.merge(
+                    pulumi.ResourceOptions(
+                        parent=self, provider=provider, protect=serves, depends_on=foundation.image_readers
+                    ),
+                    usable,
+                ),
             )
+        protected = settings.production and not settings.replace_endpoint
+        logging = settings.request_log
         self.endpoint = gcp.vertex.AiEndpoint(
             "endpoint",
             name=names.endpoint,
@@ -67,11 +83,19 @@ class Prediction(pulumi.ComponentResource):
             location=settings.region,
             region=settings.region,
             dedicated_endpoint_enabled=settings.dedicated,
-            labels=names.labels,
+            encryption_spec={"kms_key_name": settings.kms_key} if settings.kms_key else None,
+            predict_request_response_logging_config={
+                "enabled": True,
+                "sampling_rate": logging.sampling,
+                "bigquery_destination": {"output_uri": logging.table},
+            }
+            if logging
+            else None,
+            labels=settings.all_labels,
             opts=pulumi.ResourceOptions.merge(
                 pulumi.ResourceOptions(
                     parent=self,
-                    protect=settings.production,
+                    protect=protected,
                     ignore_changes=["trafficSplit"],  # the rollout's
                     delete_before_replace=True,  # its id is fixed
                 ),
@@ -83,20 +107,86 @@ class Prediction(pulumi.ComponentResource):
             endpoint=self.endpoint.id,
             drain_seconds=settings.drain_seconds,
             models={
-                name: _deployed(settings, foundation, self.versions[name], release)
+                name: self._deployed(name, release)
                 for name, release in ({} if settings.paused else settings.releases).items()
             },
-            opts=pulumi.ResourceOptions(parent=self, provider=provider, depends_on=foundation.grants),
+            opts=pulumi.ResourceOptions(
+                parent=self, provider=provider, protect=protected, depends_on=foundation.grants
+            ),
         )
+        self._grant_predictions()
         #: URL that predictions are POSTed to: with `:predict` JSON, with `:rawPredict` a picture as it is.
-        self.url = self.endpoint.dedicated_endpoint_dns.apply(
-            lambda dns: (
-                f"{_address(settings, dns)}/v1/projects/{settings.project}/locations/{settings.region}"
-                f"/endpoints/{names.endpoint}"
-            )
+        self.url = pulumi.Output.concat(
+            self._address(),
+            f"/v1/projects/{settings.project}/locations/{settings.region}/endpoints/{names.endpoint}",
         )
-        self._settings = settings
         self.register_outputs({})
+
+    def _deployed(self, name: str, release: Release) -> vertex.Deployed:
+        settings = self._settings
+        least, most = replicas(settings, release)
+        deployed = vertex.Deployed(
+            model=self.versions[name].id,
+            traffic=release.traffic,
+            machine_type=settings.machine_type,
+            min_replicas=least,
+            max_replicas=most,
+            service_account=self._foundation.service_account.email,
+        )
+        if settings.autoscaling:
+            deployed["autoscaling_targets"] = {str(metric): target for metric, target in settings.autoscaling.items()}
+        if settings.accelerator:
+            deployed["accelerator_type"] = settings.accelerator
+            deployed["accelerator_count"] = 1
+        return deployed
+
+    def _grant_predictions(self) -> None:
+        """Lets the stack's predictors ask this endpoint, and do nothing else with it or with another one."""
+        settings = self._settings
+        if not settings.predictors:
+            return
+        protect = pulumi.ResourceOptions(parent=self, protect=settings.production)
+        role = gcp.projects.IAMCustomRole(
+            "predictor",
+            role_id=settings.names.predictor_role,
+            title=f"Headcount predictor, stack {settings.stack}"[:100],
+            permissions=["aiplatform.endpoints.predict"],
+            opts=protect,
+        )
+        for member in settings.predictors:
+            gcp.vertex.AiEndpointIamMember(
+                f"predictor-{member}",
+                endpoint=self.endpoint.name,
+                location=settings.region,
+                role=role.name,
+                member=member,
+                opts=protect,
+            )
+
+    def _address(self) -> pulumi.Input[str]:
+        """The endpoint's host. A dedicated endpoint's name is built, because Google shows it only once something runs.
+
+        https://cloud.google.com/vertex-ai/docs/predictions/create-public-endpoint
+        """
+        settings = self._settings
+        if settings.vertex_endpoint:
+            return settings.vertex_endpoint
+        if not settings.dedicated:
+            return f"https://{settings.region}-aiplatform.googleapis.com"
+        number = self._foundation.project_number
+        return pulumi.Output.concat(
+            f"https://{settings.names.endpoint}.{settings.region}-", number, ".prediction.vertexai.goog"
+        )
+
+    def machines(self) -> str:
+        """The machines that run after the deployment, in one line."""
+        settings = self._settings
+        running = {} if settings.paused else settings.releases
+        parts = [
+            f"{least if least == most else f'{least} to {most}'} × {settings.machine_type} for {name}"
+            for name, (least, most) in ((n, replicas(settings, r)) for n, r in running.items())
+        ]
+        return f"Machines: {', '.join(parts)}." if parts else "Machines: none, so that nothing is paid for them."
 
     def how_to_use(self) -> dict[str, pulumi.Output[str]]:
         """Lines to paste, and the console's page where there is a console."""
@@ -123,24 +213,8 @@ class Prediction(pulumi.ComponentResource):
         return lines
 
 
-def _deployed(
-    settings: Settings, foundation: Foundation, version: vertex.ModelVersion, release: Release
-) -> vertex.Deployed:
-    deployed = vertex.Deployed(
-        model=version.id,
-        traffic=release.traffic,
-        machine_type=settings.machine_type,
-        min_replicas=settings.min_replicas,
-        max_replicas=settings.max_replicas,
-        service_account=foundation.service_account.email,
-    )
-    if settings.accelerator:
-        deployed["accelerator_type"] = settings.accelerator
-        deployed["accelerator_count"] = 1
-    return deployed
-
-
-def _address(settings: Settings, dns: str | None) -> str:
-    if settings.vertex_endpoint:
-        return settings.vertex_endpoint
-    return f"https://{dns if settings.dedicated else f'{settings.region}-aiplatform.googleapis.com'}"
+def replicas(settings: Settings, release: Release) -> tuple[int, int]:
+    """The least and the most replicas of a release: its own, else the stack's."""
+    least = settings.min_replicas if release.min_replicas is None else release.min_replicas
+    most = settings.max_replicas if release.max_replicas is None else release.max_replicas
+    return least, max(least, most, 1)

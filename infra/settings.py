@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal, get_args
 
 import pulumi
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -39,10 +39,40 @@ class Release(_Model):
         ),
     ]
     traffic: Annotated[int, Field(description="percent of the requests", ge=0, le=100, examples=[10])]
+    min_replicas: Annotated[
+        int | None, Field(description="replicas that always run, if not the stack's minReplicas", ge=0, examples=[1])
+    ] = None
+    max_replicas: Annotated[
+        int | None,
+        Field(description="replicas that may run under load, if not the stack's maxReplicas", ge=1, examples=[2]),
+    ] = None
 
 
+class RequestLog(_Model):
+    """Where the requests and responses of the endpoint are stored, and how many of them."""
+
+    table: Annotated[
+        str,
+        Field(
+            description="BigQuery table that stores requests and responses, the pictures of people included",
+            pattern=r"^bq://[a-z][a-z0-9-]{4,28}[a-z0-9]\.\w+(\.\w+)?$",
+            examples=["bq://my-project.headcount.requests"],
+        ),
+    ]
+    sampling: Annotated[
+        float, Field(description="fraction of the requests that is stored", gt=0, le=1, examples=[0.1])
+    ] = 1.0
+
+
+Member = Annotated[str, Field(pattern=r"^(serviceAccount|user|group):[^@\s]+@[^@\s]+$")]
+# https://cloud.google.com/resource-manager/docs/labels-overview#requirements
+Label = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+LabelValue = Annotated[str, Field(pattern=r"^[a-z0-9_-]{0,63}$")]
 # A deployed model's alias as well: https://cloud.google.com/vertex-ai/docs/model-registry/model-alias
 ReleaseName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
+
+
+Metric = Literal["cpu", "accelerator", "requests"]  # as pulumi_vertex names them
 
 
 class Settings(_Model):
@@ -76,21 +106,28 @@ class Settings(_Model):
     ] = ""
     production: Annotated[
         bool,
-        Field(description="protects what holds data and takes images by digest only", examples=[True]),
+        Field(description="protects data and everything that serves, and takes images by digest only", examples=[True]),
     ] = False
-    image_repository: Annotated[
+    image_source: Annotated[
         str,
         Field(
-            description="repository that pinned images come from, when it is another stack's",
+            description="another stack's repository, from which pinned images are copied into this stack's own",
             pattern=r"^([a-z0-9.:-]+(/[a-z0-9._-]+)+)?$",
             examples=["europe-west4-docker.pkg.dev/my-project/headcount-dev"],
         ),
     ] = ""
     image_readers: Annotated[
-        list[Annotated[str, Field(pattern=r"^(serviceAccount|user|group):[^@\s]+@[^@\s]+$")]],
+        list[Member],
         Field(
-            description="who else may pull this stack's images, such as production's Vertex AI service agent",
-            examples=['["serviceAccount:service-NUMBER@gcp-sa-aiplatform.iam.gserviceaccount.com"]'],
+            description="who else may pull this stack's images, such as whoever deploys production",
+            examples=['["user:me@example.com"]'],
+        ),
+    ] = []
+    predictors: Annotated[
+        list[Member],
+        Field(
+            description="who may ask the endpoint for predictions, and nothing else",
+            examples=['["group:analysts@example.com"]'],
         ),
     ] = []
     releases: Annotated[
@@ -124,10 +161,24 @@ class Settings(_Model):
             examples=["NVIDIA_L4"],
         ),
     ] = ""
-    min_replicas: Annotated[int, Field(description="replicas that always run", ge=1, examples=[1])] = 1
+    min_replicas: Annotated[
+        int,
+        Field(
+            description="replicas that always run; 0 scales to zero when nobody asks, a preview of Google's",
+            ge=0,
+            examples=[1],
+        ),
+    ] = 1
     max_replicas: Annotated[
         int, Field(description="replicas that may run under load", ge=1, validate_default=True, examples=[2])
     ] = 1
+    autoscaling: Annotated[
+        dict[Metric, Annotated[int, Field(ge=1)]],
+        Field(
+            description="targets at which replicas are added: percent of cpu or accelerator, requests a minute",
+            examples=['{"cpu": 60}'],
+        ),
+    ] = {}
     dedicated: Annotated[
         bool,
         Field(
@@ -135,6 +186,13 @@ class Settings(_Model):
             examples=[True],
         ),
     ] = True
+    replace_endpoint: Annotated[
+        bool,
+        Field(
+            description="production's endpoint may be replaced, which is an outage and gives it another URL",
+            examples=[True],
+        ),
+    ] = False
     drain_seconds: Annotated[
         int, Field(description="from the last traffic to the undeployment", ge=0, le=3600, examples=[30])
     ] = 30
@@ -158,10 +216,39 @@ class Settings(_Model):
             examples=["mine"],
         ),
     ] = ""
-    retention_days: Annotated[
+    picture_days: Annotated[
         int,
-        Field(description="days that replaced and deleted objects are kept", ge=1, le=3650, examples=[30]),
+        Field(description="days until an uploaded object is deleted", ge=1, le=3650, examples=[30]),
     ] = 30
+    keep_deleted_days: Annotated[
+        int,
+        Field(
+            description="days that a replaced or deleted object is kept as an old version", ge=0, le=3650, examples=[7]
+        ),
+    ] = 0
+    kms_key: Annotated[
+        str,
+        Field(
+            description="Cloud KMS key that encrypts bucket, images, model versions and endpoint; empty: Google's",
+            pattern=r"^(projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+)?$",
+            examples=["projects/my-project/locations/europe-west4/keyRings/headcount/cryptoKeys/data"],
+        ),
+    ] = ""
+    request_log: Annotated[
+        RequestLog | None,
+        Field(
+            description="where requests and responses are stored, the pictures of people included",
+            examples=['{"table": "bq://my-project.headcount.requests", "sampling": 0.1}'],
+        ),
+    ] = None
+    scan_images: Annotated[
+        bool,
+        Field(description="looks for known vulnerabilities in each pushed image, at a price an image", examples=[True]),
+    ] = False
+    labels: Annotated[
+        dict[Label, LabelValue],
+        Field(description="further labels of every resource", examples=['{"owner": "vision", "cost-centre": "42"}']),
+    ] = {}
 
     @field_validator("max_replicas")
     @classmethod
@@ -194,8 +281,11 @@ class Settings(_Model):
             wrong.append((f"only one release can be built, not {' and '.join(builds)}: pin the others", pin))
         if builds and info.data.get("production"):
             wrong.append((f"production builds nothing: give {builds[0]} the digest that another stack proved", pin))
-        if builds and info.data.get("image_repository"):
-            wrong.append((f"{builds[0]} cannot be built into imageRepository, which is another stack's", pin))
+        for name, release in releases.items():
+            least, most = release.min_replicas, release.max_replicas
+            if least is not None and most is not None and least > most:
+                said = f"{name} has fewer maxReplicas than minReplicas, {least}"
+                wrong.append((said, f"set --path {_AT}.{name}.maxReplicas {least}"))
         if wrong:
             raise PydanticCustomError("inconsistent", "", {"wrong": wrong})
         return releases
@@ -207,6 +297,11 @@ class Settings(_Model):
     @property
     def names(self) -> "Names":
         return Names(self.project, self.region, self.stack)
+
+    @property
+    def all_labels(self) -> dict[str, str]:
+        """The labels of every resource; those that name project and stack cannot be changed."""
+        return {**self.labels, **self.names.labels}
 
 
 # What the configuration calls differently: the settings that Pulumi's own providers read too.
@@ -247,12 +342,27 @@ def _value(text: str) -> Any:
     return value if isinstance(value, dict | list) else text
 
 
+# What is wrong with a key of a map, by the setting.
+_NO_KEY: Final = {
+    "releases": "is no name for a release: 2 to 63 of a-z, 0-9 and -, beginning with a letter, not ending in -",
+    "labels": "is no name for a label: 1 to 63 of a-z, 0-9, - and _, beginning with a letter",
+    "autoscaling": f"is no metric; there are {', '.join(get_args(Metric))}",
+    "build_args": "is no name for an argument",
+}
+
+
 def _problem(error: ErrorDetails, stack: str) -> str:
     """One wrong setting: its name, its value, what is wrong with it and the command that repairs it."""
     steps = [str(step) for step in error["loc"] if step != "[key]"]
     first = next((n for n, f in Settings.model_fields.items() if f.alias == steps[0]), "")
-    model: type[BaseModel] = Release if first == "releases" and len(steps) > 2 else Settings
-    field = next((f for f in model.model_fields.values() if f.alias == steps[-1]), None)
+    model: type[BaseModel] = Settings
+    if first == "releases" and len(steps) > 2:
+        model = Release
+    elif first == "request_log" and len(steps) > 1:
+        model = RequestLog
+    # An entry of a map is described where the map is.
+    names = steps[-1:] if model is not Settings else steps[:1]
+    field = next((f for f in model.model_fields.values() if f.alias in names), None)
     key = ".".join([KEYS.get(first, f"{PROJECT}:{steps[0]}"), *steps[1:]])
     path = "--path " if len(steps) > 1 else ""
 
@@ -267,8 +377,7 @@ def _problem(error: ErrorDetails, stack: str) -> str:
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
         return line(f" is not a setting. {hint}", f"rm {path}{shlex.quote(key)}")
     if "[key]" in error["loc"]:
-        said = " is no name for a release: 2 to 63 of a-z, 0-9 and -, beginning with a letter, not ending in -."
-        return line(said, f"rm {path}{shlex.quote(key)}")
+        return line(f" {_NO_KEY[first]}.", f"rm {path}{shlex.quote(key)}")
     said = f" ({field.description})" if field and field.description else ""
     if error["type"] == "missing":
         said += " is missing."
@@ -295,6 +404,8 @@ class Names:
         self.repository = f"{PROJECT}-{_slug(stack, 50)}"
         #: Service account, 6 to 30: https://cloud.google.com/iam/docs/service-accounts-create
         self.service_account = f"{PROJECT}-{_slug(stack, 20)}"
+        #: Custom role, letters, digits, dots and underscores: https://cloud.google.com/iam/docs/creating-custom-roles
+        self.predictor_role = f"{PROJECT}_predictor_{_slug(stack, 30).replace('-', '_')}"
         #: Model, at most 63 of a-z, 0-9, - and _: REST reference of models.upload
         self.model = f"{PROJECT}-{_slug(stack, 50)}"
         #: Endpoint: digits without a leading zero, at most 10 for the google provider and 9 for Vertex AI's

@@ -11,10 +11,11 @@ from typing import Any
 import pulumi
 import pytest
 import yaml
+from helpers import ROOT
 
-from infra import foundation, image
+from infra import image
+from infra.apis import APIS
 
-ROOT = Path(__file__).resolve().parent.parent
 SECRET = pulumi.runtime.rpc._special_sig_key
 DIGEST = "sha256:" + "1" * 64
 PINNED = "sha256:" + "2" * 64
@@ -38,17 +39,28 @@ class Recorder(pulumi.runtime.Mocks):
             case "gcp:serviceaccount/account:Account":
                 email = f"{args.inputs['accountId']}@my-project.iam.gserviceaccount.com"
                 outputs |= {"email": email, "member": f"serviceAccount:{email}"}
+            case "gcp:projects/serviceIdentity:ServiceIdentity":
+                email = f"service-42@gcp-sa-{args.inputs['service'].partition('.')[0]}.iam.gserviceaccount.com"
+                outputs |= {"email": email, "member": f"serviceAccount:{email}"}
+            case "gcp:projects/iAMCustomRole:IAMCustomRole":
+                outputs |= {"name": f"projects/my-project/roles/{args.inputs['roleId']}"}
             case "gcp:storage/bucket:Bucket":
                 outputs |= {"url": f"gs://{args.inputs['name']}"}
             case "gcp:vertex/aiEndpoint:AiEndpoint":
-                outputs |= {"dedicatedEndpointDns": "1.europe-west4-1.prediction.vertexai.goog"}
                 return f"projects/my-project/locations/europe-west4/endpoints/{args.inputs['name']}", outputs
             case "vertex:index:ModelVersion":
                 return f"projects/my-project/locations/europe-west4/models/{args.inputs['modelId']}@1", outputs
         return f"{args.name}_id", outputs
 
     def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
-        return {"accessToken": "ya29.token"}, []
+        answers = {
+            "gcp:organizations/getClientConfig:getClientConfig": {"accessToken": "ya29.token"},
+            "gcp:organizations/getProject:getProject": {"number": "42"},
+            "gcp:storage/getProjectServiceAccount:getProjectServiceAccount": {
+                "emailAddress": "service-42@gs-project-accounts.iam.gserviceaccount.com"
+            },
+        }
+        return answers[args.token], []
 
     def inputs(self, kind: str) -> list[dict[str, Any]]:
         return [a.inputs for a in self.asked if a.typ.endswith(kind)]
@@ -84,7 +96,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     async def usable(service: str, *_: object) -> None:
         waited.append(service)
 
-    monkeypatch.setattr(foundation, "until_usable", usable)
+    monkeypatch.setattr("infra.foundation.until_usable", usable)
     monkeypatch.setattr(image, "fetch_weights", lambda root, weights: weights)
     monkeypatch.setattr(image, "stage", lambda root, to, weights: "0123456789abcdef")
 
@@ -126,14 +138,18 @@ def test_a_stack_that_builds_deploys_the_digest_that_it_built(run: Run, stack: s
     assert models["main"]["traffic"] == 100
 
 
-def test_order_is_image_then_version_then_endpoint_then_rollout(run: Run) -> None:
+def test_what_needs_something_depends_on_it(run: Run) -> None:
     program = run("dev")
-    kinds = [a.typ.rpartition(":")[2] for a in program.recorder.asked]
-    assert kinds.index("Repository") < kinds.index("Image", kinds.index("Repository")) < kinds.index("ModelVersion")
-    assert kinds.index("ModelVersion") < kinds.index("Rollout")
-    assert kinds.index("AiEndpoint") < kinds.index("Rollout")
-    waits_for = program.request("index:Rollout").dependencies
-    assert any("BucketIAMMember" in urn for urn in waits_for), "the account has its grants before it serves"
+
+    def needs(kind: str, needed: str) -> bool:
+        return any(f"{needed}::" in urn for urn in program.request(kind).dependencies)
+
+    assert needs("docker-build:index:Image", "Repository")
+    assert needs("index:ModelVersion", "docker-build:index:Image")
+    assert needs("index:ModelVersion", "RepositoryIamMember"), "the service agent may pull the image"
+    assert needs("index:Rollout", "index:ModelVersion")
+    assert needs("index:Rollout", "AiEndpoint")
+    assert needs("index:Rollout", "BucketIAMMember"), "the account has its grants before it serves"
 
 
 def test_the_image_is_for_vertex_ai_pushed_and_never_built_in_a_preview(run: Run) -> None:
@@ -161,34 +177,105 @@ def test_nothing_is_public(run: Run) -> None:
         assert "allAuthenticatedUsers" not in everything
 
 
-def test_the_serving_account_reads_one_bucket_and_nothing_else(run: Run) -> None:
+def test_the_serving_account_reads_one_bucket_and_the_agent_the_images(run: Run) -> None:
     asked = run("dev").recorder
-    grants = [a for a in asked.asked if "IAM" in a.typ or "Iam" in a.typ]
-    (grant,) = grants
-    assert grant.typ == "gcp:storage/bucketIAMMember:BucketIAMMember"
-    assert grant.inputs["role"] == "roles/storage.objectViewer"
-    assert asked.one("Rollout")["models"]["main"]["serviceAccount"] in grant.inputs["member"]
+    grants = {a.typ: a.inputs for a in asked.asked if "IAM" in a.typ or "Iam" in a.typ}
+    assert len(grants) == 2
+    reads = grants["gcp:storage/bucketIAMMember:BucketIAMMember"]
+    assert reads["role"] == "roles/storage.objectViewer"
+    assert asked.one("Rollout")["models"]["main"]["serviceAccount"] in reads["member"]
+    pulls = grants["gcp:artifactregistry/repositoryIamMember:RepositoryIamMember"]
+    agent = "serviceAccount:service-42@gcp-sa-aiplatform.iam.gserviceaccount.com"
+    assert (pulls["member"], pulls["role"]) == (agent, "roles/artifactregistry.reader")
 
 
-def test_prod_is_protected_and_builds_nothing(run: Run) -> None:
-    program = run(
-        "prod", releases={"main": {"image": PINNED, "traffic": 100}}, imageRepository=f"{REPOSITORY}-dev/images"
-    )
+def test_predictors_may_predict_on_the_endpoint_and_nothing_else(run: Run) -> None:
+    analysts = "group:analysts@example.com"
+    program = run("dev", predictors=[analysts])
+    asked = program.recorder
+    role = asked.one("IAMCustomRole")
+    assert role["permissions"] == ["aiplatform.endpoints.predict"]
+    grant = asked.one("AiEndpointIamMember")
+    assert (grant["member"], grant["role"]) == (analysts, f"projects/my-project/roles/{role['roleId']}")
+    assert grant["endpoint"] == asked.one("AiEndpoint")["name"]
+
+
+KEY = "projects/my-project/locations/europe-west4/keyRings/r/cryptoKeys/k"
+
+
+def test_a_key_encrypts_all_that_is_stored_and_its_agents_may_use_it(run: Run) -> None:
+    asked = run("dev", kmsKey=KEY).recorder
+    assert asked.one("Bucket")["encryption"] == {"defaultKmsKeyName": KEY}
+    assert asked.one("Repository")["kmsKeyName"] == KEY
+    assert asked.one("AiEndpoint")["encryptionSpec"] == {"kmsKeyName": KEY}
+    members = {grant["member"].partition("@")[2] for grant in asked.inputs("CryptoKeyIAMMember")}
+    agents = {"gs-project-accounts", "gcp-sa-artifactregistry", "gcp-sa-aiplatform"}
+    assert members == {f"{agent}.iam.gserviceaccount.com" for agent in agents}
+    assert "CryptoKey" not in json.dumps([a.typ for a in run("dev").recorder.asked])
+
+
+def test_pictures_of_people_are_not_kept(run: Run) -> None:
+    bucket = run("dev", pictureDays=5).recorder.one("Bucket")
+    assert bucket["versioning"] == {"enabled": False}
+    assert bucket["softDeletePolicy"] == {"retentionDurationSeconds": 0}
+    assert {"action": {"type": "Delete"}, "condition": {"age": 5, "withState": "LIVE"}} in bucket["lifecycleRules"]
+    kept = run("dev", keepDeletedDays=7).recorder.one("Bucket")
+    assert kept["versioning"] == {"enabled": True}
+    old = {"daysSinceNoncurrentTime": 7, "withState": "ARCHIVED"}
+    assert {"action": {"type": "Delete"}, "condition": old} in kept["lifecycleRules"]
+
+
+def test_requests_are_stored_and_images_scanned_only_where_a_setting_says_so(run: Run) -> None:
+    plain = run("dev").recorder
+    assert "predictRequestResponseLoggingConfig" not in plain.one("AiEndpoint")
+    assert plain.one("Repository")["vulnerabilityScanningConfig"] == {"enablementConfig": "DISABLED"}
+    table = "bq://my-project.headcount.requests"
+    program = run("dev", requestLog={"table": table, "sampling": 0.1}, scanImages=True)
+    assert program.recorder.one("AiEndpoint")["predictRequestResponseLoggingConfig"] == {
+        "enabled": True, "samplingRate": 0.1, "bigqueryDestination": {"outputUri": table},
+    }  # fmt: skip
+    assert program.recorder.one("Repository")["vulnerabilityScanningConfig"] == {"enablementConfig": "INHERITED"}
+    assert "containerscanning.googleapis.com" in program.waited
+
+
+def test_the_container_has_time_to_start(run: Run) -> None:
+    version = run("dev").recorder.one("ModelVersion")
+    assert version["startupProbe"]["path"] == version["healthRoute"]
+    assert version["deploymentTimeoutSeconds"] == 1800
+
+
+def test_prod_protects_what_serves_and_builds_nothing(run: Run) -> None:
+    releases = {"main": {"image": PINNED, "traffic": 100}, "old": {"image": DIGEST, "traffic": 0}}
+    program = run("prod", releases=releases, predictors=["user:me@example.com"])
     asked = program.recorder
     assert asked.inputs("docker-build:index:Image") == []
-    assert asked.one("ModelVersion")["image"] == f"{REPOSITORY}-dev/images/headcount@{PINNED}"
-    for kind in ("Bucket", "Repository", "AiEndpoint"):
-        assert program.request(kind).protect
     assert asked.one("Bucket")["forceDestroy"] is False
     assert asked.one("Rollout")["models"]["main"]["minReplicas"] == 2
+    protected = {request.name: request.protect for request in program.registered if request.custom}
+    assert [name for name, protect in protected.items() if not protect] == ["vertex", "old"], (
+        "what does not serve can be removed"
+    )
+
+
+def test_production_s_endpoint_is_replaced_only_where_a_setting_says_so(run: Run) -> None:
+    program = run("prod", replaceEndpoint=True)
+    assert [program.request(kind).protect for kind in ("AiEndpoint", "index:Rollout", "Bucket")] == [False, False, True]
+
+
+def test_releases_have_replicas_of_their_own_and_targets(run: Run) -> None:
+    few = {"image": DIGEST, "traffic": 10, "minReplicas": 1, "maxReplicas": 1}
+    releases = {"main": {"image": PINNED, "traffic": 90}, "next": few}
+    program = run("prod", releases=releases, autoscaling={"requests": 600})
+    models = program.recorder.one("Rollout")["models"]
+    assert {n: (m["minReplicas"], m["maxReplicas"]) for n, m in models.items()} == {"main": (2, 4), "next": (1, 1)}
+    assert [m["autoscalingTargets"] for m in models.values()] == [{"requests": 600}] * 2
+    assert "autoscalingTargets" not in run("dev").recorder.one("Rollout")["models"]["main"]
 
 
 def test_dev_can_be_destroyed(run: Run) -> None:
     program = run("dev")
-    for kind in ("Bucket", "Repository", "AiEndpoint"):
-        assert not program.request(kind).protect
+    assert not any(request.protect for request in program.registered)
     assert program.recorder.one("Bucket")["forceDestroy"] is True
-    assert program.recorder.one("Bucket")["softDeletePolicy"] == {"retentionDurationSeconds": 0}
 
 
 def test_prod_as_committed_has_an_endpoint_without_machines(run: Run) -> None:
@@ -214,31 +301,36 @@ def test_each_release_is_a_version_and_a_share(run: Run) -> None:
 
 def test_what_can_carry_labels_carries_project_and_stack(run: Run) -> None:
     asked = run("dev").recorder
+    more = run("dev", labels={"owner": "vision", "stack": "other"}).recorder
     for kind in ("Bucket", "Repository", "ModelVersion", "AiEndpoint"):
         assert asked.one(kind)["labels"] == {"project": "headcount", "stack": "dev"}
+        assert more.one(kind)["labels"] == {"project": "headcount", "stack": "dev", "owner": "vision"}
 
 
 def test_apis_stay_enabled_and_are_waited_for_but_not_in_a_preview(run: Run) -> None:
     program = run("dev")
     services = program.recorder.inputs("projects/service:Service")
-    assert {s["service"] for s in services} == {api.service for api in foundation.APIS}
+    assert {s["service"] for s in services} == {api.service for api in APIS}
     assert all(s["disableOnDestroy"] is False for s in services)
-    assert set(program.waited) == {api.service for api in foundation.APIS}
+    assert set(program.waited) == {api.service for api in APIS}
     program.waited.clear()
     assert run("dev", preview=True).waited == []
 
 
 def test_other_readers_may_pull_and_only_that(run: Run) -> None:
-    reader = "serviceAccount:service-1@gcp-sa-aiplatform.iam.gserviceaccount.com"
-    asked = run("dev", imageReaders=[reader]).recorder
-    grant = asked.one("RepositoryIamMember")
-    assert (grant["member"], grant["role"]) == (reader, "roles/artifactregistry.reader")
+    asked = run("dev", imageReaders=["user:me@example.com"]).recorder
+    assert {grant["role"] for grant in asked.inputs("RepositoryIamMember")} == {"roles/artifactregistry.reader"}
+    assert "user:me@example.com" in {grant["member"] for grant in asked.inputs("RepositoryIamMember")}
 
 
 def test_exports_can_be_pasted(run: Run) -> None:
     outputs = run("dev").outputs
     endpoint = outputs["url"]
-    assert endpoint.startswith("https://1.europe-west4-1.prediction.vertexai.goog/v1/projects/my-project/")
+    number = run("dev").recorder.one("AiEndpoint")["name"]
+    host = f"https://{number}.europe-west4-42.prediction.vertexai.goog"  # 42 is the project's number
+    assert endpoint == f"{host}/v1/projects/my-project/locations/europe-west4/endpoints/{number}"
+    shared = run("dev", dedicated=False).outputs["url"]
+    assert shared.startswith("https://europe-west4-aiplatform.googleapis.com/v1/projects/my-project/")
     assert outputs["curl"].endswith(f"{endpoint}:rawPredict")
     assert "$(gcloud auth print-access-token)" in outputs["curl"]
     assert outputs["count"] == "headcount count --stack dev picture.jpg"
@@ -246,16 +338,18 @@ def test_exports_can_be_pasted(run: Run) -> None:
     assert outputs["consoleModels"].startswith("https://console.cloud.google.com/vertex-ai/models/")
 
 
-def test_lines_to_paste_are_said_whole_when_something_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_ends_with_lines_to_paste_and_the_machines_that_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(pulumi.log, "info", said.append)
     outputs = run("dev").outputs
-    (told,) = said
-    assert {outputs["count"], outputs["curl"]} <= {line.strip() for line in told.splitlines()}
+    lines = [line.strip() for line in said.pop().splitlines()]
+    assert lines == ["Count people with", outputs["count"], outputs["curl"], "Machines: 1 × c3-highcpu-4 for main."]
     run("dev", preview=True)
+    assert said == []
     run("dev", paused="true")
-    run("prod", imageRepository=REPOSITORY)
-    assert len(said) == 1
+    assert said.pop().strip() == "Machines: none, so that nothing is paid for them."
+    run("prod", releases={"main": {"image": PINNED, "traffic": 100}, "old": {"image": DIGEST, "traffic": 0}})
+    assert said.pop().splitlines()[-1] == "Machines: 2 to 4 × c3-highcpu-4 for main, 2 to 4 × c3-highcpu-4 for old."
 
 
 def test_on_local_the_same_program_asks_the_sandbox(run: Run) -> None:

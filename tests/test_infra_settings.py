@@ -55,7 +55,7 @@ def test_texts_become_what_they_stand_for() -> None:
     [
         ({"gcp:project": ""}, 'gcp:project (id of the Google Cloud project) is ""', "set gcp:project my-project"),
         ({"gcp:region": "Europe"}, 'gcp:region (region of everything) is "Europe"', "set gcp:region europe-west4"),
-        ({"headcount:minReplicas": "0"}, "greater than or equal to 1", "set headcount:minReplicas 1"),
+        ({"headcount:minReplicas": "-1"}, "greater than or equal to 0", "set headcount:minReplicas 1"),
         ({"headcount:minReplicas": "3"}, "1 is less than minReplicas, 3", "set headcount:maxReplicas 3"),
         ({"headcount:paused": "maybe"}, 'is "maybe", neither true nor false', "set headcount:paused false"),
         (
@@ -103,9 +103,22 @@ def test_texts_become_what_they_stand_for() -> None:
             "set --path headcount:releases.main.image sha256:…",
         ),
         (
-            {"headcount:imageRepository": "europe-docker.pkg.dev/p/r"},
-            "another stack's",
-            "set --path headcount:releases.main.image sha256:…",
+            {
+                "headcount:releases": f'{{"aa": {{"image": "{DIGEST}", "traffic": 100, "minReplicas": 3, '
+                '"maxReplicas": 2}}'
+            },
+            "aa has fewer maxReplicas than minReplicas, 3",
+            "set --path headcount:releases.aa.maxReplicas 3",
+        ),
+        (
+            {"headcount:labels": '{"Owner": "me"}'},
+            "headcount:labels.Owner is no name for a label",
+            "rm --path headcount:labels.Owner",
+        ),
+        (
+            {"headcount:autoscaling": '{"memory": 60}'},
+            "is no metric; there are cpu, accelerator, requests",
+            "rm --path headcount:autoscaling.memory",
         ),
     ],
 )
@@ -119,7 +132,7 @@ def test_everything_wrong_is_said_at_once() -> None:
     said = error(
         {
             "gcp:region": "x",
-            "headcount:minReplicas": "0",
+            "headcount:minReplicas": "-1",
             "headcount:releases": '{"aa": {"image": "latest", "traffic": 101}}',
         }
     )
@@ -145,8 +158,10 @@ def test_pulumi_yaml_describes_the_settings_as_they_are() -> None:
         assert "type" not in said, "Pulumi would say the first wrong one, and not how to repair it"
         assert (said["default"], type(said["default"])) == (field.default, type(field.default))
         assert said["description"] == field.description
-    # Pulumi's schema has no maps; and a list has no useful default there.
-    structured = {"releases", "imageReaders", "buildArgs", "vertexEndpoint"}
+    # Pulumi's schema has no maps, and a list has no useful default there.
+    structured = {
+        "releases", "imageReaders", "predictors", "buildArgs", "autoscaling", "requestLog", "labels", "vertexEndpoint",
+    }  # fmt: skip
     assert {k.removeprefix("headcount:") for k in schema} == set(fields) - structured
 
 
@@ -176,5 +191,5 @@ def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None
 def test_different_stacks_have_different_names(one: str, other: str) -> None:
     if one != other:
         a, b = Names("my-project", "europe-west4", one), Names("my-project", "europe-west4", other)
-        for name in ("bucket", "repository", "service_account", "model", "endpoint"):
+        for name in ("bucket", "repository", "service_account", "model", "endpoint", "predictor_role"):
             assert getattr(a, name) != getattr(b, name)

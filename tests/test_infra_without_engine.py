@@ -26,7 +26,8 @@ from images import forget_images, write_tiny_sources
 from pulumi.runtime.proto import provider_pb2
 from vertex_harness import Plugin, struct, unstruct
 
-from infra import foundation, image
+from infra import image
+from infra.apis import APIS
 from sandbox.testing import RunningSandbox
 
 PROJECT, REGION = "headcount-local", "europe-west4"
@@ -192,7 +193,7 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
         whole()
     order = maker.made
     once = ["Bucket", "Repository", "Account", "BucketIAMMember", "Image", "ModelVersion", "AiEndpoint", "Rollout"]
-    assert sorted(order) == sorted([*once, *("Service" for _ in foundation.APIS)])
+    assert sorted(order) == sorted([*once, *("Service" for _ in APIS)])
     for first, then in (
         ("Repository", "Image"),
         ("Image", "ModelVersion"),
@@ -204,10 +205,3 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
     answer = httpx.post(f"{outputs['url']}:rawPredict", content=b"\xff\xd8picture", timeout=30)
     assert answer.json().get("count") == 4, answer.text
     assert os.fspath(tmp_path) not in json.dumps(outputs, default=str)
-
-
-def test_an_api_that_does_not_become_usable_is_said_in_a_sentence(tmp_path: Path) -> None:
-    with RunningSandbox("--api-delay", "60", state=tmp_path / "state") as running:
-        url = f"{running.url}/v1/{LOCATION}/endpoints?pageSize=1"
-        with pytest.raises(pulumi.RunError, match=r"aiplatform\.googleapis\.com was enabled .* Run `pulumi up` again"):
-            asyncio.run(foundation.until_usable("aiplatform.googleapis.com", url, "token", seconds=0.2))

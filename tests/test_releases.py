@@ -153,7 +153,9 @@ def test_production_takes_the_digest_that_dev_serves_not_what_its_file_says(
         # Google names the project by its number.
         models = {"main": "projects/1/locations/europe-west4/models/headcount-dev@1"}
         models["next"] = models["main"][:-1] + "2"
-        deployed = [{"id": name, "model": model} for name, model in models.items() if name in shares]
+        deployed: list[dict[str, str]] = [{"id": n, "model": m} for n, m in models.items() if n in shares]
+        for one in deployed[1:]:  # and the version in either place
+            one["model"], _, one["modelVersionId"] = one["model"].partition("@")
         httpserver.clear()
         httpserver.expect_request(f"/v1/{where}/endpoints/7").respond_with_json(
             {"deployedModels": deployed, "trafficSplit": shares}

@@ -1,8 +1,8 @@
 """A model server of a hundred lines with the contract of the serving image: what the tests' tiny image runs.
 
 Standard library only. It answers JSON instances with the container's circumstances, application/x-text with the text
-reversed, and anything else with COUNT people. Its environment: TINY_EXIT ends it at once, TINY_SECONDS is the time until it is
-healthy. A request's parameters: sleep (seconds), status (to answer with), exit.
+reversed, and anything else with COUNT people. Its environment: TINY_EXIT ends it at once, TINY_SECONDS is the time
+until it is healthy. A request's parameters: sleep (seconds), status (to answer with), exit.
 """
 
 import http.server

@@ -1,0 +1,146 @@
+"""The Google APIs that the program calls, and when each can be used."""
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any, Final
+
+import google.auth
+import google.auth.exceptions
+import pulumi
+
+READY_SECONDS: Final = 300  # "If you enabled this API recently, wait a few minutes", Google's answers say
+AGAIN_SECONDS: Final = 2  # from the first good answer of an API that was just enabled to the second
+
+
+@dataclass(frozen=True)
+class Api:
+    """One Google API, and a call that changes nothing and answers once the API is usable.
+
+    setting: the google provider's setting for its address.
+    """
+
+    service: str
+    setting: str
+    address: str
+    probe: str
+
+
+# Service Usage and Resource Manager, which enable and describe the others, have to be there first.
+APIS: Final = (
+    Api(
+        "storage.googleapis.com",
+        "storageCustomEndpoint",
+        "https://storage.googleapis.com/storage/v1/",
+        "b?project={project}&maxResults=1",
+    ),
+    Api(
+        "artifactregistry.googleapis.com",
+        "artifactRegistryCustomEndpoint",
+        "https://artifactregistry.googleapis.com/v1/",
+        "projects/{project}/locations/{region}/repositories?pageSize=1",
+    ),
+    Api(
+        "iam.googleapis.com",
+        "iamBetaCustomEndpoint",
+        "https://iam.googleapis.com/v1/",
+        "projects/{project}/serviceAccounts?pageSize=1",
+    ),
+    Api(
+        "aiplatform.googleapis.com",
+        "vertexAiCustomEndpoint",
+        "https://{region}-aiplatform.googleapis.com/v1/",
+        "projects/{project}/locations/{region}/endpoints?pageSize=1",
+    ),
+)
+SCANNING: Final = Api(
+    "containerscanning.googleapis.com",
+    "containerAnalysisCustomEndpoint",
+    "https://containeranalysis.googleapis.com/v1/",
+    "projects/{project}/occurrences?pageSize=1",
+)
+
+
+async def until_usable(
+    service: str, url: str, token: str, ours: tuple[str, str], seconds: float = READY_SECONDS
+) -> None:
+    """Returns when `url` no longer answers that `service` is disabled. Raises pulumi.RunError.
+
+    Google answers SERVICE_DISABLED for a while after an API was enabled, and its provider does not wait for that.
+    Single refusals after a first good answer were reported, hence a second one is waited for.
+    https://cloud.google.com/apis/docs/troubleshooting#service_disabled
+    Any other answer is left to the resource that needs the API, whose error says more. ours: the project's id and
+    number.
+    """
+    deadline, pause, refused, good = time.monotonic() + seconds, 0.5, False, 0
+    while good < (2 if refused else 1):
+        consumer = await asyncio.to_thread(_disabled_for, url, token)
+        if consumer is None:
+            good += 1
+            await asyncio.sleep(AGAIN_SECONDS if refused and good < 2 else 0)
+            continue
+        if consumer and consumer.removeprefix("projects/") not in ours:
+            raise pulumi.RunError(
+                f"Google looked for {service} in {consumer}, which is not the project {ours[0]}: the credentials have "
+                "no quota project. Set it and run `pulumi up` again:\n"
+                f"    gcloud auth application-default set-quota-project {ours[0]}\n"
+                f"    pulumi config set gcp:userProjectOverride true && pulumi config set gcp:billingProject {ours[0]}"
+            )
+        refused, good = True, 0
+        if time.monotonic() > deadline:
+            raise pulumi.RunError(
+                f"{service} was enabled {seconds:.0f} s ago and Google still answers that it is not. "
+                "Run `pulumi up` again in a few minutes."
+            )
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 10)
+
+
+def _disabled_for(url: str, token: str) -> str | None:
+    """The consumer project for which Google answers that the API is disabled, "" if it names none; else None."""
+    headers = {"Authorization": f"Bearer {token}"}
+    if quota := _quota_project():
+        headers["x-goog-user-project"] = quota
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30):
+            return None
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        return _consumer(text) if error.code == 403 else None
+    except OSError:
+        return None
+
+
+def _quota_project() -> str | None:
+    """The project that Google charges for the provider's calls, if it differs from the credentials' own."""
+    config = pulumi.Config("gcp")
+    if config.get("accessToken"):
+        return None
+    if config.get_bool("userProjectOverride") and (project := config.get("billingProject")):
+        return project
+    try:
+        credentials, _ = google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:
+        return None
+    found: str | None = getattr(credentials, "quota_project_id", None)
+    return found
+
+
+def _consumer(text: str) -> str | None:
+    """The consumer in an error that says that an API is disabled, "" if it names none; else None.
+
+    Newer APIs say it in an ErrorInfo, older ones, of which Storage is one, in the first of their errors.
+    """
+    try:
+        error: dict[str, Any] = json.loads(text)["error"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    for detail in error.get("details", []):
+        if detail.get("reason") == "SERVICE_DISABLED":
+            return str(detail.get("metadata", {}).get("consumer", ""))
+    if any(one.get("reason") == "accessNotConfigured" for one in error.get("errors", [])):
+        return ""
+    return "" if "has not been used in project" in str(error.get("message")) else None
