@@ -28,8 +28,9 @@ class Foundation(pulumi.ComponentResource):
         self._settings = settings
         self._parent = pulumi.ResourceOptions(parent=self)
         self._token = gcp.organizations.get_client_config_output().access_token
-        #: The project's number, as Google's own service accounts and host names have it.
-        self.project_number = gcp.organizations.get_project_output(project_id=settings.project).number
+        #: The project's number, as Google's host names have it. Listed, because reading one project reads its billing
+        #: account too, for which a deployer needs no role otherwise.
+        self.project_number = gcp.projects.get_project_output(filter=f"id:{settings.project}").projects[0].number
         apis = (*APIS, SCANNING) if settings.scan_images else APIS
         self._usable = {api.service: self._enable(api) for api in apis}
         #: Vertex AI's service agent, which pulls the images. It exists as soon as this resource does.

@@ -55,7 +55,7 @@ class Recorder(pulumi.runtime.Mocks):
     def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
         answers = {
             "gcp:organizations/getClientConfig:getClientConfig": {"accessToken": "ya29.token"},
-            "gcp:organizations/getProject:getProject": {"number": "42"},
+            "gcp:projects/getProject:getProject": {"projects": [{"projectId": "my-project", "number": "42"}]},
             "gcp:storage/getProjectServiceAccount:getProjectServiceAccount": {
                 "emailAddress": "service-42@gs-project-accounts.iam.gserviceaccount.com"
             },
