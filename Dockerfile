@@ -1,43 +1,51 @@
 # The serving image: TorchServe with the YOLOv5 handler behind the front. `make image` builds it.
 #
-#   ACCELERATOR  cpu, or cuda: keeps what only a GPU needs
-#   TORCH_INDEX  wheel index for torch, e.g. PyTorch's own CPU index: the image is then a fraction of the size.
-#                Empty: the package index pip is set up for, with hashes checked; its torch is the CUDA build.
+#   BASE         image with Python 3.11; the program gives it by digest
+#   ACCELERATOR  cpu, or cuda: keeps the libraries that only a GPU needs
+#   TORCH        cpu: torch from PyTorch's own CPU index, which makes the image a third of the size
+#                index: torch from the package index, with hashes checked; that is the CUDA build
+#   REQUIRE      precision that the network has to be compiled for (bfloat16, float32); empty for none
 #   WEIGHTS      name of the .pt file in .headcount/weights
-#   SOURCES      hash of what the image is made of, for its label
+#   INDEX        URL of the package index, where it is not pip's own
+#   SOURCES      hash of the build context, for the label
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS tools
 ENV UV_CACHE_DIR=/cache UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_SYSTEM_CERTS=1
+ARG INDEX=
 COPY requirements/tools.txt /build/
-RUN --mount=type=cache,target=/cache pip install --no-cache-dir --break-system-packages --require-hashes -r /build/tools.txt
+RUN --mount=type=cache,target=/cache \
+    pip install --no-cache-dir --break-system-packages ${INDEX:+--index-url "$INDEX"} --require-hashes -r /build/tools.txt
 
 # The gigabytes, below everything that changes.
 FROM tools AS torch
-ARG ACCELERATOR=cpu
-ARG TORCH_INDEX=
+ARG TORCH=index
+ARG INDEX=
 COPY requirements/torch.txt /build/
 RUN --mount=type=cache,target=/cache \
-    if [ -n "$TORCH_INDEX" ]; then \
-      uv pip install --target /opt/torch --index-url "$TORCH_INDEX" "$(grep -o '^torch==[0-9.]*' /build/torch.txt)"; \
+    if [ "$TORCH" = cpu ]; then \
+      uv pip install --target /opt/torch --torch-backend cpu "$(grep -o '^torch==[0-9.]*' /build/torch.txt)"; \
     else \
-      uv pip install --target /opt/torch --require-hashes -r /build/torch.txt; \
+      uv pip install --target /opt/torch ${INDEX:+--default-index "$INDEX"} --require-hashes -r /build/torch.txt; \
     fi
 
 FROM tools AS packages
+ARG INDEX=
 COPY requirements/serve.txt /build/
-RUN --mount=type=cache,target=/cache uv pip install --target /opt/packages --require-hashes -r /build/serve.txt
+RUN --mount=type=cache,target=/cache \
+    uv pip install --target /opt/packages ${INDEX:+--default-index "$INDEX"} --require-hashes -r /build/serve.txt
 
 # Compiles the network, with the only compiler there is, and makes the model archive.
 FROM tools AS model
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
 ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch
 ARG WEIGHTS=yolov5n
+ARG REQUIRE=
 COPY serving/__init__.py serving/compile.py serving/contract.py serving/detector.py serving/network.py serving/pictures.py /opt/headcount/serving/
 COPY .headcount/weights/${WEIGHTS}.pt /build/
 RUN --mount=type=bind,from=torch,source=/opt/torch,target=/opt/torch \
     --mount=type=bind,from=packages,source=/opt/packages,target=/opt/packages \
-    python -m serving.compile --checkpoint /build/${WEIGHTS}.pt --out /build/compiled
+    python -m serving.compile --checkpoint /build/${WEIGHTS}.pt --out /build/compiled ${REQUIRE:+--require ${REQUIRE}}
 COPY serving /opt/headcount/serving
 RUN --mount=type=bind,from=torch,source=/opt/torch,target=/opt/torch \
     --mount=type=bind,from=packages,source=/opt/packages,target=/opt/packages \
@@ -58,10 +66,14 @@ RUN cd /opt/torch && rm -rf torch/include torch/test bin \
     fi
 
 FROM ${BASE}
+ARG BASE
 ARG ACCELERATOR=cpu
+ARG TORCH=index
 ARG SOURCES=
 LABEL org.opencontainers.image.title="headcount" \
       org.opencontainers.image.description="Counts the people in pictures: TorchServe with YOLOv5" \
+      org.opencontainers.image.base.name="${BASE}" \
+      headcount.torch="${TORCH}" \
       headcount.sources="${SOURCES}"
 COPY --from=slim /opt/torch /opt/torch
 COPY --from=packages /opt/packages /opt/packages

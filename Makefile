@@ -62,8 +62,11 @@ up: .venv/.dev samples ## the whole program on this machine, from nothing to a c
 down: .venv/.dev ## destroy it again
 	@$(BIN)/python -m laptop down
 
-image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BUILD_ARGS=)
-	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
+image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BASE=, TORCH=cpu|index, BUILD_ARGS=)
+	@torch="$(TORCH)"; test -n "$$torch" || torch=$$($(BIN)/python -m infra.torch_source); \
+	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg TORCH="$$torch" \
+	  $(if $(BASE),--build-arg BASE=$(BASE)) $${PIP_INDEX_URL:+--build-arg INDEX="$$PIP_INDEX_URL"} \
+	  --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
 
 $(UV): requirements/tools.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \

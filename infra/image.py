@@ -14,11 +14,14 @@ from docker.utils.build import exclude_paths
 
 from infra.foundation import Foundation
 from infra.settings import Settings
+from infra.torch_source import torch_source
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 WEIGHTS: Final = Path(".headcount/weights")
 CONTEXT: Final = Path(".headcount/context")
 NAME: Final = "headcount"
+# Machine families whose processors multiply bfloat16: https://cloud.google.com/compute/docs/cpu-platforms
+BFLOAT16_FAMILIES: Final = {"c3", "c3d", "c4", "c4d", "n4"}
 
 
 class Image(pulumi.ComponentResource):
@@ -43,7 +46,10 @@ class Image(pulumi.ComponentResource):
             dockerfile={"location": os.path.relpath(context / "Dockerfile")},
             platforms=[docker_build.Platform.LINUX_AMD64],  # what Vertex AI runs, also from Apple silicon
             build_args={
+                "BASE": settings.base_image,
                 "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
+                "TORCH": "index" if settings.accelerator else settings.torch or torch_source(ROOT, pulumi.log.info),
+                "REQUIRE": required_precision(settings),
                 "WEIGHTS": weights,
                 "SOURCES": sources,
                 **settings.build_args,
@@ -77,6 +83,13 @@ class Image(pulumi.ComponentResource):
         )
         self.digest: pulumi.Output[str] = build.digest
         self.register_outputs({})
+
+
+def required_precision(settings: Settings) -> str:
+    """The precision that the network has to be compiled for, so that the stack's machines count at their full speed."""
+    if settings.accelerator:
+        return ""
+    return "bfloat16" if settings.machine_type.partition("-")[0] in BFLOAT16_FAMILIES else "float32"
 
 
 def fetch_weights(root: Path, weights: str) -> str:

@@ -204,9 +204,26 @@ class Settings(_Model):
             examples=["yolov5n"],
         ),
     ] = "yolov5n"
+    torch: Annotated[
+        Literal["", "cpu", "index"],
+        Field(
+            description="the image's torch: PyTorch's CPU index (cpu), the package index (index); empty: what answers",
+            examples=["cpu"],
+        ),
+    ] = ""
+    # The digest of a multi-platform index of September 2026. `docker buildx imagetools inspect
+    # python:3.11-slim-bookworm` prints a newer one.
+    base_image: Annotated[
+        str,
+        Field(
+            description="the image's base, with Python 3.11",
+            pattern=r"^[\w.:/-]+(@sha256:[0-9a-f]{64})?$",
+            examples=["python:3.11-slim-bookworm"],
+        ),
+    ] = "python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
     build_args: Annotated[
         dict[str, str],
-        Field(description="further arguments of the Dockerfile", examples=['{"TORCH_INDEX": "https://…"}']),
+        Field(description="further arguments of the Dockerfile", examples=['{"REQUIRE": ""}']),
     ] = {}
     builder: Annotated[
         str,

@@ -53,7 +53,7 @@ class Recorder(pulumi.runtime.Mocks):
         return f"{args.name}_id", outputs
 
     def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
-        answers = {
+        answers: dict[str, dict[Any, Any]] = {
             "gcp:organizations/getClientConfig:getClientConfig": {"accessToken": "ya29.token"},
             "gcp:projects/getProject:getProject": {"projects": [{"projectId": "my-project", "number": "42"}]},
             "gcp:storage/getProjectServiceAccount:getProjectServiceAccount": {
@@ -98,6 +98,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
     monkeypatch.setattr("infra.foundation.until_usable", usable)
     monkeypatch.setattr(image, "fetch_weights", lambda root, weights: weights)
+    monkeypatch.setattr(image, "torch_source", lambda root, say: "cpu")
     monkeypatch.setattr(image, "stage", lambda root, to, weights: "0123456789abcdef")
 
     def program(stack: str, preview: bool = False, **settings: Any) -> Program:
@@ -159,7 +160,17 @@ def test_the_image_is_for_vertex_ai_pushed_and_never_built_in_a_preview(run: Run
     assert build["push"] is True
     assert build["buildOnPreview"] is False
     assert build["tags"] == [f"{REPOSITORY}/headcount:0123456789abcdef"]
-    assert build["buildArgs"]["SOURCES"] == "0123456789abcdef"
+    arguments = build["buildArgs"]
+    assert arguments["SOURCES"] == "0123456789abcdef"
+    assert "@sha256:" in arguments["BASE"]
+    assert (arguments["TORCH"], arguments["REQUIRE"]) == ("cpu", "bfloat16")
+    other = run("dev", machineType="n1-standard-4", torch="index").recorder.one("docker-build:index:Image")
+    assert (other["buildArgs"]["TORCH"], other["buildArgs"]["REQUIRE"]) == ("index", "float32")
+    gpu = run("dev", accelerator="NVIDIA_L4").recorder
+    arguments = gpu.one("docker-build:index:Image")["buildArgs"]
+    assert (arguments["ACCELERATOR"], arguments["TORCH"], arguments["REQUIRE"]) == ("cuda", "index", "")
+    models = gpu.one("Rollout")["models"]
+    assert (models["main"]["acceleratorType"], models["main"]["acceleratorCount"]) == ("NVIDIA_L4", 1)
     assert SECRET in build["registries"], "the token is a secret"
     registry = build["registries"]["value"][0]
     assert (registry["address"], registry["username"]) == ("europe-west4-docker.pkg.dev", "oauth2accesstoken")

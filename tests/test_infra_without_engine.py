@@ -173,6 +173,7 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
 ) -> None:
     write_tiny_sources(tmp_path)
     monkeypatch.setattr(image, "ROOT", tmp_path)
+    monkeypatch.setattr(image, "torch_source", lambda root, say: "index")
     text = (ROOT / "Pulumi.local.yaml").read_text().replace(":8790", f":{sandbox.port}")
     config = {k: v if isinstance(v, str) else json.dumps(v) for k, v in yaml.safe_load(text)["config"].items()}
     monkeypatch.setenv("PULUMI_CONFIG", json.dumps(config))
