@@ -91,7 +91,7 @@ def main() -> None:
             raise SystemExit(
                 f"The network cannot be compiled for {word(precision)} here: this processor lacks "
                 f"{', '.join(sorted(missing))}, and the compiler needs them. Build on a machine that has them, as "
-                "Google's C3, C4 and N4 machines do, or build without: the image then counts at a fraction of the speed."
+                "Google's C3, C4 and N4 machines do, or build without: the image then counts more slowly."
             )
         if missing:
             print(f"not compiling for {word(precision)}: this processor lacks {', '.join(sorted(missing))}")
