@@ -1,0 +1,62 @@
+"""The package as it is built and installed elsewhere."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built from a copy: setuptools writes beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in listed.rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            (folder / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "sources" / name).write_bytes((ROOT / name).read_bytes())
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        folder / "sources",
+    ]
+    subprocess.run(build, check=True, env={**os.environ, "PIP_NO_INDEX": "1"})
+    (made,) = folder.glob("headcount-*.whl")
+    return made
+
+
+def test_the_wheel_has_the_packages_their_data_and_their_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0] for name in names if not name.partition("/")[0].endswith(".dist-info")} == {
+        "headcount", "infra", "laptop", "pulumi_vertex", "sandbox", "serving",
+    }  # fmt: skip
+    for needed in ("headcount/py.typed", "pulumi_vertex/py.typed", "pulumi_vertex/plugin/PulumiPlugin.yaml",
+                   "serving/config/log4j2.xml"):  # fmt: skip
+        assert needed in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", installed, wheel]
+    subprocess.run(install, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    program = "import headcount; print(headcount.__file__); from headcount.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert done.stdout.splitlines() == [str(installed / "headcount" / "__init__.py"), f"headcount {version}"]
