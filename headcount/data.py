@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 TIMEOUT = (10, 60)  # seconds to connect, and without a byte
 KINDS = ("images", "labels")  # sub-folders of a folder of labelled pictures
@@ -219,7 +219,7 @@ def _sources(file: DataFile) -> Iterator[tuple[str, Callable[[Path], Path]]]:
         yield mirror, lambda scratch: _copy(Path(mirror).expanduser() / file.path, scratch)
     elif mirror:
         url = f"{mirror.rstrip('/')}/{file.path}{'.zip' if file.is_folder else ''}"
-        yield url, lambda scratch: _unpacked(_download(url, scratch), file)
+        yield without_credentials(url), lambda scratch: _unpacked(_download(url, scratch), file)
     if file.home:
         yield file.home, lambda scratch: _unpacked(_download(file.home, scratch), file)
     if member := file.member:
@@ -244,7 +244,7 @@ def _download(url: str, scratch: Path) -> Path:
 
     pooch.get_logger().setLevel("ERROR")
     name = PurePosixPath(url).name
-    _say(f"fetching {url}")
+    _say(f"fetching {without_credentials(url)}")
     cache = pooch.Pooch(scratch, "", registry={name: None}, urls={name: url}, retry_if_failed=RETRIES)
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
     try:
@@ -255,6 +255,12 @@ def _download(url: str, scratch: Path) -> Path:
         raise _SourceError("no answer in time") from None
     except requests.RequestException as error:
         raise _SourceError(_reason(error)) from None
+
+
+def without_credentials(url: str) -> str:
+    """The URL as it may be printed: the address of a package index can hold a password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _reason(error: BaseException) -> str:

@@ -161,6 +161,18 @@ def test_a_wrong_archive_is_refused(httpserver: HTTPServer, tmp_path: Path, arch
     assert files(tmp_path / "home") == {}
 
 
+def test_an_index_password_is_not_printed(
+    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(httpserver, source_archive(SMALL))
+    index = httpserver.url_for("/index/").replace("://", "://user:secret@")
+    monkeypatch.setenv("PIP_INDEX_URL", index)
+    assert data.fetch("small.pt").read_bytes() == SMALL
+    said = capsys.readouterr().err
+    assert "fetching http://localhost" in said
+    assert "secret" not in said
+
+
 def test_an_index_without_the_project_is_said(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/index/some-project/").respond_with_data("<html></html>")
     with pytest.raises(DataError, match=r"on the package index: the index does not have it"):
