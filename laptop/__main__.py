@@ -52,14 +52,14 @@ def down() -> None:
             print("The sandbox is emptied, with everything that a killed or failed run left in it.", flush=True)
             sandbox.stop()
             sandbox.start("--fresh")
-            docker.forget_images(sandbox.REGISTRY_PORT)
+            docker.forget_images(sandbox.registry_port())
             force = ["--force"]
         stacks.pulumi(LOCAL, "stack", "rm", "--yes", "--preserve-config", *force)
     sandbox.stop()
     docker.remove_builder()
     for path in (sandbox.state_folder(), stacks.state_folder(), stacks.home() / "context"):
         shutil.rmtree(path, ignore_errors=True)
-    if left := [*sandbox.left(), *docker.left(sandbox.REGISTRY_PORT)]:
+    if left := [*sandbox.left(), *docker.left(sandbox.registry_port())]:
         raise StackError("\n  ".join(["Something is left. To remove it:", *left]))
     print("Nothing of stack local is left: no container, volume, process or port.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,13 +14,27 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from headcount import stacks
 from headcount.stacks import StackError
 
-PORT: Final = 8790  # as Pulumi.local.yaml has it
-REGISTRY_PORT: Final = 8791
+#: Sandboxes that this process started. They are to outlive it, of which Popen would warn.
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def port() -> int:
+    """The sandbox's port, which the stack's file has in each address."""
+    text = (stacks.project_folder() / f"Pulumi.{stacks.LOCAL}.yaml").read_text()
+    found = re.search(r"^  vertex:endpoint: http://127\.0\.0\.1:(\d+)$", text, re.MULTILINE)
+    if found is None:
+        raise StackError(
+            f"Pulumi.{stacks.LOCAL}.yaml has no line `vertex:endpoint: http://127.0.0.1:PORT`: restore it."
+        )
+    return int(found[1])
+
+
+def registry_port() -> int:
+    return port() + 1
 
 
 def state_folder() -> Path:
@@ -31,21 +46,23 @@ def start(*options: str) -> None:
     if _runs():
         return
     stacks.home().mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "sandbox", "--port", str(PORT), "--state", str(state_folder()), *options]
+    command = [sys.executable, "-m", "sandbox", "--port", str(port()), "--registry-port", str(registry_port()),
+               "--state", str(state_folder()), *options]  # fmt: skip
     with _log().open("wb") as log:
         process = subprocess.Popen(
             command, cwd=stacks.project_folder(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
+    _started.append(process)
     _pid_file().write_text(str(process.pid))
     for _ in range(300):
         if process.poll() is not None:
             raise StackError(f"The sandbox did not start: {_log().read_text().strip()}")
         with suppress(urllib.error.HTTPError, OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/projects/p/locations/l/models", timeout=2)
+            urllib.request.urlopen(f"http://127.0.0.1:{port()}/v1/projects/p/locations/l/models", timeout=2)
             return
         time.sleep(0.1)
-    raise StackError(f"The sandbox does not answer on port {PORT}; see {_log()}.")
+    raise StackError(f"The sandbox does not answer on port {port()}; see {_log()}.")
 
 
 def stop() -> None:
@@ -60,6 +77,8 @@ def stop() -> None:
     for _ in range(600):
         if not _runs():
             _pid_file().unlink()
+            while _started:
+                _started.pop().wait()
             return
         time.sleep(0.1)
     raise StackError(f"The sandbox (process {pid}) does not stop; see {_log()}.")
@@ -68,10 +87,10 @@ def stop() -> None:
 def left() -> list[str]:
     """What is left of a stopped sandbox: a line for each port that something listens on."""
     found = []
-    for port in (PORT, REGISTRY_PORT):
+    for number in (port(), registry_port()):
         with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                found.append(f"end the process that listens on port {port}")
+            if one.connect_ex(("127.0.0.1", number)) == 0:
+                found.append(f"end the process that listens on port {number}")
     return found
 
 

@@ -29,8 +29,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-deps",
         "--no-build-isolation",
         "-w",
-        folder,
-        folder / "sources",
+        str(folder),
+        str(folder / "sources"),
     ]
     subprocess.run(build, check=True, env={**os.environ, "PIP_NO_INDEX": "1"})
     (made,) = folder.glob("headcount-*.whl")
@@ -51,7 +51,18 @@ def test_the_wheel_has_the_packages_their_data_and_their_licence(wheel: Path) ->
 
 def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", installed, wheel]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(installed),
+        str(wheel),
+    ]
     subprocess.run(install, check=True)
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     program = "import headcount; print(headcount.__file__); from headcount.cli import main; main()"
