@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
-from sandbox.cloud import Settings
+from sandbox.context import Settings
 from sandbox.server import RUNNERS, Server
 
 
@@ -47,6 +47,20 @@ def options(arguments: list[str]) -> argparse.Namespace:
         default=8791,
         metavar="PORT",
         help="of the Docker registry, on 127.0.0.1, started with the first repository; 0 takes a free one (8791)",
+    )
+    parser.add_argument(
+        "--token-lifetime",
+        type=float,
+        default=3600,
+        metavar="SECONDS",
+        help="of access tokens from /oauth2/token; the registry and the APIs refuse one that has expired (3600)",
+    )
+    parser.add_argument(
+        "--account-delay",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="every other read misses a service account this long after it was made, as on Google (0)",
     )
     parser.add_argument(
         "--api-delay",
@@ -101,7 +115,9 @@ def _open(args: argparse.Namespace, port: int) -> Server:
         operation_seconds=args.operation_seconds,
         service_accounts=tuple(args.service_account),
         registry_port=args.registry_port,
+        token_lifetime=args.token_lifetime,
         api_delay=args.api_delay,
+        account_delay=args.account_delay,
     )
     return Server(settings)
 

@@ -7,6 +7,7 @@ GET    /_sandbox/requests    every request so far: time, http, method (discovery
 DELETE /_sandbox/requests    forgets them
 GET    /_sandbox/history     every state of an endpoint's traffic: trafficSplit, and available replicas by
                              deployed model, after each change of either
+POST   /_sandbox/clock       {"seconds"}: puts the sandbox's clock forward, so that delays and tokens end
 GET    /_sandbox/violations  what departed from the discovery documents (with --validate)
 """
 
@@ -19,8 +20,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from sandbox import clock
 from sandbox.errors import CODES, GoogleError, invalid, not_found
-from sandbox.store import JSON, Store, now
+from sandbox.store import JSON, Store
 
 KINDS = {
     "status": {"code"},  # answer this HTTP status, without effect
@@ -95,6 +97,9 @@ class Admin:
             case "GET", "faults":
                 shown = [{k: v for k, v in vars(f).items() if k != "details"} | f.details for f in self.faults]
                 return JSONResponse({"faults": shown})
+            case "POST", "clock":
+                clock.advance(float((await request.json())["seconds"]))
+                return JSONResponse({})
             case "GET", "requests":
                 return JSONResponse({"requests": list(self.requests)})
             case "DELETE", "requests":
@@ -133,7 +138,7 @@ class Admin:
     def journal(self, http: str, method: str, name: str, status: int) -> None:
         """Remembers a request; status 0 is a connection that was dropped."""
         if self.enabled:
-            self.requests.append({"time": now(), "http": http, "method": method, "name": name, "status": status})
+            self.requests.append({"time": clock.now(), "http": http, "method": method, "name": name, "status": status})
 
 
 async def linger(fault: JSON) -> None:

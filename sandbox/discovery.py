@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox.errors import GoogleError
+from sandbox.errors import GoogleError, error_violations
 from sandbox.store import JSON
 
 DOCUMENTS = (
@@ -72,6 +72,11 @@ class Method:
     request: str | None  # schema of the request's body
     response: str | None
     query: frozenset[str]
+
+    @property
+    def api(self) -> str:
+        """The name of the API, such as `storage`."""
+        return self.document.partition(".")[0]
 
     @property
     def version(self) -> str:
@@ -263,15 +268,7 @@ def read_request(method: Method, query: list[str], body: Any) -> JSON:
 def response_violations(method: Method, status: int, body: Any) -> list[str]:
     """What in a response departs from the document; empty when it fits."""
     if status >= 400:
-        error = body.get("error") if isinstance(body, dict) else None
-        fits = (
-            isinstance(error, dict)
-            and error.get("code") == status
-            and isinstance(error.get("message"), str)
-            and isinstance(error.get("status"), str)
-            and set(error) <= {"code", "message", "status", "details"}
-        )
-        return [] if fits else [f"not Google's error shape: {json.dumps(body)[:200]}"]
+        return error_violations(method.api, status, body)
     if not method.response:
         return [] if body == {} else ["the method answers an empty body"]
     reader = _Reader(method.document, request=False)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox.cloud import project_number
 from sandbox.errors import GoogleError, precondition
+from sandbox.projects import project_number
 from sandbox.runner import LABEL, Answer, Container, Launch, Runner, UnreachableError
 from sandbox.store import JSON
 

@@ -1,38 +1,56 @@
-"""Service accounts, and the IAM policies of every resource that has one.
+"""IAM: service accounts, and the policies of every resource that has one.
 
 https://cloud.google.com/iam/docs/reference/rest/v1/projects.serviceAccounts
 """
 
-import hashlib
+import base64
+import random
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from sandbox.cloud import Call, Cloud, project_number
+from sandbox import clock
+from sandbox.context import Call, Cloud
+from sandbox.conventions import cut
 from sandbox.errors import GoogleError, invalid, not_found
 from sandbox.store import JSON
 
 ACCOUNT_ID = re.compile(r"[a-z](?:[-a-z0-9]{4,28}[a-z0-9])")
 MEMBER = re.compile(
     r"(user|serviceAccount|group|domain|principal|principalSet|projectOwner|projectEditor|projectViewer):\S+"
+    r"|deleted:(user|serviceAccount|group):\S+\?uid=\d+"
     r"|allUsers|allAuthenticatedUsers"
 )
-
+ACCOUNT_EMAIL = re.compile(r"(?P<name>[^@]+)@(?P<project>[^.]+)\.iam\.gserviceaccount\.com")
+# Names of Google's service agents, which live in projects of Google's. Agents under @cloudservices, @developer and
+# other names have no .iam in their addresses. https://cloud.google.com/iam/docs/service-agents
+AGENT = re.compile(r"service-(org-|folder-)?(?P<number>\d+)|bq-\d+")
+# Google makes these agents when Service Usage is asked to, or when the API is first used; until then they get no roles.
+MADE_ON_DEMAND = {"gcp-sa-aiplatform"}
+# Of a policy that was never set: seen in public records of Google's answers.
+UNSET_ETAG = "ACAB"
 
 # ------------------------------------------------------------------------------------------ policies
 
 
 def policy(cloud: Cloud, resource: str, bindings: list[JSON] | None = None) -> JSON:
-    """The policy of a resource; `bindings` are those it is born with."""
-    held = cloud.store.get("policy", resource) or {"version": 1, "bindings": bindings or []}
-    text = repr([sorted(b.items(), key=str) for b in held["bindings"]])
-    held["etag"] = "BwY" + hashlib.sha256(text.encode()).hexdigest()[:9]  # base64 to clients
-    return held
+    """The policy of a resource; `bindings` are those that it is born with."""
+    held = cloud.store.get("policy", resource)
+    if held is None:
+        return {"etag": UNSET_ETAG, **({"version": 1, "bindings": bindings} if bindings else {})}
+    return {"etag": UNSET_ETAG, **{k: v for k, v in held.items() if v}}
 
 
-def set_policy(cloud: Cloud, resource: str, wanted: JSON, bindings: list[JSON] | None = None) -> JSON:
-    """Raises ABORTED when the policy changed since it was read, INVALID_ARGUMENT for what is no policy."""
-    if (etag := wanted.get("etag")) and etag != policy(cloud, resource, bindings)["etag"]:
+def set_policy(
+    cloud: Cloud, resource: str, wanted: JSON, bindings: list[JSON] | None = None, mask: str = "bindings,etag"
+) -> JSON:
+    """Replaces a resource's policy. `auditConfigs` stay as they are unless `mask` names them.
+
+    Raises ABORTED when the policy changed since it was read, and INVALID_ARGUMENT for a policy that Google refuses.
+    """
+    held = policy(cloud, resource, bindings)
+    if (etag := wanted.get("etag")) and etag != held["etag"]:
         raise GoogleError("ABORTED", "There were concurrent policy changes. Please retry the whole read-modify-write.")
     merged: dict[tuple[str, str], JSON] = {}
     for binding in wanted.get("bindings", []):
@@ -44,90 +62,37 @@ def set_policy(cloud: Cloud, resource: str, wanted: JSON, bindings: list[JSON] |
         if binding.get("members"):
             entry = merged.setdefault((role, repr(binding.get("condition"))), {**binding, "members": []})
             entry["members"] = sorted({*entry["members"], *binding["members"]})
-    saved = {"version": wanted.get("version", 1), "bindings": sorted(merged.values(), key=lambda b: b["role"])}
+    saved = {
+        "version": 3 if any("condition" in b for b in merged.values()) else 1,  # whatever version was sent
+        "etag": _new_etag(),
+        "bindings": sorted(merged.values(), key=lambda b: b["role"]),
+        "auditConfigs": (wanted if "auditConfigs" in mask else held).get("auditConfigs", []),
+    }
     with cloud.store.transaction():
         cloud.store.put("policy", resource, saved)
     return policy(cloud, resource)
+
+
+def _new_etag() -> str:
+    """Google's etags of policies hold the time in microseconds, after a byte 7."""
+    return base64.b64encode(b"\x07" + int(clock.time() * 10**6).to_bytes(7)).decode()
 
 
 def _check_member(cloud: Cloud, member: str) -> None:
     if not MEMBER.fullmatch(member):
         raise invalid(f"Invalid member {member}: it must be prefixed with a type, such as user:.")
     email = member.removeprefix("serviceAccount:")
-    here = re.fullmatch(r"[^@]+@([^.]+)\.iam\.gserviceaccount\.com", email)
-    # Google's own service agents live in projects of Google's.
-    if here and not here[1].startswith("gcp-sa-") and not cloud.store.get("account", email):
+    account = ACCOUNT_EMAIL.fullmatch(email)
+    if account is None:
+        return
+    agent = None if cloud.projects.knows(account["project"]) else AGENT.fullmatch(account["name"])
+    if agent is None:
+        known = _is_visible(cloud, email)
+    else:  # of agents of projects that it has never met, the sandbox knows nothing
+        made_here = account["project"] in MADE_ON_DEMAND and cloud.projects.knows(agent["number"] or "")
+        known = not made_here or cloud.store.get("agent", email) is not None
+    if not known:
         raise invalid(f"Service account {email} does not exist.")
-
-
-# ------------------------------------------------------------------------------------------ accounts
-
-
-def _find(call: Call) -> JSON:
-    """The account that a path names by e-mail or unique id, its project by `-` too. Raises NOT_FOUND."""
-    wanted = call.name.split("/")[3]
-    for email, account in call.cloud.store.list("account"):
-        if wanted in (email, account["uniqueId"]):
-            return account
-    raise not_found(f"Unknown service account {wanted}.")
-
-
-async def create(call: Call) -> JSON:
-    project, account_id = call.name.split("/")[1], call.body.get("accountId", "")
-    if not ACCOUNT_ID.fullmatch(account_id):
-        raise invalid(f'Invalid account id "{account_id}": 6 to 30 of a-z, 0-9 and -, a letter first.')
-    email = f"{account_id}@{project}.iam.gserviceaccount.com"
-    if call.cloud.store.get("account", email):
-        raise GoogleError(
-            "ALREADY_EXISTS", f"Service account {account_id} already exists within project projects/{project}."
-        )
-    given = call.body.get("serviceAccount", {})
-    account = {
-        "name": f"projects/{project}/serviceAccounts/{email}",
-        "projectId": project,
-        "uniqueId": "1" + project_number(email) + project_number(project)[:8],
-        "email": email,
-        "oauth2ClientId": "1" + project_number(email) + project_number(project)[:8],
-        **{k: given[k] for k in ("displayName", "description") if given.get(k)},
-    }
-    with call.cloud.store.transaction():
-        call.cloud.store.put("account", email, account)
-    return _shown(account)
-
-
-def _shown(account: JSON) -> JSON:
-    return {**account, "etag": "MDEw" + hashlib.sha256(repr(account).encode()).hexdigest()[:4]}
-
-
-async def get(call: Call) -> JSON:
-    return _shown(_find(call))
-
-
-async def list_(call: Call) -> JSON:
-    project = call.name.split("/")[1]
-    found = [_shown(a) for _, a in call.cloud.store.list("account") if a["projectId"] == project]
-    return {"accounts": found} if found else {}
-
-
-async def patch(call: Call) -> JSON:
-    account, given = _find(call), call.body.get("serviceAccount", {})
-    paths = [p for p in call.body.get("updateMask", "").split(",") if p]
-    for path in paths:
-        name = {"display_name": "displayName"}.get(path, path)
-        if name not in ("displayName", "description"):
-            raise invalid(f"Field {path} of a service account can not be updated.")
-        account[name] = given.get(name, "")
-    with call.cloud.store.transaction():
-        call.cloud.store.put("account", account["email"], account)
-    return _shown(account)
-
-
-async def delete(call: Call) -> JSON:
-    account = _find(call)
-    with call.cloud.store.transaction():
-        call.cloud.store.delete("account", account["email"])
-        call.cloud.store.delete("policy", account["name"])
-    return {}
 
 
 def policy_methods(
@@ -144,7 +109,8 @@ def policy_methods(
 
     async def put_policy(call: Call) -> JSON:
         check(call)
-        return set_policy(call.cloud, call.name, call.body.get("policy", {}))
+        mask = call.body.get("updateMask") or "bindings,etag"
+        return set_policy(call.cloud, call.name, call.body.get("policy", {}), mask=mask)
 
     async def permissions(call: Call) -> JSON:
         check(call)
@@ -155,6 +121,134 @@ def policy_methods(
         f"{prefix}.setIamPolicy": put_policy,
         f"{prefix}.testIamPermissions": permissions,
     }
+
+
+# ---------------------------------------------------------------------------------- accounts and agents
+
+
+def check_act_as(cloud: Cloud, account: str | None) -> None:
+    """Checks the caller's permission to act as a service account, with the status (400) and words of Vertex AI.
+
+    `--service-account` lists the accounts that exist and may be used; without it, every account may.
+    """
+    known = cloud.settings.service_accounts
+    if account and known and account not in known:
+        raise invalid(f"You do not have permission to act as service_account: {account}. (or it may not exist).")
+
+
+def make_agent(cloud: Cloud, email: str) -> str:
+    """Makes a service agent known, so that it can be granted roles. Returns its unique id."""
+    agent = cloud.store.get("agent", email) or {"uniqueId": _unique_id()}
+    with cloud.store.transaction():
+        cloud.store.put("agent", email, agent)
+    return str(agent["uniqueId"])
+
+
+def _unique_id() -> str:
+    return f"1{random.randrange(10**20):020}"
+
+
+_reads: Counter[str] = Counter()
+
+
+def _is_visible(cloud: Cloud, email: str) -> bool:
+    """Whether an account exists and this read sees it.
+
+    With --account-delay, every other read of a new account, the first one included, misses it. Public records show
+    such answers of Google's, in no order.
+    """
+    account = cloud.store.get("account", email)
+    if account is None:
+        return False
+    if clock.time() - account.get("created", 0) >= cloud.settings.account_delay:
+        return True
+    _reads[email] += 1
+    return _reads[email] % 2 == 0
+
+
+def _find(call: Call) -> JSON:
+    """The account that a path names by e-mail or unique id, its project possibly by `-`. Raises NOT_FOUND."""
+    wanted = call.name.split("/")[3]
+    for email, account in call.cloud.store.list("account"):
+        if wanted in (email, account["uniqueId"]):
+            return account
+    raise not_found("Unknown service account")
+
+
+def _shown(account: JSON) -> JSON:
+    return {k: v for k, v in account.items() if k != "created" and v != ""}
+
+
+async def create(call: Call) -> JSON:
+    project, account_id = call.project, call.body.get("accountId", "")
+    if not ACCOUNT_ID.fullmatch(account_id):
+        raise invalid(f'Invalid account id "{account_id}": 6 to 30 of a-z, 0-9 and -, a letter first.')
+    email = f"{account_id}@{project}.iam.gserviceaccount.com"
+    if call.cloud.store.get("account", email):
+        raise GoogleError(
+            "ALREADY_EXISTS", f"Service account {account_id} already exists within project projects/{project}."
+        )
+    given, unique = call.body.get("serviceAccount", {}), _unique_id()
+    account = {
+        "name": f"projects/{project}/serviceAccounts/{email}",
+        "projectId": project,
+        "uniqueId": unique,
+        "email": email,
+        "oauth2ClientId": unique,
+        "displayName": given.get("displayName", ""),
+        "description": given.get("description", ""),
+        "etag": _account_etag(),
+        "created": clock.time(),
+    }
+    with call.cloud.store.transaction():
+        call.cloud.store.put("account", email, account)
+    return _shown(account)
+
+
+def _account_etag() -> str:
+    return base64.b64encode(f"01{random.randrange(10**6):06}".encode()).decode()
+
+
+async def get(call: Call) -> JSON:
+    account = _find(call)
+    if not _is_visible(call.cloud, account["email"]):
+        raise not_found(f"Service account {account['name']} does not exist.")
+    return _shown(account)
+
+
+async def list_(call: Call) -> JSON:
+    found = [_shown(a) for _, a in call.cloud.store.list("account") if a["projectId"] == call.project]
+    return cut(call, "accounts", found, usual=20, most=100)
+
+
+async def patch(call: Call) -> JSON:
+    account, given = _find(call), call.body.get("serviceAccount", {})
+    paths = [p for p in call.body.get("updateMask", "").split(",") if p]
+    for path in paths:
+        name = {"display_name": "displayName"}.get(path, path)
+        if name not in ("displayName", "description"):
+            raise invalid(f"Field {path} of a service account can not be updated.")
+        account[name] = given.get(name, "")
+    account["etag"] = _account_etag()
+    with call.cloud.store.transaction():
+        call.cloud.store.put("account", account["email"], account)
+    return _shown(account)
+
+
+async def delete(call: Call) -> JSON:
+    """Deletes an account. Policies keep its bindings, under a name that says so."""
+    account, store = _find(call), call.cloud.store
+    member = f"serviceAccount:{account['email']}"
+    deleted = f"deleted:{member}?uid={account['uniqueId']}"
+    with store.transaction():
+        store.delete("account", account["email"])
+        store.delete("policy", account["name"])
+        for resource, held in store.list("policy"):
+            if any(member in binding["members"] for binding in held["bindings"]):
+                for binding in held["bindings"]:
+                    binding["members"] = sorted(deleted if m == member else m for m in binding["members"])
+                store.put("policy", resource, held)
+    return {}
 
 
 METHODS = {

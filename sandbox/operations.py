@@ -5,10 +5,11 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from sandbox.cloud import Call
-from sandbox.errors import GoogleError, invalid, not_found, precondition
-from sandbox.store import JSON, Store, now
+from sandbox.clock import now
+from sandbox.errors import GoogleError, not_found, precondition
+from sandbox.store import JSON, Store
 
 log = logging.getLogger("sandbox")
 
@@ -28,6 +29,15 @@ class Kind:
     undo: Callable[[JSON], Awaitable[None]] | None = None  # after a failure or a cancellation
 
 
+class Starter(Protocol):
+    """The call that starts an operation: its API version, and the fault that was ordered for it."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def fault(self) -> JSON: ...
+
+
 class Operations:
     def __init__(self, store: Store, minimum_seconds: float) -> None:
         self.store = store
@@ -45,7 +55,7 @@ class Operations:
                 self.running[name] = operation
                 self._tasks[name] = asyncio.create_task(self._run(operation))
 
-    def start(self, call: Call, kind: str, parent: str, target: str, request: JSON) -> JSON:
+    def start(self, call: Starter, kind: str, parent: str, target: str, request: JSON) -> JSON:
         """Begins an operation on `target` (a resource name) and answers it as it is then: not done.
 
         Called last in a handler, inside its transaction if it has one.
@@ -188,49 +198,3 @@ class Operations:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-# ------------------------------------------------------------------------------------------- methods
-
-
-async def get(call: Call) -> JSON:
-    operations = call.cloud.operations
-    operation = operations.find(call.name)
-    return operations.render(operation, call.version or operation["version"])
-
-
-async def list_(call: Call) -> JSON:
-    operations = call.cloud.operations
-    parent = call.name.removesuffix("/operations")
-    found = [o for _, o in call.cloud.store.list("operation", parent + "/")]
-    if text := call.query.get("filter", "").replace(" ", "").replace('"', ""):
-        wanted = {"done=true": True, "done:true": True, "done=false": False, "done:false": False}
-        if text not in wanted:
-            raise invalid(f'Invalid filter "{call.query["filter"]}": the sandbox understands done=true and done=false.')
-        found = [o for o in found if bool(o.get("done")) == wanted[text]]
-    found.sort(key=lambda o: str(o["createTime"]), reverse=True)
-    start, size = int(call.query.get("pageToken") or 0), int(call.query.get("pageSize") or 0) or 100
-    answer: JSON = {}
-    if shown := found[start : start + size]:
-        answer["operations"] = [operations.render(o, call.version or o["version"]) for o in shown]
-    if start + size < len(found):
-        answer["nextPageToken"] = str(start + size)
-    return answer
-
-
-async def wait(call: Call) -> JSON:
-    seconds = float((call.query.get("timeout") or "60s").removesuffix("s"))
-    operation = await call.cloud.operations.wait(call.name, min(seconds, 300))
-    return call.cloud.operations.render(operation, call.version or operation["version"])
-
-
-async def cancel(call: Call) -> JSON:
-    call.cloud.operations.cancel(call.name)
-    return {}
-
-
-METHODS = {
-    f"aiplatform.projects.locations.{owner}operations.{name}": handler
-    for owner in ("", "models.", "endpoints.")
-    for name, handler in (("get", get), ("list", list_), ("wait", wait), ("cancel", cancel))
-}

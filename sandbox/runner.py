@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 
+from sandbox.artifact_registry.gate import credentials
 from sandbox.errors import GoogleError, precondition
 
 if TYPE_CHECKING:
@@ -275,8 +276,9 @@ def _pulled(client: "docker.DockerClient", image: str) -> Any:
         return client.images.get(image)
     except docker.errors.ImageNotFound:
         pass
+    name = image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
     try:
-        return client.images.pull(*((image,) if "@" in image or ":" in image.rpartition("/")[2] else (image, "latest")))
+        return client.images.pull(name, auth_config=credentials(image))
     except docker.errors.DockerException as error:
         why = getattr(error, "explanation", None) or error
         raise precondition(f"Failed to pull the container image {image}: {why}") from None

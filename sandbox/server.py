@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,22 +14,28 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from sandbox import (
-    artifact_registry,
+    compute,
     iam,
+    oauth2,
     operations,
-    projects,
-    storage,
+    resource_manager,
+    service_usage,
     vertex_endpoints,
     vertex_models,
+    vertex_operations,
     vertex_predictions,
 )
 from sandbox.admin import Admin, linger
-from sandbox.cloud import Call, Cloud, Settings, project_number
+from sandbox.artifact_registry import repositories
+from sandbox.artifact_registry.registry import Registry
+from sandbox.context import Call, Cloud, Settings
+from sandbox.conventions import partial
 from sandbox.discovery import PREFIXES, Method, read_request, response_violations, route
-from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found
+from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found, unimplemented
 from sandbox.fleet import Fleet
-from sandbox.registry import Registry
+from sandbox.projects import Projects, project_number
 from sandbox.runner import DockerRunner, Runner, StubRunner
+from sandbox.storage import buckets, objects, paths
 from sandbox.store import JSON, Store
 
 log = logging.getLogger("sandbox")
@@ -41,14 +48,17 @@ METHODS: dict[str, Handler] = {
     **vertex_models.METHODS,
     **vertex_endpoints.METHODS,
     **vertex_predictions.METHODS,
-    **operations.METHODS,
-    **storage.METHODS,
-    **artifact_registry.METHODS,
+    **vertex_operations.METHODS,
+    **buckets.METHODS,
+    **objects.METHODS,
+    **repositories.METHODS,
     **iam.METHODS,
-    **projects.METHODS,
+    **resource_manager.METHODS,
+    **service_usage.METHODS,
+    **compute.METHODS,
 }
-# Handlers that read the body themselves: it is a container's or a file's.
-RAW = {*vertex_predictions.METHODS, *storage.RAW}
+# Handlers that read the body themselves: it is a container's or a file's, or its nulls count.
+RAW = {*vertex_predictions.METHODS, *buckets.RAW, *objects.RAW}
 RUNNERS: dict[str, Callable[[int], Runner]] = {"docker": DockerRunner, "stub": StubRunner}
 # Larger than any payload limit, so that those limits are what a caller meets.
 MAX_BODY = 64 * 2**20
@@ -66,13 +76,20 @@ class Server:
         if settings.fresh:
             store.clear()
         fleet = Fleet(RUNNERS[settings.runner](settings.port), store.id)
-        registry = Registry(settings.state / "registry", settings.registry_port, store.id)
-        self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry)
+        # Elsewhere Docker runs in a virtual machine, which reaches a container's port and not one of this process.
+        gated = sys.platform == "linux"
+        registry = Registry(settings.state / "registry", settings.registry_port, store.id, gated=gated)
+        self.cloud = Cloud(
+            settings=settings,
+            store=store,
+            projects=Projects(store),
+            operations=operations.Operations(store, settings.operation_seconds),
+            fleet=fleet,
+            registry=registry,
+        )
         self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.admin = Admin(store, settings.admin)
-        # Google answers with project numbers; callers may use either.
-        self.projects: dict[str, str] = {p["number"]: name for name, p in store.list("project")}
 
     async def start(self) -> None:
         # A thread is held while Docker pulls or stops; the default of a few would make others wait.
@@ -118,39 +135,42 @@ class Server:
 
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
+        api = path.split("/")[1]
+        api = "storage" if api in paths.ROOTS else api if api in PREFIXES else ""
         try:
             # No password protects the sandbox, so no web page may speak to it through the user's browser.
             if "origin" in request.headers:
                 raise GoogleError("PERMISSION_DENIED", "The sandbox answers no browser (the request has an Origin).")
             if path.startswith("/_sandbox/"):
                 return await self.admin.answer(request)
-            return await self._google(request, path.lstrip("/"))
+            if path == oauth2.PATH and request.method == "POST":
+                return await oauth2.issue(request, self.cloud.settings.token_lifetime)
+            return await self._google(request, api)
         except GoogleError as error:
-            return JSONResponse(error.body(), error.http)
+            return JSONResponse(error.body(api), error.http)
         except (DroppedError, ClientDisconnect):
             raise
         except Exception as error:
             log.exception("%s %s", request.method, path)
-            return JSONResponse(GoogleError("INTERNAL", f"The sandbox failed: {error!r}").body(), 500)
+            return JSONResponse(GoogleError("INTERNAL", f"The sandbox failed: {error!r}").body(api), 500)
 
-    async def _google(self, request: Request, path: str) -> Response:
-        http = request.method
-        api, _, rest = path.partition("/")
-        if api in storage.ROOTS:
-            api, http, rest = "storage", *storage.meant(request)
-        elif api not in PREFIXES:
-            api, rest = "", path
+    async def _google(self, request: Request, api: str) -> Response:
+        http, path = request.method, request.url.path.lstrip("/")
+        rest = path.removeprefix(f"{api}/")
+        if api == "storage":
+            http, rest = paths.route_of(request)
         # Google's REST clients ask for operations under /ui/ (the first of their http options).
         version, _, name = rest.partition("/")
         method = route(http, f"v1/{name}" if version == "ui" else rest, api)
         if method is None:
             raise not_found(f"The requested URL /{path} was not found on this server.")
-        name = self._by_id(name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name)
+        name = self.cloud.projects.by_id(name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name)
         raw = await self._body(request)
         fault = self.admin.take(method.id, name, raw)
         status = 0
         try:
             await linger(fault)
+            oauth2.check(request)
             if fault.get("kind") == "status":
                 code = fault["code"]
                 raise GoogleError(STATUS_OF_HTTP.get(code, "UNKNOWN"), "Ordered by a fault.", http=code)
@@ -174,7 +194,7 @@ class Server:
             return response
         except GoogleError as error:
             status = error.http
-            self._check(method, status, error.body())
+            self._check(method, status, error.body(method.api))
             raise
         finally:
             self.admin.journal(request.method, method.id, name, status)
@@ -182,8 +202,9 @@ class Server:
     async def _handle(self, call: Call, version: str) -> Response:
         handler = METHODS.get(call.method.id)
         if handler is None:
-            raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} ({version}).")
-        projects.check_enabled(call)
+            raise unimplemented(f"{call.method.id} ({version})")
+        self._meet(call)
+        service_usage.check_enabled(call)
         if call.method.id in RAW:
             answer = await handler(call)
         else:
@@ -195,7 +216,7 @@ class Server:
             raise GoogleError(
                 "INTERNAL", "The sandbox's answer departs from the discovery document: " + "; ".join(found)
             )
-        return JSONResponse(shown)
+        return JSONResponse(partial(shown, call.query["fields"]) if call.query.get("fields") else shown)
 
     def _read(self, call: Call) -> Call:
         try:
@@ -207,7 +228,7 @@ class Server:
         except GoogleError as error:
             self._violation("request", call.method, error.message)
             raise
-        return dataclasses.replace(call, body=_renamed(body, self._by_id))
+        return dataclasses.replace(call, body=_renamed(body, self.cloud.projects.by_id))
 
     async def _body(self, request: Request) -> bytes:
         if int(request.headers.get("content-length", 0)) > MAX_BODY:
@@ -229,22 +250,15 @@ class Server:
     def _violation(self, part: str, method: Method, message: str) -> None:
         self.admin.violations.append({"part": part, "method": method.id, "message": message})
 
-    def _by_id(self, name: str) -> str:
-        """A resource name with the project's id, where it has its number."""
-        parts = name.split("/")
-        if len(parts) > 1 and parts[1] in self.projects:
-            parts[1] = self.projects[parts[1]]
-        return "/".join(parts)
+    def _meet(self, call: Call) -> None:
+        """Learns the number of a project that the call names by its id. Raises for a number of no known project."""
+        for project in (call.project, call.query.get("project", "")):
+            self.cloud.projects.check(project)
+            self.cloud.projects.meet(project)
 
     def _by_number(self, call: Call, answer: JSON) -> JSON:
         """The answer as Google gives it: names carry the project's number."""
-        project = call.name.split("/")[1]
-        number = project_number(project)
-        if number not in self.projects:
-            self.projects[number] = project
-            with self.cloud.store.transaction():
-                self.cloud.store.put("project", project, {"number": number})
-        mine, shown = f"projects/{project}/", f"projects/{number}/"
+        mine, shown = f"projects/{call.project}/", f"projects/{project_number(call.project)}/"
         renamed: JSON = _renamed(answer, lambda n: shown + n.removeprefix(mine) if n.startswith(mine) else n)
         return renamed
 

@@ -1,7 +1,6 @@
 """The sandbox's state: JSON documents by kind and resource name, in one SQLite file."""
 
 import builtins
-import datetime
 import fcntl
 import json
 import sqlite3
@@ -12,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 JSON = dict[str, Any]
-
-
-def now() -> str:
-    """The time as Google writes it: RFC 3339, microseconds, Z."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 class Store:

@@ -103,6 +103,10 @@ class RunningSandbox:
     def clear_faults(self) -> None:
         self.admin("DELETE", "faults")
 
+    def advance(self, seconds: float) -> None:
+        """Puts the sandbox's clock forward, so that its delays and tokens end."""
+        self.admin("POST", "clock", {"seconds": seconds})
+
     def requests(self) -> list[dict[str, Any]]:
         return list(self.admin("GET", "requests")["requests"])
 

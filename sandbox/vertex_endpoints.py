@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable
 
 from sandbox import vertex_models
-from sandbox.cloud import Call, Cloud, check_act_as, check_display_name, check_labels, etag, page, update_mask
+from sandbox.clock import now
+from sandbox.context import Call, Cloud
+from sandbox.conventions import check_display_name, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.fleet import Serving, serving
+from sandbox.iam import check_act_as
 from sandbox.operations import Kind
-from sandbox.store import JSON, now
+from sandbox.store import JSON
 
 # A letter first: up to 63 of [a-z0-9-], the last not a hyphen; a digit first: up to 9 digits, no leading
 # zero (discovery document, endpoints.create, endpointId).

@@ -10,19 +10,13 @@ import re
 import time
 from collections.abc import Callable
 
-from sandbox.cloud import (
-    Call,
-    Cloud,
-    check_act_as,
-    check_display_name,
-    check_labels,
-    etag,
-    page,
-    update_mask,
-)
+from sandbox.clock import now
+from sandbox.context import Call, Cloud
+from sandbox.conventions import check_display_name, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
+from sandbox.iam import check_act_as
 from sandbox.operations import Kind
-from sandbox.store import JSON, now
+from sandbox.store import JSON
 
 MODEL_ID = re.compile(r"[a-z_][a-z0-9_-]{0,62}")
 ALIAS = re.compile(r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]")

@@ -9,7 +9,7 @@ import random
 from starlette.responses import Response
 
 from sandbox import vertex_endpoints, vertex_models
-from sandbox.cloud import Call
+from sandbox.context import Call
 from sandbox.discovery import read_request
 from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, precondition
 from sandbox.fleet import serving

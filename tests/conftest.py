@@ -24,7 +24,7 @@ import pytest
 from helpers import ROOT, free_port
 
 from headcount.data import fetch, find_weights
-from sandbox.registry import Registry
+from sandbox.artifact_registry.registry import Registry
 
 # The user's environment changes no result. HEADCOUNT_HOME and HEADCOUNT_MIRROR only say where files are.
 _KEPT = {"HEADCOUNT_REQUIRE", "HEADCOUNT_HOME", "HEADCOUNT_MIRROR"}

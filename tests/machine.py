@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from headcount.data import DataError, fetch
-from sandbox.registry import IMAGE as REGISTRY_IMAGE
+from sandbox.artifact_registry.registry import IMAGE as REGISTRY_IMAGE
 
 BASE_IMAGE = "python:3.11-slim-bookworm"  # as the Dockerfile has it
 ENGINE_HOME = Path(__file__).resolve().parent.parent / ".headcount" / "pulumi" / "cli" / "bin"  # `make up` installs it

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from infra import BUILD
 from infra.settings import Names, Release, Settings, read
-from sandbox import artifact_registry, cloud, iam, storage, vertex_endpoints, vertex_models
+from sandbox import conventions, iam, vertex_endpoints, vertex_models
+from sandbox.artifact_registry import repositories
+from sandbox.storage import buckets
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"gcp:project": "my-project", "gcp:region": "europe-west4"}
@@ -173,15 +175,15 @@ STACKS = st.text(string.ascii_letters + string.digits + "_.-", min_size=1, max_s
 @given(PROJECTS.filter(lambda p: not re.search("g[o0]{2}g", p)), REGIONS, STACKS)
 def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None:
     names = Names(project, region, stack)
-    assert storage.BUCKET.fullmatch(names.bucket)
+    assert buckets.BUCKET.fullmatch(names.bucket)
     assert len(names.bucket) <= 63
-    assert artifact_registry.REPOSITORY_ID.fullmatch(names.repository)
+    assert repositories.REPOSITORY_ID.fullmatch(names.repository)
     assert iam.ACCOUNT_ID.fullmatch(names.service_account)
     assert vertex_models.MODEL_ID.fullmatch(names.model)
     assert vertex_endpoints.ENDPOINT_ID.fullmatch(names.endpoint)
     assert names.endpoint.isdigit()
     assert len(names.endpoint) <= 10
-    cloud.check_labels(names.labels)
+    conventions.check_labels(names.labels)
 
 
 @given(STACKS, STACKS)

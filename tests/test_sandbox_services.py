@@ -20,7 +20,7 @@ from google.cloud.artifactregistry_v1 import ArtifactRegistryClient, Repository
 from googleapiclient import discovery
 from googleapiclient.errors import HttpError
 
-from sandbox import registry
+from sandbox.artifact_registry import registry
 from sandbox.testing import RunningSandbox
 
 PROJECT = "my-project"

@@ -1,7 +1,7 @@
 """The Docker registry behind Artifact Registry: the reference registry, as a program or as a container.
 
-`docker-registry` (Debian's name) or `registry` on the PATH is started as a child; else the image registry:2 with
-its port published on loopback. The container is what makes it reachable where Docker runs in a virtual machine.
+`docker-registry` (Debian's name) or `registry` on the PATH is started as a child; else the image registry:2 is, with
+its port published on loopback. Only a container can be reached from a Docker engine that runs in a virtual machine.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from sandbox.artifact_registry.gate import Gate, listen
 from sandbox.errors import precondition
 
 if TYPE_CHECKING:
@@ -53,15 +54,19 @@ def _free_port() -> int:
 class Registry:
     """One registry on 127.0.0.1:`port` (0: a free one), its images in `folder`, or in a volume named after `state`.
 
-    Its methods block.
+    A `gated` one asks for access tokens; the registry itself then listens on another port. Its methods block.
     """
 
-    def __init__(self, folder: Path, port: int, state: str) -> None:
+    def __init__(self, folder: Path, port: int, state: str, *, gated: bool = False) -> None:
         self._folder = folder.resolve()
         self._program = shutil.which("docker-registry") or shutil.which("registry")
         self._process: subprocess.Popen[bytes] | None = None
         self._name = f"headcount-registry-{state}"
         self.address = f"127.0.0.1:{port or _free_port()}"
+        self._gated = gated
+        self._gate: Gate | None = None
+        self._started = False  # the container
+        self._backend = f"127.0.0.1:{_free_port()}" if gated else self.address
 
     # ----------------------------------------------------------------------------------- start, stop
 
@@ -69,34 +74,41 @@ class Registry:
         """Returns when the registry answers. Raises FAILED_PRECONDITION, which says what to install."""
         if self._running():
             return
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(f"http://{self.address}/", timeout=2, trust_env=False)
-            if not self._adopt():
-                raise precondition(
-                    f"Something else listens on {self.address}, which the sandbox's Docker registry needs: stop it, "
-                    "or choose another port with --registry-port."
-                )
-        if self._program:
-            self._start_program()
+        self.stop()  # also a container that a killed sandbox left
+        if self._gated:
+            self._gate = Gate(self.address, self._backend)
+            self._gate.open()
         else:
-            self._start_container()
+            listen(self.address).close()
+        try:
+            if self._program:
+                self._start_program()
+            else:
+                self._start_container()
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://{self.address}/v2/", timeout=2, trust_env=False).status_code == 200:
+                if httpx.get(f"http://{self._backend}/v2/", timeout=2, trust_env=False).status_code == 200:
                     return
             time.sleep(0.05)
-        raise precondition(f"The Docker registry on {self.address} does not answer; see {self._folder}/log.")
+        raise precondition(f"The Docker registry on {self._backend} does not answer; see {self._folder}/log.")
 
     def _running(self) -> bool:
         if self._process:
             return self._process.poll() is None
-        return False
+        container = self._container() if self._started else None
+        return container is not None and container.status == "running"
 
     def _start_program(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "config.yml"
-        config.write_text(CONFIG.format(root=self._folder / "images", address=self.address))
+        config.write_text(CONFIG.format(root=self._folder / "images", address=self._backend))
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [str(self._program), "serve", str(config)],
@@ -109,6 +121,9 @@ class Registry:
 
     def stop(self) -> None:
         """Stops the registry; its images stay."""
+        if self._gate:
+            self._gate.close()
+            self._gate = None
         if self._process and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -117,6 +132,7 @@ class Registry:
                 self._process.kill()
                 self._process.wait()
         self._process = None
+        self._started = False
         if not self._program and (container := self._container()):
             container.remove(force=True)
 
@@ -145,7 +161,7 @@ class Registry:
         """(image, tag, digest) of everything tagged below `folder`."""
         self.start()
         found = []
-        with httpx.Client(base_url=f"http://{self.address}/v2/", timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=f"http://{self._backend}/v2/", timeout=30, trust_env=False) as client:
             for name in client.get("_catalog", params={"n": 1000}).json().get("repositories", []):
                 if not name.startswith(folder + "/"):
                     continue
@@ -209,10 +225,6 @@ class Registry:
         except docker.errors.NotFound:
             return None
 
-    def _adopt(self) -> bool:
-        """Whether what listens is our own container, left by a sandbox that was killed."""
-        return not self._program and self._container() is not None
-
     def _start_container(self) -> None:
         import docker
 
@@ -220,10 +232,7 @@ class Registry:
             raise precondition(
                 "Artifact Registry needs a Docker registry here: start Docker, or install docker-registry."
             )
-        if container := self._container():
-            container.start()
-            return
-        host, port = self.address.split(":")
+        host, port = self._backend.split(":")
         try:
             client.containers.run(
                 IMAGE,
@@ -233,6 +242,7 @@ class Registry:
                 volumes=self._volumes,
                 environment={"REGISTRY_STORAGE_DELETE_ENABLED": "true", "REGISTRY_LOG_LEVEL": "error"},
             )
+            self._started = True
         except docker.errors.DockerException as error:
             raise precondition(
                 f"The Docker registry does not start: {error}. Pull {IMAGE}, or install docker-registry."

@@ -1,29 +1,43 @@
-"""Artifact Registry: Docker repositories, each a folder of the registry that runs beside the sandbox.
+"""Artifact Registry's repositories for Docker images, each a folder of the registry that runs beside the sandbox.
 
 https://cloud.google.com/artifact-registry/docs/reference/rest
-A repository's `registryUri` is what images are pushed to. On Google it is LOCATION-docker.pkg.dev/…; here it is
-the registry's own address, so whoever takes it from there needs to know nothing of the sandbox.
+A repository's `registryUri` is where images are pushed to. On Google it is LOCATION-docker.pkg.dev/…; here it is the
+registry's own address, so that a caller who takes it from there needs to know nothing of the sandbox.
 """
 
 import asyncio
-import random
 import re
+import uuid
 from typing import Any
 
-from sandbox.cloud import Call, check_labels, update_mask
-from sandbox.errors import GoogleError, invalid, not_found
+from sandbox import clock
+from sandbox.context import Call
+from sandbox.conventions import check_labels, cut, update_mask
+from sandbox.errors import GoogleError, invalid, not_found, unimplemented
 from sandbox.iam import policy_methods
-from sandbox.store import JSON, now
+from sandbox.store import JSON
 
 REPOSITORY_ID = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 PROJECT_ID = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")  # a folder's name
-MUTABLE = ("description", "labels", "cleanupPolicies", "cleanupPolicyDryRun", "dockerConfig")
+KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
+STANDARD = "STANDARD_REPOSITORY"
+MUTABLE = (
+    "description",
+    "labels",
+    "cleanupPolicies",
+    "cleanupPolicyDryRun",
+    "dockerConfig",
+    "vulnerabilityScanningConfig",
+)
+ABSENT_FROM_OPERATIONS = ("createTime", "updateTime", "registryUri")
+SCANNER = "containerscanning.googleapis.com"
 
 
-def _find(call: Call) -> JSON:
-    repository = call.cloud.store.get("repository", call.name)
+def _find(call: Call, name: str = "") -> JSON:
+    """The repository of a name, which is the path's where none is given. Raises NOT_FOUND."""
+    repository = call.cloud.store.get("repository", name or call.name)
     if not repository:
-        raise not_found(f"Requested entity was not found: {call.name}.")
+        raise not_found("Requested entity was not found.")
     return repository
 
 
@@ -33,13 +47,33 @@ def folder(name: str) -> str:
     return f"{parts[1]}/{parts[5]}"
 
 
+def _shown(call: Call, repository: JSON) -> JSON:
+    """The repository with what depends on the moment: its address, and whether its images are scanned."""
+    project, location = (repository["name"].split("/")[n] for n in (1, 3))
+    wanted = repository.get("vulnerabilityScanningConfig", {}).get("enablementConfig")
+    scanner = call.cloud.store.get("service", f"{project}/{SCANNER}")
+    scanning: JSON = {"enablementState": "SCANNING_DISABLED", "lastEnableTime": repository["createTime"]}
+    if wanted:
+        scanning["enablementConfig"] = wanted
+    if scanner is None:
+        scanning["enablementStateReason"] = f"API {SCANNER} is not enabled."
+    elif wanted != "DISABLED":
+        scanning |= {"enablementState": "SCANNING_ACTIVE", "lastEnableTime": clock.rfc3339(scanner["time"])}
+    return {
+        **repository,
+        "registryUri": f"{call.cloud.registry.address}/{folder(repository['name'])}",
+        "vulnerabilityScanningConfig": scanning,
+        **({"satisfiesPzi": True} if "-" in location else {}),
+    }
+
+
 def _operation(call: Call, location: str, response: JSON, kind: str) -> JSON:
     """An operation that is done when it is next asked for."""
     version = call.method.version
     prefix = "type.googleapis.com/"
     full = kind if "." in kind else f"google.devtools.artifactregistry.{version}.{kind}"
     operation: JSON = {
-        "name": f"{location}/operations/{random.randrange(10**18, 9 * 10**18)}",
+        "name": f"{location}/operations/{uuid.uuid4()}",
         "metadata": {"@type": f"{prefix}google.devtools.artifactregistry.{version}.OperationMetadata"},
     }
     done = {**operation, "done": True, "response": {"@type": prefix + full, **response}}
@@ -53,39 +87,35 @@ async def create(call: Call) -> JSON:
     wanted = call.query.get("repositoryId", call.query.get("repository_id", ""))
     if not REPOSITORY_ID.fullmatch(wanted):
         raise invalid(f'Invalid repository id "{wanted}": at most 63 of a-z, 0-9 and -, a letter first.')
-    if not PROJECT_ID.fullmatch(call.name.split("/")[1]):
+    if not PROJECT_ID.fullmatch(call.project):
         raise invalid(f"Invalid project in {call.name}.")
-    if repository.get("format") != "DOCKER":
-        raise GoogleError(
-            "UNIMPLEMENTED",
-            f"The sandbox does not implement {call.method.id} with format {repository.get('format')}.",
-        )
+    if repository.get("mode") in (None, "MODE_UNSPECIFIED"):
+        repository["mode"] = STANDARD
+    for field, only in (("format", "DOCKER"), ("mode", STANDARD)):
+        if repository.get(field) != only:
+            raise unimplemented(f"{call.method.id} with {field} {repository.get(field)}")
+    if (key := repository.get("kmsKeyName", "")) and not KMS_KEY.fullmatch(key):
+        raise invalid(f"Invalid kms_key_name {key}: projects/P/locations/L/keyRings/R/cryptoKeys/K.")
     check_labels(repository.get("labels", {}))
     name = f"{call.name}/{wanted}"
     if cloud.store.get("repository", name):
         raise GoogleError("ALREADY_EXISTS", "the repository already exists")
     await asyncio.to_thread(cloud.registry.start)
-    time = now()
-    repository |= {
-        "name": name,
-        "createTime": time,
-        "updateTime": time,
-        "mode": repository.get("mode", "STANDARD_REPOSITORY"),
-        "registryUri": f"{cloud.registry.address}/{folder(name)}",
-        "vulnerabilityScanningConfig": {"enablementState": "SCANNING_DISABLED"},
-    }
+    now = clock.now()
+    repository |= {"name": name, "createTime": now, "updateTime": now}
     with cloud.store.transaction():
         cloud.store.put("repository", name, repository)
-    return _operation(call, call.name.rpartition("/")[0], repository, "Repository")
+    response = {k: v for k, v in _shown(call, repository).items() if k not in ABSENT_FROM_OPERATIONS}
+    return _operation(call, call.location, response, "Repository")
 
 
 async def get(call: Call) -> JSON:
-    return _find(call)
+    return _shown(call, _find(call))
 
 
 async def list_(call: Call) -> JSON:
-    found = [r for _, r in call.cloud.store.list("repository", call.name + "/")]
-    return {"repositories": found} if found else {}
+    found = [_shown(call, r) for _, r in call.cloud.store.list("repository", call.name + "/")]
+    return cut(call, "repositories", found, usual=1000, most=1000)
 
 
 async def patch(call: Call) -> JSON:
@@ -98,10 +128,10 @@ async def patch(call: Call) -> JSON:
         if name in call.body:
             repository[name] = call.body[name]
     check_labels(repository.get("labels", {}))
-    repository["updateTime"] = now()
+    repository["updateTime"] = clock.now()
     with call.cloud.store.transaction():
         call.cloud.store.put("repository", call.name, repository)
-    return repository
+    return _shown(call, repository)
 
 
 async def delete(call: Call) -> JSON:
@@ -112,7 +142,7 @@ async def delete(call: Call) -> JSON:
         cloud.store.delete("policy", call.name)
     last = not cloud.store.list("repository")
     await asyncio.to_thread(cloud.registry.remove, "" if last else folder(call.name))
-    return _operation(call, "/".join(call.name.split("/")[:4]), {}, "google.protobuf.Empty")
+    return _operation(call, call.location, {}, "google.protobuf.Empty")
 
 
 async def get_operation(call: Call) -> JSON:
@@ -123,19 +153,17 @@ async def get_operation(call: Call) -> JSON:
 
 
 async def docker_images(call: Call) -> JSON:
-    """What is tagged in the repository, by digest."""
+    """The tagged images of the repository, by digest."""
     parent = call.name.removesuffix("/dockerImages")
-    repository = call.cloud.store.get("repository", parent)
-    if not repository:
-        raise not_found(f"Requested entity was not found: {parent}.")
+    uri = _shown(call, _find(call, parent))["registryUri"]
     found: dict[str, list[str]] = {}
     for image, tag, digest in await asyncio.to_thread(call.cloud.registry.images, folder(parent)):
         found.setdefault(f"{image}@{digest}", []).append(tag)
     images = [
-        {"name": f"{call.name}/{image}", "uri": f"{repository['registryUri']}/{image}", "tags": sorted(tags)}
+        {"name": f"{call.name}/{image}", "uri": f"{uri}/{image}", "tags": sorted(tags)}
         for image, tags in sorted(found.items())
     ]
-    return {"dockerImages": images} if images else {}
+    return cut(call, "dockerImages", images, usual=1000, most=1000)
 
 
 _PREFIX = "artifactregistry.projects.locations"

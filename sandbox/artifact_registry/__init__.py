@@ -1,0 +1,1 @@
+"""Artifact Registry: repositories, and the Docker registry that holds their images."""

@@ -1,0 +1,145 @@
+"""The door of the Docker registry: it asks for access tokens as Artifact Registry does, and passes requests on.
+
+https://cloud.google.com/artifact-registry/docs/docker/authentication#token
+The registry's own authentication knows fixed passwords, or tokens signed with a certificate. Google's password is an
+OAuth access token with the user name `oauth2accesstoken`, which ends after an hour.
+"""
+
+import base64
+import binascii
+import socket
+import threading
+from collections.abc import AsyncIterator
+
+import httpx
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from sandbox import clock, oauth2
+from sandbox.errors import precondition
+
+USER = "oauth2accesstoken"
+TOKEN_PATH = "/v2/token"
+HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
+
+
+def credentials(image: str) -> dict[str, str] | None:
+    """What the sandbox itself presents when it pulls an image: Google's service agents have tokens of their own."""
+    return {"username": USER, "password": oauth2.TOKEN} if image.startswith("127.0.0.1:") else None
+
+
+def _presented(request: Request) -> str | None:
+    """The token in a request's Authorization header, or None where it has none. "" is a header of no use."""
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    if kind == "Bearer":
+        return value
+    if kind != "Basic":
+        return None
+    try:
+        user, _, password = base64.b64decode(value).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+    return password if user == USER else ""
+
+
+def _refusal(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"errors": [{"code": code, "message": message}]}, status, headers)
+
+
+def listen(address: str) -> socket.socket:
+    """A socket that listens on HOST:PORT. Raises FAILED_PRECONDITION when the port is taken."""
+    host, port = address.split(":")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, int(port)))
+    except OSError:
+        listener.close()
+        raise precondition(
+            f"Something else listens on {address}, which the sandbox's Docker registry needs: stop it, or choose "
+            "another port with --registry-port."
+        ) from None
+    listener.listen(128)
+    return listener
+
+
+class Gate:
+    """Listens on `address` in a thread of its own while it is open, and asks `backend`, both HOST:PORT."""
+
+    def __init__(self, address: str, backend: str) -> None:
+        self.address, self._backend = address, backend
+        config = uvicorn.Config(self, lifespan="off", log_level="error", access_log=False, timeout_graceful_shutdown=2)
+        self._server = uvicorn.Server(config)
+        self._thread: threading.Thread | None = None
+        self._client: httpx.AsyncClient | None = None
+
+    def open(self) -> None:
+        """Returns when requests can be sent. Raises FAILED_PRECONDITION when the port is taken."""
+        listener = listen(self.address)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, name="registry gate")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        if self._thread:
+            self._thread.join()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await self._answer(request)
+            await response(scope, receive, send)
+        except ClientDisconnect:
+            return
+
+    async def _answer(self, request: Request) -> Response:
+        token = _presented(request)
+        if request.url.path == TOKEN_PATH:
+            return self._token(token)
+        if token is None or not oauth2.is_accepted(token):
+            realm = f'Bearer realm="http://{self.address}{TOKEN_PATH}",service="{self.address}"'
+            return _refusal(401, "UNAUTHORIZED", "authentication required", {"www-authenticate": realm})
+        return await self._pass_on(request)
+
+    @staticmethod
+    def _token(token: str | None) -> Response:
+        """Exchanges a password for a bearer token, which is the same one. Nothing here is public."""
+        if token is None:
+            return _refusal(403, "DENIED", "Unauthenticated request. Log in as oauth2accesstoken with an access token.")
+        if not oauth2.is_accepted(token):
+            return _refusal(401, "UNAUTHORIZED", "The access token has expired, or is not one of the sandbox's.")
+        left = min((oauth2.expiry(token) or 0) - clock.time(), 3600)
+        return JSONResponse({"token": token, "access_token": token, "expires_in": int(left)})
+
+    async def _pass_on(self, request: Request) -> Response:
+        if self._client is None:  # made in the thread's own event loop
+            limits = httpx.Limits(max_connections=None)
+            self._client = httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
+        url = httpx.URL(f"http://{self._backend}", raw_path=request.scope["raw_path"] + _query(request))
+        # The registry makes the addresses in its answers from the Host header.
+        kept = [(k, v) for k, v in request.headers.raw if k not in HOP_BY_HOP and k != b"authorization"]
+        has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
+        content = request.stream() if has_body else None
+        try:
+            asked = self._client.build_request(request.method, url, headers=kept, content=content)
+            answer = await self._client.send(asked, stream=True)
+        except httpx.HTTPError as error:
+            return _refusal(502, "UNAVAILABLE", f"The registry does not answer: {error!r}")
+        response = StreamingResponse(_body(answer), answer.status_code)
+        response.raw_headers = [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in HOP_BY_HOP]
+        return response
+
+
+def _query(request: Request) -> bytes:
+    query: bytes = request.scope["query_string"]
+    return b"?" + query if query else b""
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        await answer.aclose()

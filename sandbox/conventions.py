@@ -1,0 +1,180 @@
+"""Conventions that Google's APIs share: labels, names, etags, update masks, filters, pages and partial answers."""
+
+import hashlib
+import re
+from typing import Any, Protocol
+
+from sandbox.errors import invalid
+from sandbox.store import JSON
+
+# ------------------------------------------------------------------------------------ fields of resources
+
+# https://cloud.google.com/resource-manager/docs/labels-overview#requirements
+_LABEL_KEY = re.compile(r"[^\W\dA-Z_-][\w-]{0,62}")
+_LABEL_VALUE = re.compile(r"[\w-]{0,63}")
+
+
+def check_labels(labels: JSON) -> None:
+    """Raises INVALID_ARGUMENT unless `labels` follow Google Cloud's rules."""
+    if len(labels) > 64:
+        raise invalid(f"At most 64 labels are allowed; there are {len(labels)}.")
+    for key, value in labels.items():
+        if not _LABEL_KEY.fullmatch(key) or key != key.lower():
+            raise invalid(f'Invalid label key "{key}": at most 63 lower-case letters, digits, _ and -, a letter first.')
+        if not _LABEL_VALUE.fullmatch(value) or value != value.lower():
+            raise invalid(f'Invalid value "{value}" of label "{key}": at most 63 lower-case letters, digits, _ and -.')
+
+
+def check_display_name(resource: JSON) -> None:
+    """Raises INVALID_ARGUMENT unless the resource has a display name of at most 128 characters."""
+    name = resource.get("displayName", "")
+    if not name:
+        raise invalid("Required field display_name is not set.")
+    if len(name) > 128:
+        raise invalid(f"display_name can be up to 128 characters long; it has {len(name)}.")
+
+
+def etag(resource: JSON, fields: tuple[str, ...]) -> str:
+    """Hash of the fields that an update may set, so that a change made by the server causes no conflict."""
+    text = repr([(f, sorted(v.items()) if isinstance(v := resource.get(f), dict) else v) for f in fields])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------ requests and answers
+
+
+class HasQuery(Protocol):
+    """A request's query parameters."""
+
+    @property
+    def query(self) -> dict[str, str]: ...
+
+
+def _camel(name: str) -> str:
+    return re.sub(r"_([a-z0-9])", lambda m: m[1].upper(), name)
+
+
+def update_mask(query: dict[str, str]) -> list[str]:
+    """The paths of `updateMask`, in camelCase. Raises INVALID_ARGUMENT when there are none."""
+    text = query.get("updateMask", query.get("update_mask", ""))
+    paths = [_camel(p.strip()) for p in text.split(",") if p.strip()]
+    if not paths:
+        raise invalid("Required field update_mask is not set.")
+    return paths
+
+
+_TERM = re.compile(r'\s*(?P<field>[\w.]+|labels\."[^"]+")\s*(?P<op>!=|=|:)\s*(?P<value>"[^"]*"|\S+)\s*')
+
+
+def _matches(term: "re.Match[str]", item: JSON, id_field: str) -> bool:
+    path, op, value = term["field"], term["op"], term["value"].strip('"')
+    labels = item.get("labels", {})
+    if path == "labels" and op == ":":
+        return value in labels
+    if path.startswith("labels."):
+        key = path.partition(".")[2].strip('"')
+        if op == ":":
+            return key in labels and value in ("*", labels[key])
+        return bool(labels.get(key) == value) == (op == "=")
+    known = {"display_name": "displayName", "displayName": "displayName", id_field: "name"}
+    if path not in known or op == ":":
+        raise invalid(
+            f'Invalid filter "{term[0].strip()}": the sandbox understands display_name, {id_field} '
+            "(= and !=), labels.KEY=VALUE, labels.KEY:* and labels:KEY, joined by AND."
+        )
+    actual = item.get(known[path], "")
+    if path == id_field:
+        actual = actual.rpartition("/")[2]
+    return bool(actual == value) == (op == "=")
+
+
+def page(call: HasQuery, key: str, items: list[JSON], id_field: str) -> JSON:
+    """The answer of a list method: filtered, ordered, and cut to the page that the request names.
+
+    Raises INVALID_ARGUMENT for a filter, an order or a page token that the sandbox does not understand.
+    """
+    query = call.query
+    if text := query.get("filter", "").strip():
+        terms = []
+        for part in re.split(r"\s+AND\s+", text):
+            term = _TERM.fullmatch(part)
+            if not term:
+                raise invalid(f'Invalid filter "{part}".')
+            terms.append(term)
+        items = [i for i in items if all(_matches(t, i, id_field) for t in terms)]
+    for order in reversed([o for o in query.get("orderBy", "").split(",") if o.strip()]):
+        field_name, _, direction = order.strip().partition(" ")
+        field_name = _camel(field_name)
+        if field_name not in ("createTime", "updateTime", "displayName") or direction not in ("", "asc", "desc"):
+            raise invalid(f'Invalid order_by "{order}": create_time, update_time or display_name, asc or desc.')
+        items = sorted(items, key=lambda i: i.get(field_name, ""), reverse=direction == "desc")
+    answer = cut(call, key, items, most=1000)
+    if (names := query.get("readMask")) and key in answer:
+        kept = {_camel(n) for n in names.split(",")} | {"name"}
+        answer[key] = [{k: v for k, v in item.items() if k in kept} for item in answer[key]]
+    return answer
+
+
+def cut(call: HasQuery, key: str, items: list[JSON], *, usual: int = 100, most: int, size: str = "pageSize") -> JSON:
+    """The page of `items` that the request names, with the token of the next one.
+
+    `usual` and `most` are the API's default and greatest page size; `size` is the parameter that asks for another.
+    Raises INVALID_ARGUMENT for a token or a size that is no number.
+    """
+    try:
+        start, count = int(call.query.get("pageToken") or 0), int(call.query.get(size) or 0)
+    except ValueError:
+        raise invalid(f"Invalid pageToken or {size}.") from None
+    if count < 0 or start < 0:
+        raise invalid(f"{size} can not be negative.")
+    count = min(count or usual, most)
+    answer: JSON = {}
+    if shown := items[start : start + count]:
+        answer[key] = shown
+    if start + count < len(items):
+        answer["nextPageToken"] = str(start + count)
+    return answer
+
+
+def partial(answer: Any, fields: str) -> Any:
+    """The part of an answer that the query parameter `fields` selects, such as `items(id,owner/name),nextPageToken`.
+
+    https://cloud.google.com/storage/docs/json_api#partial-response
+    """
+    tokens: list[str] = re.findall(r"[^,/()]+|[,/()]", fields.replace(" ", ""))
+
+    def take(kind: str) -> str:
+        if not tokens or (tokens[0] in ",/()") != bool(kind) or not tokens[0].startswith(kind):
+            raise invalid(f"Invalid field selection {fields}")
+        return tokens.pop(0)
+
+    def read() -> JSON:
+        tree: JSON = {}
+        while True:
+            node = tree.setdefault(take(""), {})
+            while tokens and tokens[0] == "/":
+                take("/")
+                node = node.setdefault(take(""), {})
+            if tokens and tokens[0] == "(":
+                take("(")
+                node.update(read())
+                take(")")
+            if not tokens or tokens[0] == ")":
+                return tree
+            take(",")
+
+    tree = read()
+    if tokens:
+        raise invalid(f"Invalid field selection {fields}")
+    return _select(answer, tree)
+
+
+def _select(value: Any, tree: JSON) -> Any:
+    if not tree:
+        return value
+    if isinstance(value, list):
+        return [_select(item, tree) for item in value]
+    if not isinstance(value, dict):
+        return value
+    every = tree.get("*")
+    return {k: _select(v, tree.get(k) or every or {}) for k, v in value.items() if k in tree or every is not None}

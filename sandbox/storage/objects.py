@@ -1,0 +1,242 @@
+"""Objects of Cloud Storage, with their generations.
+
+https://cloud.google.com/storage/docs/json_api/v1/objects
+Contents lie in files beside the state, each named by a random key.
+"""
+
+import base64
+import hashlib
+import json
+import random
+import re
+import urllib.parse
+from email.parser import BytesParser
+from email.policy import HTTP
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from sandbox import clock
+from sandbox.context import Call
+from sandbox.conventions import cut
+from sandbox.errors import GoogleError, invalid, not_found
+from sandbox.storage import buckets
+from sandbox.storage.paths import check_conditions, names
+from sandbox.store import JSON
+
+
+def _file(call: Call, key: str) -> Path:
+    return call.cloud.settings.state / "objects" / key
+
+
+def _key(bucket: str, name: str, generation: str) -> str:
+    return f"{bucket}/{name}\n{generation}"  # a name has no line feed
+
+
+def _object(call: Call, bucket: str, name: str) -> JSON:
+    """The generation that is asked for, else the live one. Raises NOT_FOUND."""
+    wanted = call.query.get("generation")
+    for _, found in call.cloud.store.list("object", f"{bucket}/{name}\n"):
+        if found["generation"] == wanted or (not wanted and "timeDeleted" not in found):
+            return found
+    raise not_found(f"No such object: {bucket}/{name}")
+
+
+def _shown(item: JSON) -> JSON:
+    return {k: v for k, v in item.items() if k != "file"}
+
+
+def _retire(call: Call, bucket: JSON, item: JSON) -> None:
+    """A live generation is replaced or deleted: it becomes noncurrent, or goes. Inside a transaction."""
+    key = _key(item["bucket"], item["name"], item["generation"])
+    if bucket.get("versioning", {}).get("enabled"):
+        call.cloud.store.put("object", key, {**item, "timeDeleted": clock.now("milliseconds")})
+    else:
+        call.cloud.store.delete("object", key)
+        _file(call, item["file"]).unlink(missing_ok=True)
+
+
+def _save(call: Call, bucket_name: str, metadata: JSON, content: bytes, media: str) -> JSON:
+    bucket, name = buckets.find(call, bucket_name), metadata.get("name") or call.query.get("name", "")
+    if not name or len(name.encode()) > 1024 or "\n" in name or "\r" in name:
+        raise invalid(f"Invalid object name: '{name}'")
+    live = next(
+        (o for _, o in call.cloud.store.list("object", f"{bucket_name}/{name}\n") if "timeDeleted" not in o), None
+    )
+    check_conditions(call, live)
+    md5 = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+    if metadata.get("md5Hash", md5) != md5:
+        raise invalid(f'Provided MD5 hash "{metadata["md5Hash"]}" doesn\'t match calculated MD5 hash "{md5}".')
+    # As on Google, the time in microseconds: so generations sort by age.
+    now, generation = clock.now("milliseconds"), str(int(clock.time() * 10**6))
+    key = bucket.get("encryption", {}).get("defaultKmsKeyName")
+    item = {
+        **{k: v for k, v in metadata.items() if k in ("metadata", "cacheControl", "contentEncoding")},
+        "kind": "storage#object",
+        "id": f"{bucket_name}/{name}/{generation}",
+        "name": name,
+        "bucket": bucket_name,
+        "generation": generation,
+        "metageneration": "1",
+        "contentType": metadata.get("contentType") or media,
+        "storageClass": bucket["storageClass"],
+        "size": str(len(content)),
+        "md5Hash": md5,
+        "crc32c": base64.b64encode(_crc32c(content).to_bytes(4)).decode(),
+        "etag": "C" + md5[:10],
+        "timeCreated": now,
+        "updated": now,
+        **({"kmsKeyName": f"{key}/cryptoKeyVersions/1"} if key else {}),
+        "file": f"{random.getrandbits(128):032x}",
+    }
+    path = _file(call, item["file"])
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with call.cloud.store.transaction():
+        if live:
+            _retire(call, bucket, live)
+        call.cloud.store.put("object", _key(bucket_name, name, generation), item)
+    return _shown(item)
+
+
+def _crc32c(content: bytes) -> int:
+    import google_crc32c  # what Google's own client computes it with
+
+    return int(google_crc32c.value(content))
+
+
+def _split(call: Call) -> tuple[JSON, bytes, str]:
+    """(metadata, content, content type) of a multipart/related upload."""
+    head = f"Content-Type: {call.request.headers['content-type']}\r\n\r\n".encode()
+    message = BytesParser(policy=HTTP).parsebytes(head + call.raw)
+    parts: Any = message.get_payload()
+    if not isinstance(parts, list) or len(parts) != 2:
+        raise invalid("Multipart upload bodies need two parts: metadata and media.")
+    # The parser reads lines; the content is taken as it is, between the part's head and the last boundary.
+    boundary = b"--" + str(message.get_boundary()).encode()
+    media = call.raw.split(boundary)[2:-1]
+    content = boundary.join(media)
+    end = min(i for i in (content.find(b"\r\n\r\n"), content.find(b"\n\n")) if i >= 0)
+    skip = 4 if content[end : end + 4] == b"\r\n\r\n" else 2
+    tail = 2 if content.endswith(b"\r\n") else 1
+    return json.loads(parts[0].get_payload()), content[end + skip : -tail], parts[1].get_content_type()
+
+
+async def insert(call: Call) -> Any:
+    bucket, kind = names(call)[0], call.query.get("uploadType", "media")
+    if upload := call.query.get("upload_id"):
+        return _resume(call, bucket, upload)
+    buckets.find(call, bucket)
+    media = call.request.headers.get("content-type", "application/octet-stream")
+    if kind == "media":
+        return _save(call, bucket, {}, call.raw, media)
+    if kind == "multipart":
+        metadata, content, media = _split(call)
+        return _save(call, bucket, metadata, content, media)
+    if kind != "resumable":
+        raise invalid(f"Invalid upload type {kind}")
+    metadata = json.loads(call.raw or b"{}")
+    metadata.setdefault("name", call.query.get("name", ""))
+    metadata.setdefault("contentType", call.request.headers.get("x-upload-content-type", media))
+    upload = f"{random.getrandbits(128):032x}"
+    with call.cloud.store.transaction():
+        call.cloud.store.put("upload", upload, metadata)
+    query = {k: v for k, v in call.query.items() if k.startswith("if")} | {"upload_id": upload}
+    location = call.request.url.replace(query=urllib.parse.urlencode({"uploadType": "resumable", **query}))
+    return Response(headers={"Location": str(location)})
+
+
+def _resume(call: Call, bucket: str, upload: str) -> Response:
+    """One chunk of a resumable upload. https://cloud.google.com/storage/docs/resumable-uploads"""
+    metadata = call.cloud.store.get("upload", upload)
+    if metadata is None:
+        raise not_found("Upload not found.")
+    path = _file(call, upload)
+    path.parent.mkdir(exist_ok=True)
+    have = path.stat().st_size if path.exists() else 0
+    span = re.fullmatch(
+        r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)",
+        call.request.headers.get("content-range", f"bytes 0-{len(call.raw) - 1}/{len(call.raw)}"),
+    )
+    if span and span[1] and int(span[1]) == have:
+        with path.open("ab") as file:
+            file.write(call.raw)
+        have += len(call.raw)
+    if not span or span[3] == "*" or int(span[3]) != have:
+        return Response(status_code=308, headers={"Range": f"bytes=0-{have - 1}"} if have else {})
+    content = path.read_bytes() if path.exists() else b""
+    item = _save(call, bucket, metadata, content, "application/octet-stream")
+    path.unlink(missing_ok=True)
+    with call.cloud.store.transaction():
+        call.cloud.store.delete("upload", upload)
+    return JSONResponse(item)
+
+
+async def get(call: Call) -> Any:
+    bucket, name = names(call)
+    buckets.find(call, bucket)
+    item = _object(call, bucket, name)
+    check_conditions(call, item)
+    if call.query.get("alt") != "media":
+        return _shown(item)
+    content, status = _file(call, item["file"]).read_bytes(), 200
+    headers = {
+        "ETag": item["etag"],
+        "x-goog-hash": f"crc32c={item['crc32c']},md5={item['md5Hash']}",
+        "x-goog-generation": item["generation"],
+        "x-goog-metageneration": item["metageneration"],
+        "x-goog-stored-content-length": item["size"],
+    }
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", call.request.headers.get("range", ""))
+    if asked:
+        first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+        if first >= len(content):
+            raise GoogleError("INVALID_ARGUMENT", "Request range not satisfiable", http=416)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        content, status = content[first : last + 1], 206
+    return Response(content, status, headers, item["contentType"])
+
+
+async def list_(call: Call) -> JSON:
+    """By name and age; `prefix`, `delimiter`, `versions` and pages as Google has them."""
+    bucket, query = names(call)[0], call.query
+    buckets.find(call, bucket)
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    every = query.get("versions", "").lower() == "true"  # Python's client says True
+    items, prefixes = [], set()
+    for key, item in call.cloud.store.list("object", f"{bucket}/{prefix}"):
+        if "timeDeleted" in item and not every:
+            continue
+        name = key.removeprefix(f"{bucket}/").partition("\n")[0]
+        head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
+        if found:
+            prefixes.add(prefix + head + delimiter)
+        else:
+            items.append(_shown(item))
+    answer = {"kind": "storage#objects", **cut(call, "items", items, usual=1000, most=1000, size="maxResults")}
+    if prefixes and not query.get("pageToken"):
+        answer["prefixes"] = sorted(prefixes)
+    return answer
+
+
+async def delete(call: Call) -> Response:
+    bucket_name, name = names(call)
+    bucket, item = buckets.find(call, bucket_name), _object(call, bucket_name, name)
+    check_conditions(call, item)
+    with call.cloud.store.transaction():
+        if "generation" in call.query:  # for good
+            call.cloud.store.delete("object", _key(bucket_name, name, item["generation"]))
+            _file(call, item["file"]).unlink(missing_ok=True)
+        else:
+            _retire(call, bucket, item)
+    return Response(status_code=204)
+
+
+RAW = {"storage.objects.insert", "storage.objects.get"}
+METHODS: dict[str, Any] = {
+    "storage.objects.insert": insert,
+    "storage.objects.get": get,
+    "storage.objects.list": list_,
+    "storage.objects.delete": delete,
+}
