@@ -174,7 +174,5 @@ def _select(value: Any, tree: JSON) -> Any:
         return value
     if isinstance(value, list):
         return [_select(item, tree) for item in value]
-    if not isinstance(value, dict):
-        return value
-    every = tree.get("*")
-    return {k: _select(v, tree.get(k) or every or {}) for k, v in value.items() if k in tree or every is not None}
+    chosen = {k: (v, tree[k] if k in tree else tree["*"]) for k, v in value.items() if k in tree or "*" in tree}
+    return {k: _select(v, part) for k, (v, part) in chosen.items() if not part or isinstance(v, dict | list)}

@@ -25,6 +25,7 @@ from helpers import ROOT, free_port
 
 from headcount.data import fetch, find_weights
 from sandbox.artifact_registry.registry import Registry
+from sandbox.testing import RunningSandbox
 
 # The user's environment changes no result. HEADCOUNT_HOME and HEADCOUNT_MIRROR only say where files are.
 _KEPT = {"HEADCOUNT_REQUIRE", "HEADCOUNT_HOME", "HEADCOUNT_MIRROR"}
@@ -128,6 +129,20 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield one.address
     images.forget_images(one.address)
     one.remove("")
+
+
+@pytest.fixture(scope="session")
+def stub_sandbox() -> Iterator[RunningSandbox]:
+    """One sandbox without containers, for all tests that keep to a project of their own."""
+    with RunningSandbox("--registry-port", "0") as running:
+        yield running
+        assert [v for v in running.violations() if v["part"] == "response"] == []
+
+
+@pytest.fixture
+def project() -> str:
+    """The id of a Google Cloud project that no other test uses."""
+    return f"project-{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture(scope="session")

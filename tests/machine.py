@@ -133,6 +133,11 @@ PARTS: dict[str, Part] = {
         "let Docker pull it",
         lambda: missing("docker") or _fails([docker_client(), "pull", "-q", REGISTRY_IMAGE]),
     ),
+    "crane": Part(
+        "the registry client crane",
+        "install it: github.com/google/go-containerregistry",
+        lambda: "" if shutil.which("crane") else "there is no command `crane`",
+    ),
     "engine": Part("Pulumi's command line", "`make up` installs it, or see pulumi.com/docs/install", _no_engine),
     "compiler": Part("a C++ compiler for AVX2", "install the package g++", _no_compiler),
 }

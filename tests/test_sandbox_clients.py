@@ -1,29 +1,24 @@
 """Google's own high-level client, unchanged, against the sandbox (stub containers)."""
 
-from collections.abc import Iterator
-
 import pytest
 from google.api_core.exceptions import BadRequest, Conflict
-from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform
+from google_clients import anonymous
 
 from sandbox.testing import RunningSandbox
 
 IMAGE = "europe-west4-docker.pkg.dev/a-project/images/people@sha256:" + "0" * 64
 
 
-@pytest.fixture
-def sandbox() -> Iterator[RunningSandbox]:
-    with RunningSandbox() as running:
-        aiplatform.init(
-            project="a-project",
-            location="europe-west4",
-            api_endpoint=running.url,
-            api_transport="rest",
-            credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
-        )
-        yield running
-        assert running.violations() == []
+@pytest.fixture(autouse=True)
+def _client(stub_sandbox: RunningSandbox, project: str) -> None:
+    aiplatform.init(
+        project=project,
+        location="europe-west4",
+        api_endpoint=stub_sandbox.url,
+        api_transport="rest",
+        credentials=anonymous(),
+    )
 
 
 def upload(**options: object) -> aiplatform.Model:
@@ -43,7 +38,7 @@ def upload(**options: object) -> aiplatform.Model:
     return model
 
 
-def test_the_life_of_a_model(sandbox: RunningSandbox) -> None:
+def test_the_life_of_a_model() -> None:
     model = upload(model_id="people", display_name="people", labels={"team": "a"}, version_aliases=["blue"])
     assert sorted(model.version_aliases) == ["blue", "default"]
     assert model.gca_resource.container_spec.shared_memory_size_mb == 256
@@ -86,13 +81,14 @@ def test_the_life_of_a_model(sandbox: RunningSandbox) -> None:
     assert aiplatform.Endpoint.list() == []
 
 
-def test_errors_reach_the_client_as_its_exceptions(sandbox: RunningSandbox) -> None:
+def test_errors_reach_the_client_as_its_exceptions(stub_sandbox: RunningSandbox, project: str) -> None:
     upload(model_id="people", display_name="people")
     with pytest.raises(Conflict, match="already exists"):
         upload(model_id="people", display_name="people")
     endpoint = aiplatform.Endpoint.create(display_name="people")
     with pytest.raises(BadRequest, match="has no deployed model"):
         endpoint.predict(instances=[1])
-    sandbox.fault("endpoints.deployModel", "operation_error", status="RESOURCE_EXHAUSTED", message="no quota")
+    fault = {"status": "RESOURCE_EXHAUSTED", "message": "no quota", "match": project}
+    stub_sandbox.fault("endpoints.deployModel", "operation_error", **fault)
     with pytest.raises(Exception, match="no quota"):
         aiplatform.Model("people").deploy(endpoint, machine_type="n1-standard-4")

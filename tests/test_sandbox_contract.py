@@ -1,22 +1,20 @@
 """The sandbox speaks the language of Google's discovery documents."""
 
-from collections.abc import Iterator
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from google.cloud import aiplatform_v1
 
+import sandbox
 from sandbox import discovery
-from sandbox.errors import GoogleError
+from sandbox.conventions import partial
+from sandbox.errors import CODES, LISTED, GoogleError
 from sandbox.server import METHODS
 from sandbox.testing import LOCATION, RunningSandbox
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[RunningSandbox]:
-    with RunningSandbox() as running:
-        yield running
 
 
 def method(http: str, path: str) -> discovery.Method:
@@ -56,23 +54,23 @@ def test_paths_lead_to_methods(http: str, path: str, name: str) -> None:
         ("DELETE", "endpoints/1/operations/2", "aiplatform.projects.locations.endpoints.operations.delete"),
     ],
 )
-def test_what_is_not_implemented_says_its_name(sandbox: RunningSandbox, http: str, path: str, name: str) -> None:
+def test_what_is_not_implemented_says_its_name(stub_sandbox: RunningSandbox, http: str, path: str, name: str) -> None:
     for version in ("v1", "v1beta1"):
-        status, body = sandbox.ask(http, f"{version}/{LOCATION}/{path}")
+        status, body = stub_sandbox.ask(http, f"{version}/{LOCATION}/{path}")
         assert status == 501
         assert body["error"]["status"] == "UNIMPLEMENTED"
         assert name in body["error"]["message"]
 
 
-def test_an_unknown_path_is_not_found(sandbox: RunningSandbox) -> None:
+def test_an_unknown_path_is_not_found(stub_sandbox: RunningSandbox) -> None:
     for path in ("models/m:juggle", "nonsense", "models/"):
-        status, body = sandbox.ask("POST", path)
+        status, body = stub_sandbox.ask("POST", path)
         assert (status, body["error"]["status"]) == (404, "NOT_FOUND")
-    assert httpx.get(sandbox.url).status_code == 404
+    assert httpx.get(stub_sandbox.url).status_code == 404
 
 
-def test_no_web_page_may_drive_it(sandbox: RunningSandbox) -> None:
-    url, page = f"{sandbox.url}/v1/{LOCATION}/models", {"origin": "https://example.com"}
+def test_no_web_page_may_drive_it(stub_sandbox: RunningSandbox) -> None:
+    url, page = f"{stub_sandbox.url}/v1/{LOCATION}/models", {"origin": "https://example.com"}
     assert httpx.get(url).status_code == 200
     assert httpx.get(url, headers=page).status_code == 403
 
@@ -91,15 +89,15 @@ MODEL: Any = {"displayName": "m", "containerSpec": {"imageUri": "i@sha256:0"}}
         ({"model": {"containerSpec": {"ports": [{"containerPort": "x"}]}}}, "ports[0].containerPort"),
     ],
 )
-def test_requests_are_read_as_strictly_as_google_reads_them(sandbox: RunningSandbox, body: Any, says: str) -> None:
-    status, answer = sandbox.ask("POST", "models:upload", body)
+def test_requests_are_read_as_strictly_as_google_reads_them(stub_sandbox: RunningSandbox, body: Any, says: str) -> None:
+    status, answer = stub_sandbox.ask("POST", "models:upload", body)
     assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
     assert says in answer["error"]["message"]
-    assert says in sandbox.violations()[-1]["message"]
+    assert says in stub_sandbox.violations()[-1]["message"]
 
 
-def test_an_unknown_query_parameter_is_refused(sandbox: RunningSandbox) -> None:
-    status, answer = sandbox.ask("GET", "models", colour="red")
+def test_an_unknown_query_parameter_is_refused(stub_sandbox: RunningSandbox) -> None:
+    status, answer = stub_sandbox.ask("GET", "models", colour="red")
     assert status == 400
     assert 'Unknown name "colour": Cannot bind query parameter' in answer["error"]["message"]
 
@@ -156,3 +154,49 @@ def test_operations_are_checked_to_the_bottom() -> None:
     assert discovery.response_violations(get, 200, good) == []
     assert discovery.response_violations(get, 200, {**good, "response": {**response, "colour": 1}})
     assert discovery.response_violations(get, 200, {**good, "metadata": {"no": "type"}})
+
+
+@pytest.mark.parametrize("api", ["aiplatform", "artifactregistry", "compute", "iam", "storage"])
+def test_every_error_has_the_shape_of_its_api(api: str) -> None:
+    """Shapes of other APIs are noticed: see `sandbox.errors`."""
+    name = next(name for name in discovery.DOCUMENTS if name.startswith(api + "."))
+    one = next(discovery._methods(discovery.document(name)))
+    of_this_api = discovery.Method(one["id"], name, None, None, frozenset())
+    for status in CODES:
+        error = GoogleError(status, "message")
+        assert discovery.response_violations(of_this_api, error.http, error.body(api)) == []
+        other = error.body("iam" if api not in LISTED else "aiplatform")
+        assert discovery.response_violations(of_this_api, error.http, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "selected"),
+    [
+        ("kind", {"kind": "k"}),
+        ("items/name", {"items": [{"name": "a"}, {"name": "b"}]}),
+        ("items(name,owner/id),kind", {"kind": "k", "items": [{"name": "a", "owner": {"id": 1}}, {"name": "b"}]}),
+        ("items/*/id", {"items": [{"owner": {"id": 1}}, {}]}),
+        ("nothing", {}),
+    ],
+)
+def test_part_of_an_answer_is_selected(fields: str, selected: Any) -> None:
+    items = [{"name": "a", "owner": {"id": 1, "more": 2}}, {"name": "b"}]
+    assert partial({"kind": "k", "items": items}, fields) == selected
+
+
+@pytest.mark.parametrize("fields", ["a(", "a)", "a,,b", "/a", "a/", "(a)", ","])
+def test_a_selection_that_cannot_be_read_is_refused(fields: str) -> None:
+    with pytest.raises(GoogleError, match="Invalid field selection"):
+        partial({}, fields)
+
+
+def test_no_module_imports_another_in_a_circle() -> None:
+    """Imports for types alone count too. Raises graphlib.CycleError with the circle."""
+    root = Path(next(iter(sandbox.__path__)))
+    files = {".".join(["sandbox", *path.relative_to(root).with_suffix("").parts]): path for path in root.rglob("*.py")}
+    imports: dict[str, set[str]] = {}
+    for name, path in files.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        named = {m for n in nodes for m in (n.module, *(f"{n.module}.{alias.name}" for alias in n.names))}
+        imports[name] = {str(m) for m in named} & set(files) - {name}
+    assert len(list(TopologicalSorter(imports).static_order())) == len(files) > 20

@@ -1,345 +1,388 @@
-"""Google's own client libraries, unchanged, against the sandbox's Storage, Artifact Registry, IAM and projects."""
+"""IAM, projects, Service Usage, Compute Engine and OAuth in the sandbox, asked by Google's own clients.
 
-import hashlib
-import json
-import os
-import shutil
-import time
-import uuid
+Facts about Google's answers are from public records of them.
+"""
+
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import docker
 import httpx
 import pytest
-from google.api_core import exceptions
-from google.api_core.client_options import ClientOptions
-from google.auth.credentials import AnonymousCredentials
-from google.cloud import storage  # type: ignore[attr-defined]
-from google.cloud.artifactregistry_v1 import ArtifactRegistryClient, Repository
-from googleapiclient import discovery
+from google.auth.transport.requests import Request
+from google.oauth2.credentials import Credentials
+from google_clients import service
 from googleapiclient.errors import HttpError
 
-from sandbox.artifact_registry import registry
+from infra import foundation
 from sandbox.testing import RunningSandbox
 
-PROJECT = "my-project"
-LOCATION = f"projects/{PROJECT}/locations/europe-west4"
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[RunningSandbox]:
-    with RunningSandbox("--registry-port", "0") as running:
-        yield running
-        assert running.violations() == []
+Policy = dict[str, Any]
 
 
 @pytest.fixture
-def bucket(sandbox: RunningSandbox) -> Iterator[storage.Bucket]:
-    client = storage.Client(
-        project=PROJECT,
-        credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
-        client_options={"api_endpoint": sandbox.url},
-    )
-    bucket = client.bucket(f"bucket-{uuid.uuid4().hex}")
-    bucket.versioning_enabled = True
-    bucket.iam_configuration.uniform_bucket_level_access_enabled = True
-    bucket.iam_configuration.public_access_prevention = "enforced"
-    bucket.create(location="europe-west4")
-    yield bucket
-    for blob in list(client.list_blobs(bucket, versions=True)):
-        bucket.delete_blob(blob.name, generation=blob.generation)
-    bucket.delete()
+def accounts(stub_sandbox: RunningSandbox) -> Iterator[Any]:
+    with service(stub_sandbox, "iam", "v1") as client:
+        yield client.projects().serviceAccounts()
 
 
-def service(sandbox: RunningSandbox, name: str, version: str) -> discovery.Resource:
-    """Google's discovery-based client, which takes every address from the document."""
-    return discovery.build(
-        name,
-        version,
-        credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
-        client_options=ClientOptions(api_endpoint=f"{sandbox.url}/{name}/"),
-        static_discovery=True,
-    )
+@pytest.fixture
+def projects(stub_sandbox: RunningSandbox) -> Iterator[Any]:
+    with service(stub_sandbox, "cloudresourcemanager", "v1") as client:
+        yield client.projects()
 
 
-# ------------------------------------------------------------------------------------------- storage
+@pytest.fixture
+def services(stub_sandbox: RunningSandbox) -> Iterator[Any]:
+    with service(stub_sandbox, "serviceusage", "v1") as client:
+        yield client.services()
 
 
-def test_a_bucket_is_read_as_it_was_made(bucket: storage.Bucket) -> None:
-    bucket.labels = {"stack": "dev"}
-    bucket.patch()
-    bucket.reload()
-    assert bucket.labels == {"stack": "dev"}
-    assert bucket.versioning_enabled
-    assert bucket.location == "EUROPE-WEST4"
-    assert bucket.iam_configuration.uniform_bucket_level_access_enabled
-    bucket.labels = {}
-    bucket.patch()
-    bucket.reload()
-    assert bucket.labels == {}
+@pytest.fixture
+def number(projects: Any, project: str) -> str:
+    return str(projects.get(projectId=project).execute()["projectNumber"])
+
+
+def make_account(accounts: Any, project: str, name: str = "serving") -> Any:
+    return accounts.create(name=f"projects/{project}", body={"accountId": name}).execute()
+
+
+def grant(projects: Any, project: str, *members: str, role: str = "roles/viewer", **more: Any) -> Policy:
+    """The project's policy after a binding is added."""
+    policy = projects.getIamPolicy(resource=project, body={}).execute()
+    policy["bindings"] = [*policy.get("bindings", []), {"role": role, "members": list(members)}]
+    written: Policy = projects.setIamPolicy(resource=project, body={"policy": policy, **more}).execute()
+    return written
+
+
+# ------------------------------------------------------------------------------------ service accounts
+
+
+def test_a_service_account_lives(accounts: Any, project: str) -> None:
+    parent = f"projects/{project}"
+    body = {"accountId": "serving", "serviceAccount": {"displayName": "Serving"}}
+    made = accounts.create(name=parent, body=body).execute()
+    assert made["email"] == f"serving@{project}.iam.gserviceaccount.com"
+    assert accounts.get(name=made["name"]).execute() == made
+    assert accounts.get(name=f"projects/-/serviceAccounts/{made['email']}").execute()["email"] == made["email"]
+    assert accounts.get(name=f"projects/-/serviceAccounts/{made['uniqueId']}").execute()["email"] == made["email"]
+    change = {"serviceAccount": {"displayName": "Other"}, "updateMask": "display_name"}
+    assert accounts.patch(name=made["name"], body=change).execute()["displayName"] == "Other"
+    assert [a["email"] for a in accounts.list(name=parent).execute()["accounts"]] == [made["email"]]
+    accounts.delete(name=made["name"]).execute()
+    assert accounts.list(name=parent).execute() == {}
+    assert "displayName" not in make_account(accounts, project)
+
+
+def test_errors_of_iam_have_a_reason_beside_the_status(
+    stub_sandbox: RunningSandbox, accounts: Any, project: str
+) -> None:
+    url = f"{stub_sandbox.url}/iam/v1/projects/{project}/serviceAccounts"
+    make_account(accounts, project)
+    missing = httpx.get(f"{url}/nobody@{project}.iam.gserviceaccount.com", trust_env=False)
+    taken = httpx.post(url, json={"accountId": "serving"}, trust_env=False)
+    for answer, status, reason, message in (
+        (missing, "NOT_FOUND", "notFound", "Unknown service account"),
+        (
+            taken,
+            "ALREADY_EXISTS",
+            "alreadyExists",
+            f"Service account serving already exists within project projects/{project}.",
+        ),
+    ):
+        listed = [{"domain": "global", "message": message, "reason": reason}]
+        code = answer.status_code
+        assert answer.json() == {"error": {"code": code, "message": message, "status": status, "errors": listed}}
+
+
+def test_a_new_account_is_missed_on_and_off_for_a_while(tmp_path: Path, project: str) -> None:
+    with (
+        RunningSandbox("--account-delay", "60", state=tmp_path / "state") as running,
+        service(running, "iam", "v1") as iam,
+        service(running, "cloudresourcemanager", "v1") as resource_manager,
+    ):
+        accounts, projects = iam.projects().serviceAccounts(), resource_manager.projects()
+        made = make_account(accounts, project)
+
+        said: list[str] = []
+
+        def sees() -> bool:
+            try:
+                return bool(accounts.get(name=made["name"]).execute() == made)
+            except HttpError as refusal:
+                said.append(refusal.reason)
+                return False
+
+        assert [sees() for _ in range(4)] == [False, True, False, True]
+        assert set(said) == {f"Service account {made['name']} does not exist."}
+        with pytest.raises(HttpError, match="already exists"):
+            make_account(accounts, project)
+        with pytest.raises(HttpError, match=f"Service account {made['email']} does not exist"):
+            grant(projects, project, f"serviceAccount:{made['email']}")
+        assert grant(projects, project, f"serviceAccount:{made['email']}")["bindings"]
+        running.advance(60)
+        assert all(sees() for _ in range(3))
+
+
+# ------------------------------------------------------------------------------------------- policies
+
+
+def test_bindings_of_a_deleted_account_say_so_and_are_taken_back(accounts: Any, projects: Any, project: str) -> None:
+    made = make_account(accounts, project)
+    member = f"serviceAccount:{made['email']}"
+    grant(projects, project, member, "user:a@example.com")
+    accounts.delete(name=made["name"]).execute()
+    deleted = f"deleted:{member}?uid={made['uniqueId']}"
+    policy = projects.getIamPolicy(resource=project, body={}).execute()
+    assert policy["bindings"] == [{"role": "roles/viewer", "members": [deleted, "user:a@example.com"]}]
+    assert projects.setIamPolicy(resource=project, body={"policy": policy}).execute()["bindings"] == policy["bindings"]
+    with pytest.raises(HttpError, match="does not exist"):
+        grant(projects, project, member)
+    again = make_account(accounts, project)
+    assert again["uniqueId"] != made["uniqueId"]
+    assert grant(projects, project, member)["bindings"][0]["members"] == [deleted, member, "user:a@example.com"]
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jpg", "folder/b c.jpg", "ü/?#%.txt", "a/b/../c"], ids=["plain", "folder", "odd", "dots"]
+    "email",
+    [
+        "service-{}@compute-system.iam.gserviceaccount.com",
+        "service-{}@container-engine-robot.iam.gserviceaccount.com",
+        "service-{}@gs-project-accounts.iam.gserviceaccount.com",
+        "service-{}@serverless-robot-prod.iam.gserviceaccount.com",
+        "service-{}@gcp-sa-pubsub.iam.gserviceaccount.com",
+        "service-org-{}@gcp-sa-pam.iam.gserviceaccount.com",
+        "bq-{}@bigquery-encryption.iam.gserviceaccount.com",
+        "{}@cloudservices.gserviceaccount.com",
+        "{}-compute@developer.gserviceaccount.com",
+        "service-999999999999@gcp-sa-aiplatform.iam.gserviceaccount.com",  # of a project that is not the sandbox's
+    ],
 )
-@pytest.mark.parametrize("size", [0, 5, 1000, 9 * 2**20], ids=["empty", "small", "kilobyte", "resumable"])
-def test_an_object_comes_back_whole(bucket: storage.Bucket, name: str, size: int) -> None:
-    content = os.urandom(size)
-    blob = bucket.blob(name, chunk_size=2**20 if size > 2**20 else None)
-    blob.upload_from_string(content, content_type="image/jpeg")
-    again = bucket.blob(name)
-    assert again.download_as_bytes() == content
-    again.reload()
-    assert (again.size, again.content_type) == (size, "image/jpeg")
-    assert [b.name for b in bucket.client.list_blobs(bucket)] == [name]
+def test_googles_own_accounts_can_be_granted_roles(projects: Any, project: str, number: str, email: str) -> None:
+    member = f"serviceAccount:{email.format(number)}"
+    assert grant(projects, project, member)["bindings"] == [{"role": "roles/viewer", "members": [member]}]
 
 
-def test_content_that_looks_like_a_multipart_boundary_is_kept(bucket: storage.Bucket) -> None:
-    content = b"\r\n--==\r\n\r\n--\n\n" * 3 + b"\r\n"
-    bucket.blob("x").upload_from_string(content)
-    assert bucket.blob("x").download_as_bytes() == content
+@pytest.mark.parametrize("name", ["nobody", "service-123456789012"])
+def test_an_account_that_nobody_made_is_granted_none(projects: Any, project: str, number: str, name: str) -> None:
+    for place in (project, "never-named-project"):
+        if name == "nobody" or place == project:
+            with pytest.raises(HttpError, match="does not exist"):
+                grant(projects, project, f"serviceAccount:{name}@{place}.iam.gserviceaccount.com")
 
 
-def test_part_of_an_object_can_be_read(bucket: storage.Bucket) -> None:
-    bucket.blob("x").upload_from_string(b"0123456789")
-    assert bucket.blob("x").download_as_bytes(start=2, end=4) == b"234"
-
-
-def test_a_replaced_and_a_deleted_object_stay_as_generations(bucket: storage.Bucket) -> None:
-    bucket.blob("x").upload_from_string(b"one")
-    first = bucket.get_blob("x").generation
-    bucket.blob("x").upload_from_string(b"two")
-    bucket.blob("x").delete()
-    assert bucket.get_blob("x") is None
-    assert list(bucket.client.list_blobs(bucket)) == []
-    assert len(list(bucket.client.list_blobs(bucket, versions=True))) == 2
-    assert bucket.blob("x", generation=first).download_as_bytes() == b"one"
-
-
-def test_folders_are_prefixes(bucket: storage.Bucket) -> None:
-    for name in ("a/1", "a/2", "b/1", "top"):
-        bucket.blob(name).upload_from_string(b"")
-    listing = bucket.client.list_blobs(bucket, delimiter="/")
-    assert [b.name for b in listing] == ["top"]
-    assert listing.prefixes == {"a/", "b/"}
-    assert [b.name for b in bucket.client.list_blobs(bucket, prefix="a/", page_size=1)] == ["a/1", "a/2"]
-
-
-def test_a_precondition_that_does_not_hold_changes_nothing(bucket: storage.Bucket) -> None:
-    bucket.blob("x").upload_from_string(b"one", if_generation_match=0)
-    with pytest.raises(exceptions.PreconditionFailed):
-        bucket.blob("x").upload_from_string(b"two", if_generation_match=0)
-    assert bucket.blob("x").download_as_bytes() == b"one"
-
-
-def test_a_bucket_with_objects_is_not_deleted(bucket: storage.Bucket) -> None:
-    bucket.blob("x").upload_from_string(b"")
-    with pytest.raises(exceptions.Conflict):
-        bucket.delete()
-
-
-def test_nobody_makes_a_protected_bucket_public(bucket: storage.Bucket) -> None:
-    policy = bucket.get_iam_policy(requested_policy_version=3)
-    policy.bindings.append({"role": "roles/storage.objectViewer", "members": {"user:a@example.com"}})
-    bucket.set_iam_policy(policy)
-    bound = {b["role"]: set(b["members"]) for b in bucket.get_iam_policy().bindings}
-    assert bound["roles/storage.objectViewer"] == {"user:a@example.com"}
-    policy = bucket.get_iam_policy()
-    policy.bindings.append({"role": "roles/storage.objectViewer", "members": {"allUsers"}})
-    with pytest.raises(exceptions.PreconditionFailed, match="public access prevention"):
-        bucket.set_iam_policy(policy)
-
-
-def test_a_bucket_and_an_object_that_are_not_there_are_not_found(bucket: storage.Bucket) -> None:
-    with pytest.raises(exceptions.NotFound):
-        bucket.blob("nothing").download_as_bytes()
-    with pytest.raises(exceptions.NotFound):
-        bucket.client.get_bucket("no-such-bucket")
-    with pytest.raises(exceptions.BadRequest, match="Invalid bucket name"):
-        bucket.client.create_bucket("my-google-bucket")
-
-
-def test_objects_survive_a_kill(tmp_path: Path) -> None:
-    with RunningSandbox(state=tmp_path / "state") as running:
-        options = {"api_endpoint": running.url}
-        client = storage.Client(PROJECT, AnonymousCredentials(), client_options=options)  # type: ignore[no-untyped-call]
-        client.create_bucket("kept").blob("x").upload_from_string(b"kept")
-        running.kill()
-        running.start()
-        assert client.bucket("kept").blob("x").download_as_bytes() == b"kept"
-
-
-# --------------------------------------------------------------------------------- artifact registry
-
-
-@pytest.mark.needs("registry")
-def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(sandbox: RunningSandbox) -> None:
-    client = ArtifactRegistryClient(
-        credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
-        transport="rest",
-        client_options=ClientOptions(api_endpoint=f"{sandbox.url}/artifactregistry"),
-    )
-    made = client.create_repository(
-        parent=LOCATION,
-        repository_id="images",
-        repository=Repository(format_=Repository.Format.DOCKER, labels={"stack": "dev"}),
-    ).result(timeout=30)  # type: ignore[no-untyped-call]
-    assert made.name == f"{LOCATION}/repositories/images"
-    assert [r.name for r in client.list_repositories(parent=LOCATION)] == [made.name]
-    pushes = httpx.Client(base_url=f"http://{made.registry_uri.partition('/')[0]}/v2/", trust_env=False)
-    assert pushes.get("").status_code == 200
-
-    digest = push(pushes, f"{PROJECT}/images/headcount", "latest")
-    (found,) = client.list_docker_images(parent=made.name)
-    assert found.uri == f"{made.registry_uri}/headcount@{digest}"
-    assert found.tags == ["latest"]
-
-    client.delete_repository(name=made.name).result(timeout=30)  # type: ignore[no-untyped-call]
-    with pytest.raises(exceptions.NotFound):
-        client.get_repository(name=made.name)
-    with pytest.raises(httpx.ConnectError):
-        pushes.get("")
-    assert not (sandbox.state / "registry").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.needs("docker", "registry_image")
-def test_without_the_program_the_registry_is_a_container_that_a_kill_does_not_lose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_vertex_ais_agent_is_granted_roles_once_it_is_made(
+    stub_sandbox: RunningSandbox, projects: Any, project: str, number: str
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    state = uuid.uuid4().hex[:12]
-    first = registry.Registry(tmp_path, 0, state)
-    first.start()
-    client = httpx.Client(base_url=f"http://{first.address}/v2/", trust_env=False)
-    for repository in ("one", "two"):
-        push(client, f"{PROJECT}/{repository}/headcount", "latest")
-
-    second = registry.Registry(tmp_path, int(first.address.partition(":")[2]), state)
-    second.start()
-    assert len(second.images(f"{PROJECT}/two")) == 1
-    second.remove(f"{PROJECT}/one")
-    assert second.images(f"{PROJECT}/one") == []
-    assert len(second.images(f"{PROJECT}/two")) == 1
-    second.remove("")
-    names = docker.from_env().volumes.list(), docker.from_env().containers.list(all=True)
-    assert state not in "".join(str(item.name) for items in names for item in items)
-
-
-def push(client: httpx.Client, name: str, tag: str) -> str:
-    """An image without layers, as the distribution protocol has it; returns its digest."""
-    config = b"{}"
-    digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
-    upload = client.post(f"{name}/blobs/uploads/").headers["location"]
-    assert client.put(f"{upload}&digest={digest}", content=config).status_code == 201
-    media = "application/vnd.oci.image.manifest.v1+json"
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": media,
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(config)},
-        "layers": [],
-    }
-    answer = client.put(f"{name}/manifests/{tag}", content=json.dumps(manifest), headers={"content-type": media})
-    assert answer.status_code == 201, answer.text
-    return str(answer.headers["docker-content-digest"])
+    member = f"serviceAccount:service-{number}@gcp-sa-aiplatform.iam.gserviceaccount.com"
+    with pytest.raises(HttpError, match="does not exist"):
+        grant(projects, project, member)
+    with service(stub_sandbox, "serviceusage", "v1beta1") as usage:
+        parent = f"projects/{project}/services/aiplatform.googleapis.com"
+        operation = usage.services().generateServiceIdentity(parent=parent).execute()
+        assert operation == {
+            "name": "operations/finished.DONE_OPERATION",
+            "done": True,
+            "response": {
+                "@type": "type.googleapis.com/google.api.serviceusage.v1beta1.ServiceIdentity",
+                "email": member.removeprefix("serviceAccount:"),
+                "uniqueId": operation["response"]["uniqueId"],
+            },
+        }
+        assert usage.services().generateServiceIdentity(parent=parent).execute() == operation
+        with pytest.raises(HttpError, match=r"does not implement serviceusage\.services\.generateServiceIdentity"):
+            usage.services().generateServiceIdentity(parent=f"projects/{project}/services/x.googleapis.com").execute()
+    assert grant(projects, project, member)["bindings"][0]["members"] == [member]
 
 
-def test_other_formats_are_not_pretended(sandbox: RunningSandbox) -> None:
-    answer = httpx.post(
-        f"{sandbox.url}/artifactregistry/v1/{LOCATION}/repositories?repositoryId=x", json={"format": "PYTHON"}
-    )
-    assert answer.status_code == 501
-    assert "repositories.create with format PYTHON" in answer.json()["error"]["message"]
+def test_a_policy_that_was_never_set_has_an_etag_alone(accounts: Any, projects: Any, project: str) -> None:
+    assert projects.getIamPolicy(resource=project, body={}).execute() == {"etag": "ACAB"}
+    account = make_account(accounts, project)["name"]
+    assert accounts.getIamPolicy(resource=account).execute() == {"etag": "ACAB"}
+    empty = projects.setIamPolicy(resource=project, body={"policy": {"etag": "ACAB"}}).execute()
+    assert set(empty) == {"etag", "version"}
 
 
-# ----------------------------------------------------------------------------------- IAM and projects
+def test_audit_configurations_change_only_where_the_mask_names_them(projects: Any, project: str) -> None:
+    audit = [{"service": "allServices", "auditLogConfigs": [{"logType": "DATA_READ"}]}]
+    body: Any = {"policy": {"auditConfigs": audit, "version": 3}, "updateMask": "bindings,etag,auditConfigs"}
+    assert projects.setIamPolicy(resource=project, body=body).execute()["auditConfigs"] == audit
+    kept = grant(projects, project, "user:a@example.com")
+    assert kept["auditConfigs"] == audit
+    assert kept["version"] == 1  # whatever was sent
+    emptied = {"policy": {"bindings": kept["bindings"]}, "updateMask": "bindings,etag,auditConfigs"}
+    assert "auditConfigs" not in projects.setIamPolicy(resource=project, body=emptied).execute()
 
 
-def test_a_service_account_lives_and_its_bindings_need_it(sandbox: RunningSandbox, bucket: storage.Bucket) -> None:
-    accounts = service(sandbox, "iam", "v1").projects().serviceAccounts()
-    parent = f"projects/{PROJECT}"
-    made = accounts.create(
-        name=parent, body={"accountId": "serving", "serviceAccount": {"displayName": "Serving"}}
-    ).execute()
-    assert made["email"] == f"serving@{PROJECT}.iam.gserviceaccount.com"
-    assert accounts.get(name=made["name"]).execute()["displayName"] == "Serving"
-    assert accounts.get(name=f"projects/-/serviceAccounts/{made['email']}").execute()["email"] == made["email"]
-    body = {"serviceAccount": {"displayName": "Other"}, "updateMask": "display_name"}
-    assert accounts.patch(name=made["name"], body=body).execute()["displayName"] == "Other"
-    assert [a["email"] for a in accounts.list(name=parent).execute()["accounts"]] == [made["email"]]
-
-    policy = bucket.get_iam_policy()
-    policy.bindings.append({"role": "roles/storage.objectViewer", "members": {f"serviceAccount:{made['email']}"}})
-    bucket.set_iam_policy(policy)
-
-    with pytest.raises(HttpError, match="already exists"):
-        accounts.create(name=parent, body={"accountId": "serving"}).execute()
-    accounts.delete(name=made["name"]).execute()
-    with pytest.raises(HttpError, match="Unknown service account"):
-        accounts.get(name=made["name"]).execute()
-    with pytest.raises(exceptions.BadRequest, match="does not exist"):
-        bucket.set_iam_policy(bucket.get_iam_policy())
+def test_a_condition_makes_a_policy_version_3(projects: Any, project: str) -> None:
+    condition = {"title": "until", "expression": 'request.time < timestamp("2030-01-01T00:00:00Z")'}
+    binding = {"role": "roles/viewer", "members": ["user:a@example.com"], "condition": condition}
+    plain = {"role": "roles/viewer", "members": ["user:a@example.com"]}
+    policy = {"version": 3, "bindings": [binding, plain]}
+    written = projects.setIamPolicy(resource=project, body={"policy": policy}).execute()
+    assert (written["version"], len(written["bindings"])) == (3, 2)
 
 
-def test_a_policy_that_changed_meanwhile_is_not_overwritten(sandbox: RunningSandbox) -> None:
-    projects = service(sandbox, "cloudresourcemanager", "v1").projects()
-    read = projects.getIamPolicy(resource=PROJECT, body={}).execute()
-    read["bindings"] = [{"role": "roles/viewer", "members": ["user:a@example.com"]}]
-    written = projects.setIamPolicy(resource=PROJECT, body={"policy": read}).execute()
-    assert written["bindings"] == read["bindings"]
+def test_a_policy_that_changed_meanwhile_is_not_overwritten(projects: Any, project: str) -> None:
+    read = projects.getIamPolicy(resource=project, body={}).execute()
+    grant(projects, project, "user:a@example.com")
     with pytest.raises(HttpError, match="concurrent policy changes"):
-        projects.setIamPolicy(resource=PROJECT, body={"policy": read}).execute()
+        projects.setIamPolicy(resource=project, body={"policy": read}).execute()
 
 
-def test_a_project_is_what_resource_manager_says_in_both_versions(sandbox: RunningSandbox) -> None:
-    old = service(sandbox, "cloudresourcemanager", "v1").projects().get(projectId=PROJECT).execute()
-    new = service(sandbox, "cloudresourcemanager", "v3").projects().get(name=f"projects/{PROJECT}").execute()
+# ------------------------------------------------------------------------------------------- projects
+
+
+def test_a_project_is_the_same_in_both_versions(stub_sandbox: RunningSandbox, projects: Any, project: str) -> None:
+    old = projects.get(projectId=project).execute()
+    with service(stub_sandbox, "cloudresourcemanager", "v3") as client:
+        new = client.projects().get(name=f"projects/{project}").execute()
+        assert new == client.projects().get(name=f"projects/{old['projectNumber']}").execute()
     assert old["lifecycleState"] == new["state"] == "ACTIVE"
     assert new["name"] == f"projects/{old['projectNumber']}"
 
 
-def test_services_are_enabled_and_disabled(sandbox: RunningSandbox) -> None:
-    services = service(sandbox, "serviceusage", "v1").services()
-    name = f"projects/{PROJECT}/services/aiplatform.googleapis.com"
-    assert services.get(name=name).execute()["state"] == "DISABLED"
-    operation = services.enable(name=name, body={}).execute()
-    assert operation["response"]["service"]["state"] == "ENABLED"
-    listed = services.list(parent=f"projects/{PROJECT}", filter="state:ENABLED").execute()["services"]
-    assert "aiplatform.googleapis.com" in {s["config"]["name"] for s in listed}
-    services.disable(name=name, body={}).execute()
-    assert services.get(name=name).execute()["state"] == "DISABLED"
+def test_a_number_is_a_project_only_once_its_id_was_named(stub_sandbox: RunningSandbox, project: str) -> None:
+    by_number = f"v1/projects/{'9' * 12}/locations/europe-west4/endpoints"
+    status, answer = stub_sandbox.ask("POST", by_number, {"displayName": "people"})
+    assert (status, answer["error"]["status"]) == (403, "PERMISSION_DENIED")
+    assert "names the project by its id" in answer["error"]["message"]
+
+    by_id = f"v1/projects/{project}/locations/europe-west4/endpoints"
+    made = stub_sandbox.do("POST", by_id, {"displayName": "people"}, endpointId="1")["response"]
+    assert made["name"].split("/")[1].isdigit()
+    (found,) = stub_sandbox.do("GET", f"v1/{made['name'].rpartition('/')[0]}")["endpoints"]
+    assert found["name"] == made["name"]
+    stub_sandbox.do("DELETE", f"v1/{made['name']}")
+    assert stub_sandbox.do("GET", by_id) == {}
 
 
-def test_compute_lists_regions(sandbox: RunningSandbox) -> None:
-    answer = httpx.get(f"{sandbox.url}/compute/v1/projects/{PROJECT}/regions").json()
+# --------------------------------------------------------------------------------------- service usage
+
+
+def test_services_are_enabled_and_disabled_by_operations(
+    stub_sandbox: RunningSandbox, services: Any, project: str, number: str
+) -> None:
+    name = f"projects/{project}/services/aiplatform.googleapis.com"
+    assert services.get(name=name).execute()["state"] == "DISABLED"
+    with service(stub_sandbox, "serviceusage", "v1beta1") as beta:
+        for change, kind, state in (
+            (services.enable, "EnableServiceResponse", "ENABLED"),
+            (services.disable, "DisableServiceResponse", "DISABLED"),
+        ):
+            started = change(name=name, body={}).execute()
+            assert set(started) == {"name"}
+            assert started["name"].startswith("operations/acat.")
+            ended = beta.operations().get(name=started["name"]).execute()
+            assert ended["done"]
+            assert ended["metadata"] == {"@type": "type.googleapis.com/google.protobuf.Empty"}
+            assert ended["response"]["@type"] == f"type.googleapis.com/google.api.serviceusage.v1.{kind}"
+            shown = ended["response"]["service"]
+            assert shown == services.get(name=name).execute()
+            assert (shown["name"], shown["state"]) == (
+                f"projects/{number}/services/aiplatform.googleapis.com",
+                state,
+            )
+            assert shown["config"]["title"] == "Agent Platform API"
+    again = services.disable(name=name, body={}).execute()
+    assert (again["name"], again["done"]) == ("operations/noop.DONE_OPERATION", True)
+
+
+def test_enabled_services_are_listed_in_pages_of_the_fields_asked_for(services: Any, project: str, number: str) -> None:
+    parent, ids = f"projects/{project}", [f"{api}.googleapis.com" for api in ("run", "storage")]
+    services.batchEnable(parent=parent, body={"serviceIds": ids}).execute()
+    asked: dict[str, Any] = {"parent": parent, "filter": "state:ENABLED", "fields": "services/name,nextPageToken"}
+    first = services.list(**asked, pageSize=4).execute()
+    second = services.list(**asked, pageSize=4, pageToken=first["nextPageToken"]).execute()
+    names = [s["name"].rpartition("/")[2].partition(".")[0] for s in first["services"] + second["services"]]
+    assert names == ["cloudresourcemanager", "compute", "run", "serviceusage", "storage"]
+    assert first["services"][0] == {"name": f"projects/{number}/services/cloudresourcemanager.googleapis.com"}
+    assert "nextPageToken" not in second
+
+
+def test_an_api_that_is_not_enabled_refuses_until_a_while_after_it_was(tmp_path: Path, project: str) -> None:
+    with RunningSandbox("--api-delay", "60", state=tmp_path / "state") as running:
+        location = f"projects/{project}/locations/europe-west4"
+        number = httpx.get(f"{running.url}/cloudresourcemanager/v1/projects/{project}").json()["projectNumber"]
+        # One good answer of each kind of error: Vertex AI's and, without a status or details, Storage's.
+        urls = {
+            "aiplatform": f"{running.url}/v1/{location}/models",
+            "storage": f"{running.url}/storage/v1/b?project={project}",
+        }
+        refusals = {api: httpx.get(url, trust_env=False) for api, url in urls.items()}
+        link = "https://console.developers.google.com/apis/api/aiplatform.googleapis.com/overview?project="
+        refused = refusals["aiplatform"].json()["error"]
+        assert (refused["code"], refused["status"]) == (403, "PERMISSION_DENIED")
+        assert refused["message"].startswith(
+            f"Agent Platform API has not been used in project {number} before or it is disabled. Enable it by visiting "
+            f"{link}{number} then retry."
+        )
+        assert refused["details"][0]["reason"] == "SERVICE_DISABLED"
+        old = refusals["storage"].json()["error"]
+        assert set(old) == {"code", "message", "errors"}
+        assert (old["errors"][0]["domain"], old["errors"][0]["reason"]) == ("usageLimits", "accessNotConfigured")
+        assert all(foundation._disabled(url, "sandbox") for url in urls.values())
+
+        with service(running, "serviceusage", "v1") as client:
+            ids = [f"{api}.googleapis.com" for api in urls]
+            client.services().batchEnable(parent=f"projects/{project}", body={"serviceIds": ids}).execute()
+        assert all(foundation._disabled(url, "sandbox") for url in urls.values())
+        running.advance(60)
+        assert not any(foundation._disabled(url, "sandbox") for url in urls.values())
+
+
+# ---------------------------------------------------------------------------------------------- OAuth
+
+
+def test_googles_credentials_get_tokens_that_expire(tmp_path: Path, project: str) -> None:
+    with RunningSandbox("--token-lifetime", "600", state=tmp_path / "state") as running:
+        credentials = Credentials(  # type: ignore[no-untyped-call]
+            None,
+            refresh_token="any",
+            token_uri=f"{running.url}/oauth2/token",
+            client_id="any",
+            client_secret="any",
+        )
+        with service(running, "cloudresourcemanager", "v1", credentials) as client:
+            assert client.projects().get(projectId=project).execute()["projectId"] == project
+        token = {"authorization": f"Bearer {credentials.token}"}
+        url = f"{running.url}/cloudresourcemanager/v1/projects/{project}"
+        running.advance(599)
+        assert httpx.get(url, headers=token, trust_env=False).status_code == 200
+        running.advance(2)
+        refused = httpx.get(url, headers=token, trust_env=False)
+        assert (refused.status_code, refused.json()["error"]["status"]) == (401, "UNAUTHENTICATED")
+        bucket = httpx.get(f"{running.url}/storage/v1/b/any", headers=token, trust_env=False).json()["error"]
+        assert (bucket["code"], bucket["errors"][0]["reason"]) == (401, "authError")
+
+        credentials.refresh(Request())  # type: ignore[no-untyped-call]
+        token = {"authorization": f"Bearer {credentials.token}"}
+        assert httpx.get(url, headers=token, trust_env=False).status_code == 200
+        wrong = httpx.post(f"{running.url}/oauth2/token", data={"grant_type": "password"}, trust_env=False)
+        assert wrong.json()["error"] == "unsupported_grant_type"
+
+
+# ---------------------------------------------------------------------------------------------- others
+
+
+def test_compute_lists_regions(stub_sandbox: RunningSandbox, project: str) -> None:
+    answer = httpx.get(f"{stub_sandbox.url}/compute/v1/projects/{project}/regions", trust_env=False).json()
     assert "europe-west4" in {r["name"] for r in answer["items"]}
 
 
 @pytest.mark.parametrize(
     ("http", "path", "method"),
     [
-        ("GET", f"compute/v1/projects/{PROJECT}/zones", "compute.zones.list"),
+        ("GET", "compute/v1/projects/p/zones", "compute.zones.list"),
         ("POST", "storage/v1/b/x/lockRetentionPolicy", "storage.buckets.lockRetentionPolicy"),
-        ("GET", f"iam/v1/projects/{PROJECT}/roles", "iam.projects.roles.list"),
+        ("GET", "iam/v1/projects/p/roles", "iam.projects.roles.list"),
         ("GET", "cloudresourcemanager/v3/folders", "cloudresourcemanager.folders.list"),
-        ("GET", f"artifactregistry/v1/{LOCATION}", "artifactregistry.projects.locations.get"),
+        ("GET", "artifactregistry/v1/projects/p/locations/l", "artifactregistry.projects.locations.get"),
     ],
 )
-def test_what_is_not_implemented_says_so(sandbox: RunningSandbox, http: str, path: str, method: str) -> None:
-    answer = httpx.request(http, f"{sandbox.url}/{path}")
+def test_what_is_not_implemented_says_so(stub_sandbox: RunningSandbox, http: str, path: str, method: str) -> None:
+    answer = httpx.request(http, f"{stub_sandbox.url}/{path}", trust_env=False)
     assert answer.status_code == 501
     assert f"does not implement {method}" in answer.json()["error"]["message"]
-
-
-def test_an_api_that_is_not_enabled_refuses_and_after_a_while_does_not(tmp_path: Path) -> None:
-    with RunningSandbox("--api-delay", "0.3", state=tmp_path / "state") as running:
-        models = f"{running.url}/v1/{LOCATION}/models"
-        refused = httpx.get(models)
-        assert refused.status_code == 403
-        assert refused.json()["error"]["details"][0]["reason"] == "SERVICE_DISABLED"
-        services = service(running, "serviceusage", "v1").services()
-        services.enable(name=f"projects/{PROJECT}/services/aiplatform.googleapis.com", body={}).execute()
-        assert httpx.get(models).status_code == 403
-        time.sleep(0.4)
-        assert httpx.get(models).status_code == 200
