@@ -5,6 +5,7 @@ The registry's own authentication knows fixed passwords, or tokens signed with a
 OAuth access token with the user name `oauth2accesstoken`, which ends after an hour.
 """
 
+import asyncio
 import base64
 import binascii
 import socket
@@ -73,18 +74,22 @@ class Gate:
         config = uvicorn.Config(self, lifespan="off", log_level="error", access_log=False, timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
-        self._client: httpx.AsyncClient | None = None
 
     def open(self) -> None:
         """Returns when requests can be sent. Raises FAILED_PRECONDITION when the port is taken."""
         listener = listen(self.address)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, name="registry gate")
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(listener)), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         self._server.should_exit = True
         if self._thread:
             self._thread.join()
+
+    async def _serve(self, listener: socket.socket) -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=None, trust_env=False, limits=limits) as self._client:
+            await self._server.serve(sockets=[listener])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -114,9 +119,6 @@ class Gate:
         return JSONResponse({"token": token, "access_token": token, "expires_in": int(left)})
 
     async def _pass_on(self, request: Request) -> Response:
-        if self._client is None:  # made in the thread's own event loop
-            limits = httpx.Limits(max_connections=None)
-            self._client = httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
         url = httpx.URL(f"http://{self._backend}", raw_path=request.scope["raw_path"] + _query(request))
         # The registry makes the addresses in its answers from the Host header.
         kept = [(k, v) for k, v in request.headers.raw if k not in HOP_BY_HOP and k != b"authorization"]
