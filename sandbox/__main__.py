@@ -49,6 +49,12 @@ def options(arguments: list[str]) -> argparse.Namespace:
         help="of the Docker registry, on 127.0.0.1, started with the first repository; 0 takes a free one (8791)",
     )
     parser.add_argument(
+        "--registry-certificate",
+        type=Path,
+        metavar="FILE",
+        help="PEM file with a key and a certificate for 127.0.0.1: the registry speaks HTTPS too, on the same port",
+    )
+    parser.add_argument(
         "--token-lifetime",
         type=float,
         default=3600,
@@ -115,6 +121,7 @@ def _open(args: argparse.Namespace, port: int) -> Server:
         operation_seconds=args.operation_seconds,
         service_accounts=tuple(args.service_account),
         registry_port=args.registry_port,
+        registry_certificate=args.registry_certificate,
         token_lifetime=args.token_lifetime,
         api_delay=args.api_delay,
         account_delay=args.account_delay,

@@ -27,6 +27,7 @@ class Settings:
     operation_seconds: float = 0.0
     service_accounts: tuple[str, ...] = ()
     registry_port: int = 8791
+    registry_certificate: Path | None = None
     token_lifetime: float = 3600.0
     api_delay: float | None = None
     account_delay: float = 0.0

@@ -12,6 +12,7 @@ import httpx
 
 from sandbox.artifact_registry.gate import credentials
 from sandbox.errors import GoogleError, precondition
+from sandbox.streams import pump
 
 if TYPE_CHECKING:
     import docker
@@ -241,7 +242,7 @@ class Network:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
 
     async def close(self, call: Callable[..., Awaitable[Any]], state: str) -> None:
         """Removes the network, also one that a killed sandbox left, unless containers are on it."""
@@ -259,14 +260,6 @@ class Network:
 
 def _network_name(state: str) -> str:
     return f"headcount-{state}"
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
 
 
 def _pulled(client: "docker.DockerClient", image: str) -> Any:

@@ -78,7 +78,13 @@ class Server:
         fleet = Fleet(RUNNERS[settings.runner](settings.port), store.id)
         # Elsewhere Docker runs in a virtual machine, which reaches a container's port and not one of this process.
         gated = sys.platform == "linux"
-        registry = Registry(settings.state / "registry", settings.registry_port, store.id, gated=gated)
+        registry = Registry(
+            settings.state / "registry",
+            settings.registry_port,
+            store.id,
+            gated=gated,
+            certificate=settings.registry_certificate,
+        )
         self.cloud = Cloud(
             settings=settings,
             store=store,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials, Credentials
 from google.cloud import storage  # type: ignore[attr-defined]
@@ -17,6 +20,15 @@ from sandbox.testing import RunningSandbox
 
 def anonymous() -> Any:
     return AnonymousCredentials()  # type: ignore[no-untyped-call]
+
+
+def service_account_key(sandbox: RunningSandbox, email: str = "deployer@a-project.iam.gserviceaccount.com") -> str:
+    """A service account's key, as JSON, whose access tokens the sandbox issues; they end after --token-lifetime."""
+    private = rsa.generate_private_key(65537, 2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    key = {"type": "service_account", "client_email": email, "private_key_id": "1", "client_id": "1"}
+    return json.dumps(key | {"private_key": private.decode(), "token_uri": f"{sandbox.url}/oauth2/token"})
 
 
 @contextlib.contextmanager

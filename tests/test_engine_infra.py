@@ -39,7 +39,8 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "project"
         self.registry_port = free_port()
-        self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), "--api-delay", "2", runner="docker")
+        delays = ("--api-delay", "2", "--account-delay", "6")
+        self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), *delays, runner="docker")
         for name in ("infra", "pulumi_vertex"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("Pulumi.yaml", "Pulumi.local.yaml", "Pulumi.dev.yaml", "Pulumi.prod.yaml"):

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shutil
+import ssl
 import subprocess
 import tarfile
 import uuid
@@ -20,6 +21,7 @@ import docker
 import httpx
 import images
 import pytest
+import trustme
 from google.api_core import exceptions
 from google.cloud.artifactregistry_v1 import ArtifactRegistryClient, Repository
 from google.iam.v1 import policy_pb2  # type: ignore[import-untyped]
@@ -221,13 +223,33 @@ def test_the_registry_takes_a_token_until_it_expires(expiring: tuple[RunningSand
         digest = push(client, f"{folder}/headcount", "latest")
 
         manifest, accept = f"{folder}/headcount/manifests/{digest}", {"accept": MANIFEST}
-        sandbox.advance(3590)
+        sandbox.advance(1800)
         assert client.head(manifest, headers=accept).status_code == 200
-        sandbox.advance(11)
+        sandbox.advance(1801)
         assert client.head(manifest, headers=accept).status_code == 401
         assert client.get(realm[1], headers=basic(token)).status_code == 401
         for later in (issue(sandbox), "sandbox"):
             assert client.head(manifest, headers=accept | basic(later)).status_code == 200
+
+
+@pytest.mark.needs("registry")
+def test_the_registry_speaks_https_too_where_it_has_a_certificate(tmp_path: Path, parent: str) -> None:
+    authority, pem = trustme.CA(), tmp_path / "registry.pem"
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(pem)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    options = ("--registry-port", "0", "--registry-certificate", str(pem))
+    with RunningSandbox(*options, state=tmp_path / "state") as running, artifact_registry(running) as client:
+        made = create(client, parent, "images")
+        address, _, folder = made.registry_uri.partition("/")
+        for scheme in ("http", "https"):
+            with httpx.Client(base_url=f"{scheme}://{address}/v2/", verify=trusting, trust_env=False) as one:
+                assert f'realm="{scheme}://{address}/v2/token"' in one.get("").headers["www-authenticate"]
+                one.headers.update(basic("sandbox"))
+                push(one, f"{folder}/{scheme}", "latest")
+        assert len(list(client.list_docker_images(parent=made.name))) == 2
+        client.delete_repository(name=made.name).result(timeout=60)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.needs("registry", "crane")

@@ -11,6 +11,8 @@ import binascii
 import socket
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -20,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from sandbox import clock, oauth2
 from sandbox.errors import precondition
+from sandbox.streams import pump
 
 USER = "oauth2accesstoken"
 TOKEN_PATH = "/v2/token"
@@ -67,13 +70,20 @@ def listen(address: str) -> socket.socket:
 
 
 class Gate:
-    """Listens on `address` in a thread of its own while it is open, and asks `backend`, both HOST:PORT."""
+    """Listens on `address` in a thread of its own while it is open, and asks `backend`, both HOST:PORT.
 
-    def __init__(self, address: str, backend: str) -> None:
+    With a `certificate`, a PEM file that holds the key too, it speaks HTTPS as well as HTTP on that port: on loopback,
+    BuildKit speaks HTTP alone and other clients of registries HTTPS alone.
+    """
+
+    def __init__(self, address: str, backend: str, certificate: Path | None = None) -> None:
         self.address, self._backend = address, backend
-        config = uvicorn.Config(self, lifespan="off", log_level="error", access_log=False, timeout_graceful_shutdown=2)
-        self._server = uvicorn.Server(config)
+        self._servers = [self._server(None)] + ([self._server(certificate)] if certificate else [])
         self._thread: threading.Thread | None = None
+
+    def _server(self, certificate: Path | None) -> uvicorn.Server:
+        options: Any = {"lifespan": "off", "log_level": "error", "access_log": False, "timeout_graceful_shutdown": 2}
+        return uvicorn.Server(uvicorn.Config(self, ssl_certfile=certificate, **options))
 
     def open(self) -> None:
         """Returns when requests can be sent. Raises FAILED_PRECONDITION when the port is taken."""
@@ -82,14 +92,29 @@ class Gate:
         self._thread.start()
 
     def close(self) -> None:
-        self._server.should_exit = True
+        for server in self._servers:
+            server.should_exit = True
         if self._thread:
             self._thread.join()
 
     async def _serve(self, listener: socket.socket) -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=None, trust_env=False, limits=limits) as self._client:
-            await self._server.serve(sockets=[listener])
+            if len(self._servers) == 1:
+                await self._servers[0].serve(sockets=[listener])
+                return
+            inner = [listen("127.0.0.1:0") for _ in self._servers]
+
+            async def sort(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                first = await reader.read(65536)
+                tls = first[:1] == b"\x16"  # a TLS record of type handshake
+                inner_reader, inner_writer = await asyncio.open_connection(*ports[tls])
+                inner_writer.write(first)
+                await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+            ports = [server.getsockname() for server in inner]
+            async with await asyncio.start_server(sort, sock=listener):
+                await asyncio.gather(*(s.serve(sockets=[i]) for s, i in zip(self._servers, inner, strict=True)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -102,10 +127,13 @@ class Gate:
     async def _answer(self, request: Request) -> Response:
         token = _presented(request)
         if request.url.path == TOKEN_PATH:
-            return self._token(token)
+            # Clients ask by POST first, and by GET where that answers 404, as Google's registries are known to:
+            # https://github.com/containerd/containerd/blob/main/core/remotes/docker/authorizer.go
+            return self._token(token) if request.method == "GET" else Response(status_code=404)
         if token is None or not oauth2.is_accepted(token):
-            realm = f'Bearer realm="http://{self.address}{TOKEN_PATH}",service="{self.address}"'
-            return _refusal(401, "UNAUTHORIZED", "authentication required", {"www-authenticate": realm})
+            realm = f"{request.url.scheme}://{self.address}{TOKEN_PATH}"
+            challenge = {"www-authenticate": f'Bearer realm="{realm}",service="{self.address}"'}
+            return _refusal(401, "UNAUTHORIZED", "authentication required", challenge)
         return await self._pass_on(request)
 
     @staticmethod

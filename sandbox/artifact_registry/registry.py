@@ -54,16 +54,19 @@ def _free_port() -> int:
 class Registry:
     """One registry on 127.0.0.1:`port` (0: a free one), its images in `folder`, or in a volume named after `state`.
 
-    A `gated` one asks for access tokens; the registry itself then listens on another port. Its methods block.
+    A `gated` one asks for access tokens; the registry itself then listens on another port. With a `certificate` it
+    speaks HTTPS too, see `Gate`. Its methods block.
     """
 
-    def __init__(self, folder: Path, port: int, state: str, *, gated: bool = False) -> None:
+    def __init__(
+        self, folder: Path, port: int, state: str, *, gated: bool = False, certificate: Path | None = None
+    ) -> None:
         self._folder = folder.resolve()
         self._program = shutil.which("docker-registry") or shutil.which("registry")
         self._process: subprocess.Popen[bytes] | None = None
         self._name = f"headcount-registry-{state}"
         self.address = f"127.0.0.1:{port or _free_port()}"
-        self._gated = gated
+        self._gated, self._certificate = gated, certificate
         self._gate: Gate | None = None
         self._started = False  # the container
         self._backend = f"127.0.0.1:{_free_port()}" if gated else self.address
@@ -76,7 +79,7 @@ class Registry:
             return
         self.stop()  # also a container that a killed sandbox left
         if self._gated:
-            self._gate = Gate(self.address, self._backend)
+            self._gate = Gate(self.address, self._backend, self._certificate)
             self._gate.open()
         else:
             listen(self.address).close()
