@@ -217,6 +217,7 @@ def test_the_registry_takes_a_token_until_it_expires(expiring: tuple[RunningSand
         assert realm
         assert realm[2] == address
         assert client.get(realm[1]).status_code == 403  # nobody is anonymous
+        assert client.post(realm[1]).status_code == 404  # after which BuildKit asks by GET
         assert client.get(realm[1], headers=basic("wrong")).status_code == 401
         bearer = client.get(realm[1], headers=basic(token)).json()["token"]
         client.headers["authorization"] = f"Bearer {bearer}"

@@ -211,8 +211,10 @@ def test_audit_configurations_change_only_where_the_mask_names_them(projects: An
     audit = [{"service": "allServices", "auditLogConfigs": [{"logType": "DATA_READ"}]}]
     body: Any = {"policy": {"auditConfigs": audit, "version": 3}, "updateMask": "bindings,etag,auditConfigs"}
     assert projects.setIamPolicy(resource=project, body=body).execute()["auditConfigs"] == audit
-    kept = grant(projects, project, "user:a@example.com")
-    assert kept["auditConfigs"] == audit
+    grant(projects, project, "user:a@example.com")
+    ignored: Any = {"auditConfigs": [], "bindings": [{"role": "roles/viewer", "members": ["user:b@example.com"]}]}
+    kept = projects.setIamPolicy(resource=project, body={"policy": ignored}).execute()
+    assert (kept["auditConfigs"], kept["bindings"]) == (audit, ignored["bindings"])
     assert kept["version"] == 1  # whatever was sent
     emptied = {"policy": {"bindings": kept["bindings"]}, "updateMask": "bindings,etag,auditConfigs"}
     assert "auditConfigs" not in projects.setIamPolicy(resource=project, body=emptied).execute()
