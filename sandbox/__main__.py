@@ -46,7 +46,8 @@ def options(arguments: list[str]) -> argparse.Namespace:
         type=int,
         default=8791,
         metavar="PORT",
-        help="of the Docker registry, on 127.0.0.1, started with the first repository; 0 takes a free one (8791)",
+        help="of the Docker registry, on 127.0.0.1, started with the first repository; 0 takes a free one (8791). Its "
+        "user is oauth2accesstoken, the password an access token; the token `sandbox` never expires",
     )
     parser.add_argument(
         "--registry-certificate",

@@ -154,6 +154,32 @@ def test_lifecycle_rules_are_kept_and_checked(client: storage.Client, rest: http
     assert "lifecycle" not in rest.get(path).json()
 
 
+def test_objects_of_a_certain_age_are_gone(tmp_path: Path) -> None:
+    with RunningSandbox(state=tmp_path / "state") as running, storage_client(running, "a-project") as client:
+        bucket = client.bucket("pictures")
+        bucket.versioning_enabled = True
+        bucket.add_lifecycle_delete_rule(age=30, is_live=True)
+        bucket.add_lifecycle_delete_rule(days_since_noncurrent_time=7)
+        bucket.add_lifecycle_delete_rule(age=1, matches_prefix=["other/"])
+        bucket.create(location="europe-west4")
+        bucket.blob("old").upload_from_string(b"old")
+        running.advance(29 * 86400)
+        bucket.blob("new").upload_from_string(b"new")
+
+        def names(**query: Any) -> list[str]:
+            return [blob.name for blob in client.list_blobs(bucket, **query)]
+
+        assert names() == ["new", "old"]
+        running.advance(86400)
+        assert names() == ["new"]
+        assert names(versions=True) == ["new", "old"]
+        with pytest.raises(exceptions.NotFound):
+            bucket.blob("old").download_as_bytes()
+        running.advance(7 * 86400)
+        assert names(versions=True) == ["new"]
+        assert len(list((running.state / "objects").iterdir())) == 1
+
+
 def test_a_key_of_the_customer_is_on_the_bucket_and_its_objects(client: storage.Client, rest: httpx.Client) -> None:
     key = "projects/p/locations/europe-west4/keyRings/ring/cryptoKeys/key"
     bucket = client.bucket(f"b-{uuid.uuid4().hex}")

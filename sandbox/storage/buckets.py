@@ -1,8 +1,7 @@
 """Buckets of Cloud Storage, and their policies.
 
 https://cloud.google.com/storage/docs/json_api/v1/buckets
-Our own, because the emulators on PyPI have no policies, no generations, or no maintainer. Lifecycle rules are kept and
-shown; nothing deletes objects by them.
+Our own, because the emulators on PyPI have no policies, no generations, or no maintainer.
 """
 
 import base64

@@ -5,6 +5,7 @@ Contents lie in files beside the state, each named by a random key.
 """
 
 import base64
+import datetime
 import hashlib
 import json
 import random
@@ -53,12 +54,50 @@ def _retire(call: Call, bucket: JSON, item: JSON) -> None:
     if bucket.get("versioning", {}).get("enabled"):
         call.cloud.store.put("object", key, {**item, "timeDeleted": clock.now("milliseconds")})
     else:
-        call.cloud.store.delete("object", key)
-        _file(call, item["file"]).unlink(missing_ok=True)
+        _remove(call, key, item)
+
+
+def is_due(rule: JSON, item: JSON) -> bool:
+    """Whether a lifecycle rule deletes an object now. A rule with a condition that is not known here deletes nothing.
+
+    https://cloud.google.com/storage/docs/lifecycle#conditions
+    """
+    condition: JSON = rule["condition"]
+    live = "timeDeleted" not in item
+    if rule["action"]["type"] != "Delete" or set(condition) - {"age", "isLive", "daysSinceNoncurrentTime"}:
+        return False
+    if condition.get("isLive", live) != live or _days_since(item["timeCreated"]) < condition.get("age", 0):
+        return False
+    days = condition.get("daysSinceNoncurrentTime")
+    return days is None or (not live and _days_since(item["timeDeleted"]) >= days)
+
+
+def _days_since(time: str) -> float:
+    return (clock.time() - datetime.datetime.fromisoformat(time).timestamp()) / 86400
+
+
+def _find_bucket(call: Call, name: str) -> JSON:
+    """The bucket, after its lifecycle rules were applied to its objects. Raises NOT_FOUND.
+
+    Google applies them within a day; here they hold whenever somebody asks for an object.
+    """
+    bucket = buckets.find(call, name)
+    if rules := bucket.get("lifecycle", {}).get("rule", []):
+        for key, item in call.cloud.store.list("object", f"{name}/"):
+            if any(is_due(rule, item) for rule in rules):
+                with call.cloud.store.transaction():
+                    _remove(call, key, item) if "timeDeleted" in item else _retire(call, bucket, item)
+    return bucket
+
+
+def _remove(call: Call, key: str, item: JSON) -> None:
+    """Deletes a generation for good. Inside a transaction."""
+    call.cloud.store.delete("object", key)
+    _file(call, item["file"]).unlink(missing_ok=True)
 
 
 def _save(call: Call, bucket_name: str, metadata: JSON, content: bytes, media: str) -> JSON:
-    bucket, name = buckets.find(call, bucket_name), metadata.get("name") or call.query.get("name", "")
+    bucket, name = _find_bucket(call, bucket_name), metadata.get("name") or call.query.get("name", "")
     if not name or len(name.encode()) > 1024 or "\n" in name or "\r" in name:
         raise invalid(f"Invalid object name: '{name}'")
     live = next(
@@ -127,7 +166,7 @@ async def insert(call: Call) -> Any:
     bucket, kind = names(call)[0], call.query.get("uploadType", "media")
     if upload := call.query.get("upload_id"):
         return _resume(call, bucket, upload)
-    buckets.find(call, bucket)
+    _find_bucket(call, bucket)
     media = call.request.headers.get("content-type", "application/octet-stream")
     if kind == "media":
         return _save(call, bucket, {}, call.raw, media)
@@ -175,7 +214,7 @@ def _resume(call: Call, bucket: str, upload: str) -> Response:
 
 async def get(call: Call) -> Any:
     bucket, name = names(call)
-    buckets.find(call, bucket)
+    _find_bucket(call, bucket)
     item = _object(call, bucket, name)
     check_conditions(call, item)
     if call.query.get("alt") != "media":
@@ -201,7 +240,7 @@ async def get(call: Call) -> Any:
 async def list_(call: Call) -> JSON:
     """By name and age; `prefix`, `delimiter`, `versions` and pages as Google has them."""
     bucket, query = names(call)[0], call.query
-    buckets.find(call, bucket)
+    _find_bucket(call, bucket)
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     every = query.get("versions", "").lower() == "true"  # Python's client says True
     items, prefixes = [], set()
@@ -222,12 +261,11 @@ async def list_(call: Call) -> JSON:
 
 async def delete(call: Call) -> Response:
     bucket_name, name = names(call)
-    bucket, item = buckets.find(call, bucket_name), _object(call, bucket_name, name)
+    bucket, item = _find_bucket(call, bucket_name), _object(call, bucket_name, name)
     check_conditions(call, item)
     with call.cloud.store.transaction():
         if "generation" in call.query:  # for good
-            call.cloud.store.delete("object", _key(bucket_name, name, item["generation"]))
-            _file(call, item["file"]).unlink(missing_ok=True)
+            _remove(call, _key(bucket_name, name, item["generation"]), item)
         else:
             _retire(call, bucket, item)
     return Response(status_code=204)
