@@ -3,6 +3,7 @@
 POST   /_sandbox/faults      orders a fault: {"method", "count", "kind", …}, see `Fault`
 GET    /_sandbox/faults      those not used up
 DELETE /_sandbox/faults      forgets them
+POST   /_sandbox/release     lets go of the operations that a "hold" fault keeps running
 GET    /_sandbox/requests    every request so far: time, http, method (discovery id), name, status
 DELETE /_sandbox/requests    forgets them
 GET    /_sandbox/history     every state of an endpoint's traffic: trafficSplit, and available replicas by
@@ -13,6 +14,7 @@ GET    /_sandbox/violations  what departed from the discovery documents (with --
 import asyncio
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,7 @@ KINDS = {
         "message",
     },  # the operation ends with an error, before or after its effect
     "slow": {"seconds"},  # the operation takes this much longer
+    "hold": set(),  # the operation runs until POST /_sandbox/release
     "latency": {"seconds"},  # the answer takes this much longer
 }
 DEFAULTS: JSON = {
@@ -65,6 +68,7 @@ class Admin:
     faults: list[Fault] = field(default_factory=list)
     requests: deque[JSON] = field(default_factory=lambda: deque(maxlen=100_000))
     violations: deque[JSON] = field(default_factory=lambda: deque(maxlen=1_000))
+    release: Callable[[], None] = lambda: None
     _ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
     def take(self, method: str, name: str, body: bytes) -> JSON:
@@ -95,6 +99,9 @@ class Admin:
             case "GET", "faults":
                 shown = [{k: v for k, v in vars(f).items() if k != "details"} | f.details for f in self.faults]
                 return JSONResponse({"faults": shown})
+            case "POST", "release":
+                self.release()
+                return JSONResponse({})
             case "GET", "requests":
                 return JSONResponse({"requests": list(self.requests)})
             case "DELETE", "requests":

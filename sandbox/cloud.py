@@ -31,6 +31,8 @@ class Settings:
     hold_after_undeploy: float = 0.0
     operation_seconds: float = 0.0
     service_accounts: tuple[str, ...] = ()
+    suppose: frozenset[str] = frozenset()
+    idle_seconds: float | None = None
     registry_port: int = 8791
     api_delay: float | None = None
 

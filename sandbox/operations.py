@@ -26,6 +26,7 @@ class Kind:
     response: str  # a message of google.cloud.aiplatform, or google.protobuf.Empty
     work: Work
     undo: Callable[[JSON], Awaitable[None]] | None = None  # after a failure or a cancellation
+    cancellable: bool = True
 
 
 class Operations:
@@ -37,6 +38,12 @@ class Operations:
         self.running: dict[str, JSON] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
+        self._released = asyncio.Event()
+
+    def release(self) -> None:
+        """Lets go of the operations that a fault holds now."""
+        self._released.set()
+        self._released = asyncio.Event()
 
     def resume(self) -> None:
         """Takes up what ran when the sandbox last ended."""
@@ -124,6 +131,8 @@ class Operations:
         ordered = GoogleError(fault.get("status", "INTERNAL"), fault.get("message", "Ordered by a fault."))
         try:
             await asyncio.sleep(self.minimum_seconds + fault.get("seconds", 0))
+            if fault.get("kind") == "hold":
+                await self._released.wait()
             if fault.get("kind") == "operation_error" and fault["when"] == "before":
                 raise ordered
             finish = await kind.work(operation)
@@ -178,6 +187,8 @@ class Operations:
     def cancel(self, name: str) -> None:
         operation = self.find(name)
         if not operation.get("done"):
+            if not self.kinds[operation["kind"]].cancellable:
+                raise precondition(f"Operation {name} is not cancellable.")
             operation["cancelled"] = True
             self._save(operation)
             self._tasks[name].cancel()

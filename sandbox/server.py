@@ -70,7 +70,7 @@ class Server:
         self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry)
         self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
-        self.admin = Admin(store, settings.admin)
+        self.admin = Admin(store, settings.admin, release=self.cloud.operations.release)
         # Google answers with project numbers; callers may use either.
         self.projects: dict[str, str] = {p["number"]: name for name, p in store.list("project")}
 
@@ -165,7 +165,7 @@ class Server:
                 body={},
                 request=request,
                 raw=raw,
-                fault=fault if fault.get("kind") in ("operation_error", "slow") else {},
+                fault=fault if fault.get("kind") in ("operation_error", "slow", "hold") else {},
             )
             response = await self._handle(call, version)
             status = response.status_code

@@ -24,6 +24,19 @@ DEPLOYED_ID = re.compile(r"[0-9]{1,10}")
 # MachineSpec.machine_type: "For DeployedModel this field is optional, and the default value is …".
 DEFAULT_MACHINE = "n1-standard-2"
 
+# Where records of Vertex AI's own behaviour are thin, the sandbox can behave either way (`--suppose NAME`), so that
+# tests can show that the provider copes with both. docs/unverified.md has what is known of each.
+SUPPOSITIONS = {
+    "no-first-traffic": "a first deployment without a traffic split gets no traffic",
+    "split-required": "a first deployment without a traffic split is refused",
+    "no-own-ids": "a deployed-model id of the caller's choice is refused",
+    "concurrent": "an endpoint's mutations may run at the same time",
+    "versioned-models": "a deployed model names its model with the version",
+    "no-status": "deployed models have no status",
+    "default-targets": "default autoscaling targets are written into deployed models",
+    "dns-scheme": "the DNS name of a dedicated endpoint begins with https://",
+}
+
 MUTABLE = ("displayName", "description", "labels", "trafficSplit")
 UNSUPPORTED = (
     "network",
@@ -44,13 +57,18 @@ DEPLOYED_UNSUPPORTED = (
     "speculativeDecodingSpec",
     "gdcConnectedModel",
 )
-RESOURCES_UNSUPPORTED = (
-    "spot",
-    "scaleToZeroSpec",
-    "flexStart",
-    "initialReplicaCount",
-    "requiredReplicaCount",
-)
+RESOURCES_UNSUPPORTED = ("flexStart", "requiredReplicaCount")
+# Fields of dedicatedResources that only v1beta1 has.
+BETA_RESOURCES = ("scaleToZeroSpec", "initialReplicaCount")
+# Default targets, and metrics whose target is a percentage. The target of request_count is a number of requests a
+# minute and replica: `gcloud ai endpoints deploy-model --help`, --autoscaling-metric-specs.
+METRIC = "aiplatform.googleapis.com/prediction/online/"
+CPU, ACCELERATOR = METRIC + "cpu/utilization", METRIC + "accelerator/duty_cycle"
+DEFAULT_TARGET = 60
+# Periods of scale to zero: ScaleToZeroSpec of the discovery document; the default of an hour and the conditions:
+# https://docs.cloud.google.com/gemini-enterprise-agent-platform/machine-learning/predictions/autoscaling
+IDLE_PERIODS = ("minScaleupPeriod", "idleScaledownPeriod")
+IDLE_DEFAULT = "3600s"
 
 
 def find(cloud: Cloud, name: str) -> JSON:
@@ -68,21 +86,44 @@ def find_deployed(endpoint: JSON, deployed_id: str) -> JSON:
     raise not_found(f'DeployedModel with ID "{deployed_id}" is not found on Endpoint {endpoint["name"]}.')
 
 
-def render(cloud: Cloud, endpoint: JSON) -> JSON:
-    """The Endpoint resource as it is read."""
-    answer = dict(endpoint)
+def render(cloud: Cloud, endpoint: JSON, version: str = "v1") -> JSON:
+    """The Endpoint resource as one version of the API shows it."""
+    answer = {key: value for key, value in endpoint.items() if key != "exposed"}
     if endpoint.get("deployedModels"):
-        answer["deployedModels"] = [render_deployed(cloud, endpoint["name"], d) for d in endpoint["deployedModels"]]
-    if endpoint.get("dedicatedEndpointEnabled"):
-        # On Google a DNS name of the endpoint's own; here the sandbox's address serves both.
-        answer["dedicatedEndpointDns"] = f"127.0.0.1:{cloud.settings.port}"
+        answer["deployedModels"] = [
+            render_deployed(cloud, endpoint["name"], d, version) for d in endpoint["deployedModels"]
+        ]
+    # A dedicated endpoint has no DNS name before a deployment on it has succeeded. On Google the name is the
+    # endpoint's own; here the sandbox's address serves all of them.
+    if endpoint.get("dedicatedEndpointEnabled") and endpoint.get("exposed"):
+        scheme = "https://" if "dns-scheme" in cloud.settings.suppose else ""
+        answer["dedicatedEndpointDns"] = f"{scheme}127.0.0.1:{cloud.settings.port}"
     answer["etag"] = etag(endpoint, MUTABLE)
     return answer
 
 
-def render_deployed(cloud: Cloud, endpoint: str, deployed: JSON) -> JSON:
-    available = cloud.fleet.available(endpoint, deployed["id"])
-    return {**deployed, "status": {"availableReplicaCount": available, "lastUpdateTime": now()}}
+def _of_v1(deployed: JSON) -> JSON:
+    """A deployed model without what only v1beta1 can express."""
+    resources = {key: value for key, value in deployed["dedicatedResources"].items() if key not in BETA_RESOURCES}
+    return {**deployed, "dedicatedResources": resources}
+
+
+def render_deployed(cloud: Cloud, endpoint: str, deployed: JSON, version: str) -> JSON:
+    """A deployed model; a count of zero is left out, as JSON of a protocol buffer does."""
+    suppose, answer = cloud.settings.suppose, {**deployed}
+    resources: JSON = dict((_of_v1(deployed) if version == "v1" else deployed)["dedicatedResources"])
+    if not resources.get("minReplicaCount"):
+        resources.pop("minReplicaCount", None)
+    if "default-targets" in suppose and not resources.get("autoscalingMetricSpecs"):
+        metrics = [CPU, ACCELERATOR] if resources["machineSpec"].get("acceleratorCount") else [CPU]
+        resources["autoscalingMetricSpecs"] = [{"metricName": m, "target": DEFAULT_TARGET} for m in metrics]
+    answer["dedicatedResources"] = resources
+    if "versioned-models" in suppose:
+        answer["model"] = f"{deployed['model']}@{deployed['modelVersionId']}"
+    if "no-status" not in suppose:
+        available = cloud.fleet.available(endpoint, deployed["id"])
+        answer["status"] = {"lastUpdateTime": now()} | ({"availableReplicaCount": available} if available else {})
+    return answer
 
 
 def save(cloud: Cloud, endpoint: JSON, event: str) -> None:
@@ -118,7 +159,18 @@ def replicas_changed(cloud: Cloud, name: str) -> None:
 
 def serving_of(cloud: Cloud, endpoint: str, deployed: JSON) -> Serving:
     name, version = vertex_models.find_version(cloud, f"{deployed['model']}@{deployed['modelVersionId']}")
-    return serving(cloud.store.id, endpoint, deployed, name, version)
+    return serving(cloud.store.id, endpoint, deployed, name, version, cloud.settings.idle_seconds)
+
+
+def check_alone(cloud: Cloud, name: str) -> None:
+    """One mutation of an endpoint at a time, unless that is supposed to be no rule of Vertex AI's."""
+    if "concurrent" not in cloud.settings.suppose:
+        cloud.operations.check_alone("Endpoint", name)
+
+
+def deploying(cloud: Cloud, name: str) -> list[JSON]:
+    """The models that are being deployed on an endpoint."""
+    return [o["request"]["deployedModel"] for o in cloud.operations.on(name) if o["kind"] == "deployModel"]
 
 
 def check_traffic(split: JSON, ids: set[str]) -> None:
@@ -126,7 +178,7 @@ def check_traffic(split: JSON, ids: set[str]) -> None:
     if not split:
         return
     if unknown := sorted(set(split) - ids):
-        raise invalid(f"traffic_split names deployed models that are not on the Endpoint: {', '.join(unknown)}.")
+        raise invalid(f"The following DeployedModel ID(s) [{', '.join(unknown)}] do not exist.")
     if any(not 0 <= percent <= 100 for percent in split.values()):
         raise invalid("Every traffic percentage must be between 0 and 100.")
     if sum(split.values()) != 100:
@@ -175,11 +227,18 @@ def _create_kind(cloud: Cloud) -> Kind:
 
 
 async def get(call: Call) -> JSON:
-    return render(call.cloud, find(call.cloud, call.name))
+    cloud = call.cloud
+    answer = render(cloud, find(cloud, call.name), call.version)
+    # https://docs.cloud.google.com/vertex-ai/docs/predictions/rolling-deployment shows this parameter and the state.
+    if call.query.get("allDeploymentStates") == "true":
+        unfinished = [{**d, "state": "BEING_DEPLOYED"} for d in deploying(cloud, call.name)]
+        if unfinished:
+            answer["deployedModels"] = answer.get("deployedModels", []) + unfinished
+    return answer
 
 
 async def list_(call: Call) -> JSON:
-    endpoints = [render(call.cloud, e) for _, e in call.cloud.store.list("endpoint", call.name + "/")]
+    endpoints = [render(call.cloud, e, call.version) for _, e in call.cloud.store.list("endpoint", call.name + "/")]
     return page(call, "endpoints", endpoints, "endpoint")
 
 
@@ -191,7 +250,7 @@ async def patch(call: Call) -> JSON:
             raise invalid(f'Field "{path}" of an Endpoint can not be updated; these can: {", ".join(MUTABLE)}.')
     with cloud.store.transaction():
         endpoint = find(cloud, call.name)
-        cloud.operations.check_alone("Endpoint", call.name)
+        check_alone(cloud, call.name)
         if body.get("etag") and body["etag"] != etag(endpoint, MUTABLE):
             raise GoogleError("ABORTED", "The etag does not match the Endpoint's: read it again and repeat the change.")
         if "trafficSplit" in mask:
@@ -200,13 +259,13 @@ async def patch(call: Call) -> JSON:
         check_display_name(endpoint)
         check_labels(endpoint.get("labels", {}))
         save(cloud, endpoint, "patched")
-    return render(cloud, endpoint)
+    return render(cloud, endpoint, call.version)
 
 
 async def delete(call: Call) -> JSON:
     cloud = call.cloud
     endpoint = find(cloud, call.name)
-    busy = [o["request"]["deployedModel"]["id"] for o in cloud.operations.on(call.name) if o["kind"] == "deployModel"]
+    busy = [d["id"] for d in deploying(cloud, call.name)]
     if ids := [d["id"] for d in endpoint.get("deployedModels", [])] + busy:
         raise precondition(
             f'The Endpoint "{call.name}" has deployed or being-deployed DeployedModel(s) with ID(s): '
@@ -230,19 +289,42 @@ def _delete_kind(cloud: Cloud) -> Kind:
 # ------------------------------------------------------------------------------------------ deploying
 
 
-def _check_resources(call: Call, resources: JSON) -> None:
-    """Raises for replica counts that Vertex AI refuses; sets what it defaults."""
+def _check_resources(call: Call, resources: JSON, endpoint: JSON, others: int) -> None:
+    """Raises for replica counts that Vertex AI refuses; sets what it defaults.
+
+    `others` is the number of other models on the endpoint.
+    """
     _check_supported(call, resources, RESOURCES_UNSUPPORTED, "dedicated_resources")
-    least = resources.get("minReplicaCount", 0)
-    if least < 1:
+    least = resources.setdefault("minReplicaCount", 0)
+    if least < 1 and call.version == "v1":
         raise invalid(f"dedicated_resources.min_replica_count must be greater than or equal to 1; it is {least}.")
-    most = resources.setdefault("maxReplicaCount", least) or least
+    most = resources.setdefault("maxReplicaCount", least) or max(least, 1)
     if most < least:
         raise invalid(f"max_replica_count ({most}) must not be less than min_replica_count ({least}).")
     resources["maxReplicaCount"] = most
     for metric in resources.get("autoscalingMetricSpecs", []):
-        if not 1 <= metric.get("target", 60) <= 100:
-            raise invalid("The target of an autoscaling metric must be between 1 and 100.")
+        target = metric.get("target", DEFAULT_TARGET)
+        if target < 1 or (target > 100 and metric.get("metricName") in (CPU, ACCELERATOR)):
+            raise invalid("The target of a utilization metric must be between 1 and 100, of another at least 1.")
+    if least:
+        if beta := [name for name in BETA_RESOURCES if resources.get(name)]:
+            raise invalid(f"dedicated_resources.{beta[0]} needs a min_replica_count of 0.")
+    else:
+        _check_scale_to_zero(resources, endpoint, others)
+
+
+def _check_scale_to_zero(resources: JSON, endpoint: JSON, others: int) -> None:
+    """Raises where scale to zero is not offered (IDLE_DEFAULT has the source); sets what it defaults."""
+    if not endpoint.get("dedicatedEndpointEnabled"):
+        raise invalid("Scale to zero can not be enabled on shared public endpoints.")
+    if others:
+        raise invalid("Scale to zero is only compatible with one model per endpoint.")
+    if not 1 <= resources.setdefault("initialReplicaCount", 1) <= resources["maxReplicaCount"]:
+        raise invalid("initial_replica_count must be between 1 and max_replica_count.")
+    spec: JSON = resources.setdefault("scaleToZeroSpec", {})
+    for period in IDLE_PERIODS:
+        if not 300 <= float(spec.setdefault(period, IDLE_DEFAULT).removesuffix("s")) <= 28800:
+            raise invalid(f"scale_to_zero_spec.{period} must be between 300 and 28800 seconds.")
 
 
 async def deploy_model(call: Call) -> JSON:
@@ -255,28 +337,36 @@ async def deploy_model(call: Call) -> JSON:
     if "dedicatedResources" not in deployed:
         raise invalid("Required field deployed_model.dedicated_resources is not set: the Model supports no other.")
     resources: JSON = deployed["dedicatedResources"]
-    _check_resources(call, resources)
+    taken = {d["id"] for d in endpoint.get("deployedModels", [])}
+    _check_resources(call, resources, endpoint, len(taken))
+    if any(not d["dedicatedResources"]["minReplicaCount"] for d in endpoint.get("deployedModels", [])):
+        raise invalid("Scale to zero is only compatible with one model per endpoint.")
     machine: JSON = resources.setdefault("machineSpec", {})
     machine.setdefault("machineType", DEFAULT_MACHINE)
     if machine.get("acceleratorCount", 0) > 0 and not machine.get("acceleratorType"):
         raise invalid("machine_spec.accelerator_count needs machine_spec.accelerator_type.")
     check_act_as(cloud, deployed.get("serviceAccount"))
     key, version = vertex_models.find_version(cloud, deployed["model"])
-    taken = {d["id"] for d in endpoint.get("deployedModels", [])}
     if given := deployed.get("id"):
+        if "no-own-ids" in cloud.settings.suppose:
+            raise invalid("deployed_model.id must not be set.")
         if not DEPLOYED_ID.fullmatch(given) or int(given) == 0:
             raise invalid(f'Invalid deployed_model.id "{given}": 1-10 characters of [0-9], and not 0.')
         if given in taken:
             raise GoogleError("ALREADY_EXISTS", f'DeployedModel with ID "{given}" already exists on Endpoint {name}.')
-    check_traffic(call.body.get("trafficSplit", {}), taken | {"0"})
-    cloud.operations.check_alone("Endpoint", name)
+    split: JSON = call.body.get("trafficSplit", {})
+    check_traffic(split, taken | {"0"})
+    if not split and not taken and "split-required" in cloud.settings.suppose:
+        raise invalid("Required field traffic_split is not set.")
+    check_alone(cloud, name)
     deployed.setdefault("id", str(random.randrange(10**8, 10**10)))
     deployed["model"], _, deployed["modelVersionId"] = key.partition("@")
     model = vertex_models.render(cloud, key, version)
     if not deployed.get("displayName"):
         deployed["displayName"] = model["displayName"]
-    deployed.pop("enableContainerLogging", None)  # v1beta1 only, and without meaning here
-    request = {"deployedModel": deployed, "trafficSplit": call.body.get("trafficSplit", {}), "version": key}
+    if "enableContainerLogging" in deployed:  # v1beta1's way to say it
+        deployed["disableContainerLogging"] = not deployed.pop("enableContainerLogging")
+    request = {"deployedModel": deployed, "trafficSplit": split, "version": key}
     return cloud.operations.start(call, "deployModel", name, name, request)
 
 
@@ -288,18 +378,23 @@ def _deploy_kind(cloud: Cloud) -> Kind:
         cloud.operations.stage(operation, deploymentStage="GETTING_CONTAINER_IMAGE")
         await cloud.fleet.runner.fetch(what.launch.image)
         cloud.operations.stage(operation, deploymentStage="STARTING_MODEL_SERVER")
-        await cloud.fleet.bring_up(what, deployed["dedicatedResources"]["minReplicaCount"])
+        await cloud.fleet.bring_up(what, first_replicas(deployed))
 
         def finish() -> JSON:
             endpoint = find(cloud, name)
             deployed["createTime"] = now()
+            split: JSON = request["trafficSplit"]
+            if not split and not endpoint.get("deployedModels") and "no-first-traffic" not in cloud.settings.suppose:
+                # The first model on an endpoint gets all traffic: in samples of Google's, predictions work right
+                # after a deployment without a split.
+                split = {"0": 100}
             endpoint.setdefault("deployedModels", []).append(deployed)
-            if split := request["trafficSplit"]:
-                own = {deployed["id"] if k == "0" else k: v for k, v in split.items()}
-                endpoint["trafficSplit"] = own
+            if split:
+                endpoint["trafficSplit"] = {deployed["id"] if k == "0" else k: v for k, v in split.items()}
+            endpoint["exposed"] = True
             operation["metadata"] = {"deploymentStage": "SUCCESSFULLY_DEPLOYED"}
             save(cloud, endpoint, "deployed")
-            return {"deployedModel": deployed}
+            return {"deployedModel": _of_v1(deployed)}
 
         return finish
 
@@ -307,7 +402,13 @@ def _deploy_kind(cloud: Cloud) -> Kind:
         operation["metadata"] = {"deploymentStage": "FAILED_TO_DEPLOY"}
         await cloud.fleet.bring_down(operation["target"], operation["request"]["deployedModel"]["id"])
 
-    return Kind("DeployModelOperationMetadata", "DeployModelResponse", work, undo)
+    return Kind("DeployModelOperationMetadata", "DeployModelResponse", work, undo, cancellable=False)
+
+
+def first_replicas(deployed: JSON) -> int:
+    """With how many replicas a deployed model starts, also when it comes back from zero."""
+    resources: JSON = deployed["dedicatedResources"]
+    return int(resources["minReplicaCount"] or resources["initialReplicaCount"])
 
 
 async def undeploy_model(call: Call) -> JSON:
@@ -318,8 +419,12 @@ async def undeploy_model(call: Call) -> JSON:
         raise invalid("Required field deployed_model_id is not set.")
     with cloud.store.transaction():
         endpoint = find(cloud, name)
+        if any(d["id"] == deployed_id for d in deploying(cloud, name)):
+            raise precondition(
+                f'DeployedModel with ID "{deployed_id}" remains involved in the rolling update on Endpoint {name}.'
+            )
         find_deployed(endpoint, deployed_id)
-        cloud.operations.check_alone("Endpoint", name)
+        check_alone(cloud, name)
         others = {d["id"] for d in endpoint["deployedModels"]} - {deployed_id}
         split = call.body.get("trafficSplit") or endpoint.get("trafficSplit", {})
         if not others:
@@ -363,7 +468,7 @@ def _undeploy_kind(cloud: Cloud) -> Kind:
 def _restore(cloud: Cloud, name: str, deployed_id: str) -> None:
     """Brings the replicas of a deployed model to the number that is stored."""
     deployed = find_deployed(find(cloud, name), deployed_id)
-    cloud.fleet.restore(serving_of(cloud, name, deployed), deployed["dedicatedResources"]["minReplicaCount"])
+    cloud.fleet.restore(serving_of(cloud, name, deployed), first_replicas(deployed))
 
 
 # In place only: replica counts, autoscaling targets and container logging (discovery document,
@@ -374,6 +479,7 @@ MUTABLE_DEPLOYED = (
     "dedicatedResources.autoscalingMetricSpecs",
     "disableContainerLogging",
 )
+MUTABLE_DEPLOYED_BETA = ("dedicatedResources.scaleToZeroSpec", "dedicatedResources.initialReplicaCount")
 
 
 async def mutate_deployed_model(call: Call) -> JSON:
@@ -382,11 +488,10 @@ async def mutate_deployed_model(call: Call) -> JSON:
     paths = update_mask({"updateMask": call.body.get("updateMask", "")})
     endpoint = find(cloud, name)
     deployed = find_deployed(endpoint, wanted.get("id", ""))
+    mutable = (*MUTABLE_DEPLOYED, *(MUTABLE_DEPLOYED_BETA if call.version == "v1beta1" else ()))
     for path in paths:
-        if path not in MUTABLE_DEPLOYED:
-            raise invalid(
-                f'Field "{path}" of a DeployedModel can not be mutated; these can: {", ".join(MUTABLE_DEPLOYED)}.'
-            )
+        if path not in mutable:
+            raise invalid(f'Field "{path}" of a DeployedModel can not be mutated; these can: {", ".join(mutable)}.')
         outer, _, inner = path.partition(".")
         source: JSON = wanted.get(outer) or {} if inner else wanted
         into: JSON = deployed.setdefault(outer, {}) if inner else deployed
@@ -394,16 +499,20 @@ async def mutate_deployed_model(call: Call) -> JSON:
             into[inner or outer] = source[inner or outer]
         else:
             into.pop(inner or outer, None)
-    _check_resources(call, deployed["dedicatedResources"])
-    cloud.operations.check_alone("Endpoint", name)
+    resources: JSON = deployed["dedicatedResources"]
+    if resources.get("minReplicaCount"):
+        resources.pop("initialReplicaCount", None)  # of a model that scaled to zero before
+    _check_resources(call, resources, endpoint, len(endpoint["deployedModels"]) - 1)
+    check_alone(cloud, name)
     return cloud.operations.start(call, "mutateDeployedModel", name, name, {"deployedModel": deployed})
 
 
 def _mutate_kind(cloud: Cloud) -> Kind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         name, deployed = operation["target"], operation["request"]["deployedModel"]
-        count = deployed["dedicatedResources"]["minReplicaCount"]
-        await cloud.fleet.bring_up(serving_of(cloud, name, deployed), count)
+        what = serving_of(cloud, name, deployed)
+        count = first_replicas(deployed)
+        await cloud.fleet.bring_up(what, count)
         await cloud.fleet.bring_down(name, deployed["id"], keep=count)
 
         def finish() -> JSON:
@@ -411,21 +520,24 @@ def _mutate_kind(cloud: Cloud) -> Kind:
             own = [deployed if d["id"] == deployed["id"] else d for d in endpoint["deployedModels"]]
             endpoint["deployedModels"] = own
             save(cloud, endpoint, "mutated")
-            return {"deployedModel": deployed}
+            return {"deployedModel": _of_v1(deployed)}
 
         return finish
 
     async def undo(operation: JSON) -> None:
         name, deployed_id = operation["target"], operation["request"]["deployedModel"]["id"]
         before = find_deployed(find(cloud, name), deployed_id)
-        await cloud.fleet.bring_down(name, deployed_id, keep=before["dedicatedResources"]["minReplicaCount"])
+        await cloud.fleet.bring_down(name, deployed_id, keep=first_replicas(before))
         _restore(cloud, name, deployed_id)
 
     return Kind("MutateDeployedModelOperationMetadata", "MutateDeployedModelResponse", work, undo)
 
 
 async def adopt(cloud: Cloud) -> None:
-    """At start: brings back the replicas of everything deployed, and removes containers of nothing."""
+    """At start: brings back the replicas of everything deployed, and removes containers of nothing.
+
+    What scales to zero stays there until it is asked.
+    """
     wanted = [
         (serving_of(cloud, name, deployed), deployed["dedicatedResources"]["minReplicaCount"])
         for name, endpoint in cloud.store.list("endpoint")

@@ -91,7 +91,7 @@ def test_errors_reach_the_client_as_its_exceptions(sandbox: RunningSandbox) -> N
     with pytest.raises(Conflict, match="already exists"):
         upload(model_id="people", display_name="people")
     endpoint = aiplatform.Endpoint.create(display_name="people")
-    with pytest.raises(BadRequest, match="has no deployed model"):
+    with pytest.raises(BadRequest, match="doesn't have traffic_split"):
         endpoint.predict(instances=[1])
     sandbox.fault("endpoints.deployModel", "operation_error", status="RESOURCE_EXHAUSTED", message="no quota")
     with pytest.raises(Exception, match="no quota"):
