@@ -42,6 +42,10 @@ class Operations:
 
     def release(self) -> None:
         """Lets go of the operations that a fault holds now."""
+        for operation in self.running.values():
+            if operation["fault"].get("kind") == "hold":
+                operation["fault"]["kind"] = "released"
+                self._save(operation)
         self._released.set()
         self._released = asyncio.Event()
 
@@ -131,7 +135,7 @@ class Operations:
         ordered = GoogleError(fault.get("status", "INTERNAL"), fault.get("message", "Ordered by a fault."))
         try:
             await asyncio.sleep(self.minimum_seconds + fault.get("seconds", 0))
-            if fault.get("kind") == "hold":
+            while fault.get("kind") == "hold":
                 await self._released.wait()
             if fault.get("kind") == "operation_error" and fault["when"] == "before":
                 raise ordered

@@ -1,11 +1,11 @@
 """The sandbox's endpoints keep Vertex AI's rules for deployed models and traffic."""
 
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers import eventually
 
 from sandbox.fleet import serving
 from sandbox.testing import LOCATION, RunningSandbox
@@ -70,13 +70,6 @@ def deployment(number: int, model: str = MODEL, replicas: int = 1, split: Any = 
 
 def deploy(sandbox: RunningSandbox, endpoint: str, *args: Any, **more: Any) -> Any:
     return sandbox.do("POST", f"{endpoint}:deployModel", deployment(*args, **more))
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def refusal(answer: tuple[int, Any]) -> tuple[int, str]:
@@ -419,7 +412,7 @@ def test_an_idle_model_scales_to_zero_and_comes_back_when_it_is_asked(sandbox: R
     def available() -> int:
         return int(read("v1")["status"].get("availableReplicaCount", 0))
 
-    eventually(lambda: available() == 0)
+    assert eventually(lambda: available() == 0)
     # What v1 can not express it does not show; a count of zero is left out.
     assert set(read("v1")["dedicatedResources"]) == {"maxReplicaCount", "machineSpec"}
     assert read("v1beta1")["dedicatedResources"]["scaleToZeroSpec"] == {
@@ -430,8 +423,8 @@ def test_an_idle_model_scales_to_zero_and_comes_back_when_it_is_asked(sandbox: R
     assert (status, cold["error"]["status"]) == (429, "RESOURCE_EXHAUSTED")
     assert cold["error"]["message"].startswith("Model is not yet ready for inference.")
     assert asked()[0] == 429  # it is starting
-    eventually(lambda: asked()[0] == 200)
-    eventually(lambda: available() == 0)
+    assert eventually(lambda: asked()[0] == 200)
+    assert eventually(lambda: available() == 0)
     # In place: never to zero again.
     mask = "dedicatedResources.minReplicaCount,dedicatedResources.scaleToZeroSpec"
     change = {"deployedModel": {"id": "7", "dedicatedResources": {"minReplicaCount": 1}}, "updateMask": mask}

@@ -3,12 +3,13 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from helpers import eventually
 
 from sandbox.testing import RunningSandbox
 
@@ -229,7 +230,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_answered(own: RunningSandbo
         writer = Writer(own, round_)
         thread = threading.Thread(target=writer.write)
         thread.start()
-        eventually(lambda writer=writer, steps=round_ + 2: writer.steps >= steps or bool(writer.unexpected))  # type: ignore[misc]
+        assert eventually(lambda writer=writer, steps=round_ + 2: writer.steps >= steps or bool(writer.unexpected))  # type: ignore[misc]
         writer.killed = True
         own.kill()
         thread.join()
@@ -245,13 +246,6 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_answered(own: RunningSandbo
         split = endpoint.get("trafficSplit", {})
         assert set(split) <= ids
         assert sum(split.values()) in (0, 100)
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_fresh_forgets(tmp_path: Path) -> None:
