@@ -26,12 +26,13 @@ from sandbox.store import JSON, Store, now
 
 KINDS = {
     "status": {"code"},  # answer this HTTP status, without effect
+    "refuse": {"status", "message"},  # answer this error, without effect
     "drop": {"when"},  # close the connection, before or after the effect
     "operation_error": {
         "when",
         "status",
         "message",
-    },  # the operation ends with an error, before or after its effect
+    },  # the operation ends with an error, before or after its effect, or "half": deployed, and without replicas
     "slow": {"seconds"},  # the operation takes this much longer
     "hold": set(),  # the operation runs until POST /_sandbox/release
     "latency": {"seconds"},  # the answer takes this much longer
@@ -121,8 +122,9 @@ class Admin:
         if unknown := set(order) - allowed:
             raise invalid(f"A {kind} fault has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}.")
         details = {k: order.get(k, DEFAULTS[k]) for k in KINDS[kind]}
-        if details.get("when", "before") not in ("before", "after"):
-            raise invalid('"when" is before or after.')
+        moments = ("before", "after", "half") if kind == "operation_error" else ("before", "after")
+        if details.get("when", "before") not in moments:
+            raise invalid(f'"when" is one of {", ".join(moments)}.')
         if details.get("status", "INTERNAL") not in CODES:
             raise invalid(f'"status" is one of {", ".join(CODES)}.')
         fault = Fault(

@@ -146,6 +146,8 @@ class Operations:
                     operation["error"] = ordered.rpc_status()
                 operation["done"] = True
                 self._save(operation)
+            if fault.get("when") == "half" and kind.undo:
+                await kind.undo(operation)
         except asyncio.CancelledError:
             if not operation.get("cancelled"):
                 return  # the sandbox is stopping: the next start takes it up

@@ -154,6 +154,8 @@ class Server:
             if fault.get("kind") == "status":
                 code = fault["code"]
                 raise GoogleError(STATUS_OF_HTTP.get(code, "UNKNOWN"), "Ordered by a fault.", http=code)
+            if fault.get("kind") == "refuse":
+                raise GoogleError(fault["status"], fault["message"])
             if fault.get("kind") == "drop" and fault["when"] == "before":
                 raise DroppedError
             call = Call(
