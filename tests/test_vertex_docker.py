@@ -44,7 +44,7 @@ def sandbox(docker_engine: docker.DockerClient) -> Iterator[RunningSandbox]:
 
 @pytest.fixture(scope="module")
 def cloud(sandbox: RunningSandbox) -> Cloud:
-    return Cloud(sandbox)
+    return Cloud.of(sandbox)
 
 
 def version(plugin: Plugin, name: str, model: str, tiny_image: str, **more: object) -> Stack:

@@ -45,9 +45,10 @@ if wanted.get("secret"):
         pulumi.Output.secret("hunter2")}
     )
 if "releases" in wanted:
+    options = {"ignore_changes": wanted.get("ignore"), "custom_timeouts": wanted.get("timeouts")}
     rollout = vertex.Rollout(
         "digits",
-        here,
+        pulumi.ResourceOptions(provider=cloud, **options),
         endpoint=wanted["endpoint"],
         models={
             name: vertex.Deployed(
@@ -70,20 +71,24 @@ for name, version in versions.items():
 class Project:
     """A Pulumi project in a folder of its own, with a state of its own."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, *, plugin_on_path: bool = False) -> None:
         self.folder = folder
+        (folder / "bin").mkdir()
+        plugins = "plugins:\n  providers:\n    - name: vertex\n      path: pulumi_vertex/plugin\n"
+        if plugin_on_path:
+            plugins = ""
+            (folder / "bin/pulumi-resource-vertex").symlink_to(Path(sys.executable).parent / "pulumi-resource-vertex")
         shutil.copytree(ROOT / "pulumi_vertex/plugin", folder / "pulumi_vertex/plugin")
         (folder / ".venv").symlink_to(sys.prefix)
         (folder / "state").mkdir()
         (folder / "__main__.py").write_text(PROGRAM)
         (folder / "Pulumi.yaml").write_text(
-            "name: digits\n"
-            "runtime:\n  name: python\n  options:\n    virtualenv: .venv\n"
-            "plugins:\n  providers:\n    - name: vertex\n      path: pulumi_vertex/plugin\n"
+            f"name: digits\nruntime:\n  name: python\n  options:\n    virtualenv: .venv\n{plugins}"
         )
         self.url = url
         self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PULUMI_HOME": str(folder / "home"),
             "PULUMI_BACKEND_URL": f"file://{folder / 'state'}",
             "PULUMI_CONFIG_PASSPHRASE": "a passphrase",
@@ -145,7 +150,7 @@ def sandbox() -> Iterator[RunningSandbox]:
 
 @pytest.fixture(scope="module")
 def cloud(sandbox: RunningSandbox) -> Cloud:
-    cloud = Cloud(sandbox)
+    cloud = Cloud.of(sandbox)
     cloud.endpoint("digits")
     return cloud
 
@@ -378,6 +383,36 @@ def test_what_a_failed_run_left_for_deletion_is_not_what_serves(
     else:
         assert cloud.deployed(ENDPOINT) == {}
         assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+
+
+def test_changes_are_ignored_by_the_names_of_the_schema(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    more = {"main": {"version": "v", "min_replicas": 2, "max_replicas": 2}}
+    project.want(ONE, releases=more, ignore=["models.main.minReplicas", "models.main.maxReplicas"])
+    assert project.counts(project.up()) == {"unchanged": 4}
+    project.want(ONE, releases=more)
+    assert project.counts(project.up())["updated"] == 1
+
+
+def test_a_timeout_of_the_program_s_own_ends_a_rollout(project: Project, cloud: Cloud, sandbox: RunningSandbox) -> None:
+    sandbox.fault("endpoints.deployModel", "hold")
+    project.want(ONE, releases=MAIN, timeouts={"create": "3s"})
+    said = project.up(fails=True)
+    assert "Not done within 3 s" in said
+    sandbox.release()
+    project.up()
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+
+
+def test_a_provider_on_the_path_needs_no_entry_in_the_project(
+    sandbox: RunningSandbox, cloud: Cloud, tmp_path: Path
+) -> None:
+    project = Project(tmp_path, sandbox.url, plugin_on_path=True)
+    project.want(ONE, releases=MAIN)
+    assert project.counts(project.up()) == {"created": 4}
+    project.destroy()
+    nothing_is_left(cloud)
 
 
 def test_what_exists_is_imported_and_the_code_that_pulumi_prints_fits(project: Project, cloud: Cloud) -> None:

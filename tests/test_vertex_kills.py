@@ -45,7 +45,7 @@ def options() -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def cloud(sandbox: RunningSandbox) -> Cloud:
-    return Cloud(sandbox)
+    return Cloud.of(sandbox)
 
 
 @pytest.fixture

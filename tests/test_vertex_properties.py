@@ -137,7 +137,7 @@ def test_any_version_is_read_as_it_was_created(plugin: Plugin, sandbox: RunningS
     stack = Stack(f"{VERSION_URN}any-{number}")
     sound(plugin, stack, {**inputs, "modelId": f"any-{number}"})
     stack.delete(plugin)
-    assert Cloud(sandbox).versions(f"any-{number}") == []
+    assert Cloud.of(sandbox).versions(f"any-{number}") == []
 
 
 @CALM

@@ -228,9 +228,23 @@ def test_a_dropped_connection_makes_no_second_version(world: World, method: str,
     assert set(there.version_aliases) == {"live", "default"}
 
 
+def test_an_internal_error_after_a_deletion_is_no_failure(world: World) -> None:
+    old, new = world.two()
+    world.sandbox.fault(
+        "models.deleteVersion",
+        "operation_error",
+        when="after",
+        status="INTERNAL",
+        message="Internal error encountered.",
+    )
+    new.delete(world.plugin)
+    assert [v.version_id for v in world.cloud.versions(world.model)] == ["1"]
+    old.delete(world.plugin)
+
+
 def test_a_version_just_undeployed_is_deleted_once_vertex_ai_lets_go_of_it() -> None:
     with RunningSandbox("--hold-after-undeploy", "1.5") as held, Plugin(held.url) as plugin:
-        cloud, version, rollout = Cloud(held), Stack(VERSION_URN + "a"), World(held, plugin).empty_rollout()
+        cloud, version, rollout = Cloud.of(held), Stack(VERSION_URN + "a"), World(held, plugin).empty_rollout()
         endpoint = cloud.endpoint("e")
         version.up(plugin, version_inputs("people"))
         rollout.up(plugin, rollout_inputs(endpoint, main=release(version.id)))

@@ -14,7 +14,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
 import google.auth.credentials
@@ -339,6 +339,15 @@ class Stack:
 class Cloud:
     """The sandbox seen through Google's own clients: what is really there."""
 
+    _made: ClassVar[dict[str, Cloud]] = {}  # each has connections, which are kept open for the next test
+
+    @classmethod
+    def of(cls, sandbox: RunningSandbox) -> Cloud:
+        found = cls._made.get(sandbox.url)
+        if found is None or found.sandbox is not sandbox:
+            found = cls._made[sandbox.url] = cls(sandbox)
+        return found
+
     def __init__(self, sandbox: RunningSandbox) -> None:
         self.sandbox = sandbox
         options: Any = {"api_endpoint": sandbox.url}
@@ -526,7 +535,7 @@ class World:
     """One test's part of a sandbox: a model and an endpoint of its own, and what most tests do with them."""
 
     def __init__(self, sandbox: RunningSandbox, plugin: Plugin) -> None:
-        self.sandbox, self.plugin, self.cloud = sandbox, plugin, Cloud(sandbox)
+        self.sandbox, self.plugin, self.cloud = sandbox, plugin, Cloud.of(sandbox)
         self.model = f"m{next(_names)}"
         self.check_history = True
         self._endpoint = ""
