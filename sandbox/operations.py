@@ -12,10 +12,10 @@ from sandbox.store import JSON, Store, now
 
 log = logging.getLogger("sandbox")
 
-#: Does an operation's work and returns what finishes it: a function that makes the effect visible and
-#: returns the response, run in the same transaction that marks the operation done. After a kill the
-#: work is begun again, so it first looks at what is there.
-Work = Callable[[JSON], Awaitable[Callable[[], JSON]]]
+#: Does the work of an operation and returns a function that makes the effect visible and returns the response. That
+#: function runs in the transaction that marks the operation done. After a kill the work is begun again, so it looks
+#: first at what is there.
+OperationBody = Callable[[JSON], Awaitable[Callable[[], JSON]]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Kind:
 
     metadata: str
     response: str  # a message of google.cloud.aiplatform, or google.protobuf.Empty
-    work: Work
+    work: OperationBody
     undo: Callable[[JSON], Awaitable[None]] | None = None  # after a failure or a cancellation
     cancellable: bool = True
 

@@ -18,6 +18,7 @@ from sandbox import (
     operations,
     projects,
     storage,
+    vertex_deployments,
     vertex_endpoints,
     vertex_models,
     vertex_predictions,
@@ -40,6 +41,7 @@ Handler = Callable[[Call], Awaitable[Any]]
 METHODS: dict[str, Handler] = {
     **vertex_models.METHODS,
     **vertex_endpoints.METHODS,
+    **vertex_deployments.METHODS,
     **vertex_predictions.METHODS,
     **operations.METHODS,
     **storage.METHODS,
@@ -68,7 +70,8 @@ class Server:
         fleet = Fleet(RUNNERS[settings.runner](settings.port), store.id)
         registry = Registry(settings.state / "registry", settings.registry_port, store.id)
         self.cloud = Cloud(settings, store, operations.Operations(store, settings.operation_seconds), fleet, registry)
-        self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
+        for module in (vertex_models, vertex_endpoints, vertex_deployments):
+            self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.admin = Admin(store, settings.admin, release=self.cloud.operations.release)
         # Google answers with project numbers; callers may use either.
@@ -77,7 +80,7 @@ class Server:
     async def start(self) -> None:
         # A thread is held while Docker pulls or stops; the default of a few would make others wait.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
-        await vertex_endpoints.adopt(self.cloud)
+        await vertex_deployments.adopt(self.cloud)
         self.cloud.operations.resume()
 
     async def stop(self) -> None:

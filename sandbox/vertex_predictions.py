@@ -13,7 +13,7 @@ from sandbox.cloud import Call, project_number
 from sandbox.discovery import read_request
 from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, precondition
 from sandbox.fleet import ColdError
-from sandbox.runner import Answer, UnreachableError
+from sandbox.runner import ContainerResponse, UnreachableError
 from sandbox.store import JSON
 
 # Bytes of a request and of a response, and seconds: "Choose an endpoint type",
@@ -27,7 +27,7 @@ COLD = (
 )
 
 
-async def _ask(call: Call) -> tuple[JSON, Answer]:
+async def _ask(call: Call) -> tuple[JSON, ContainerResponse]:
     """(deployed model, its answer). Raises GoogleError for the limits and for replicas that fail."""
     cloud = call.cloud
     endpoint = vertex_endpoints.find(cloud, call.name)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers import eventually
 
-from sandbox.fleet import serving
+from sandbox.serving import serving
 from sandbox.testing import LOCATION, RunningSandbox
 from sandbox.vertex_endpoints import SUPPOSITIONS
 
