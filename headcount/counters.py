@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import random
 import re
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 ROUTE = "/predictions/people"
 TIMEOUT = 60.0  # seconds for one answer; Vertex AI's shared endpoints give no more
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try, unless the server names a longer one
+# What Vertex AI answers, with 429, for a model that is scaled to zero; finding a machine takes minutes.
+COLD = "not yet ready for inference"
+COLD_SECONDS, COLD_PAUSE = 1800.0, 5.0
 LONGEST_PAUSE = 30.0  # of those a server may name
+
+
+log = logging.getLogger("headcount")
 
 
 class CountError(Exception):
@@ -198,6 +205,8 @@ def post(http: httpx.Client, url: httpx.URL, **request: Any) -> Any:
         f"{place} answered HTTP {response.status_code} and not as Headcount does: "
         f"{_start(response.text)!r}; check the address"
     )
+    if response.status_code == 429 and COLD in message:
+        raise _ColdError(message)
     if response.status_code in (429, 503):
         raise _AgainError(message, _retry_after(response))
     raise CountError(message)
@@ -273,6 +282,10 @@ class _AgainError(CountError):
         self.after = after
 
 
+class _ColdError(_AgainError):
+    """The model is scaled to zero and comes up now."""
+
+
 class _UnreachableError(_AgainError):
     """There is no server at the address."""
 
@@ -288,7 +301,7 @@ class Patience:
             if self._unreachable:
                 break
             try:
-                return once()
+                return self._warm(once)
             except _AgainError as error:
                 if pause is None:
                     if isinstance(error, _UnreachableError):
@@ -297,6 +310,24 @@ class Patience:
                 # At random, so that many clients that were refused together do not come back together.
                 time.sleep(max(min(error.after, LONGEST_PAUSE), random.uniform(pause / 2, pause)))
         raise CountError(self._unreachable)
+
+    def _warm(self, once: Callable[[], Answer]) -> Answer:
+        """The answer, also of a model that has to come up from zero first."""
+        deadline, told = time.monotonic() + COLD_SECONDS, False
+        while True:
+            try:
+                return once()
+            except _ColdError as error:
+                if time.monotonic() > deadline:
+                    raise CountError(
+                        f"the model did not come up within {COLD_SECONDS / 60:g} minutes: {error}"
+                    ) from None
+                if not told:
+                    log.warning(
+                        "The model is scaled to zero. Waiting until it is up, %g minutes at most.", COLD_SECONDS / 60
+                    )
+                told = True
+                time.sleep(COLD_PAUSE)
 
 
 def _limits() -> Limits:

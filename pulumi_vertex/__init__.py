@@ -6,8 +6,8 @@
 traffic is shared, `Provider` how Vertex AI is reached. README.md shows them in a program.
 """
 
+from .access import Provider
 from .model_version import ModelVersion, Probe
 from .rollout import Deployed, Rollout
-from .settings import Provider
 
 __all__ = ["Deployed", "ModelVersion", "Probe", "Provider", "Rollout"]

@@ -3,7 +3,8 @@
 https://github.com/pulumi/pulumi/blob/master/proto/pulumi/provider.proto
 
 Written on the service itself, because the SDK's provider class puts a traceback into every error and cannot report a
-resource that is half made. Calls run in threads, so that Cancel arrives while others wait.
+resource that is half made. Calls run in threads, so that Cancel arrives while others wait. This module knows the
+protocol and the registry of resources; what a resource does is in its own module.
 """
 
 from __future__ import annotations
@@ -18,16 +19,13 @@ import time
 import traceback
 from collections.abc import Mapping
 from concurrent import futures
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
-from google.protobuf import empty_pb2, json_format, struct_pb2
+from google.protobuf import empty_pb2
 
 # Not pulumi.runtime.proto.status_pb2: both define google.rpc.Status, and a process can load only one of them.
 from google.rpc import status_pb2  # type: ignore[import-untyped]
-from pulumi.runtime import rpc
 from pulumi.runtime.proto import (
     engine_pb2,
     engine_pb2_grpc,
@@ -36,89 +34,34 @@ from pulumi.runtime.proto import (
     provider_pb2_grpc,
 )
 
-from . import definition, model_version, rollout
-from .api import Api, HalfMadeError, Work, import_lightly
-from .definition import UNKNOWN, VERSION, Failures, ProblemError, Wire
-from .settings import SETTINGS, Settings, is_loopback
+from .access import PROVIDER_INPUTS, Access, is_loopback
+from .checks import Failures, check_properties
+from .definition import VERSION
+from .engine_call import EngineCall
+from .errors import HalfMadeError, ProblemError
+from .model_version import ModelVersionType
+from .package_schema import package_schema
+from .resource import ResourceType, State
+from .rollout import RolloutType
+from .vertex_api import VertexApi
+from .wire import UNKNOWN, Wire, from_struct, to_struct, unwrapped, wrapped_like
 
-T = TypeVar("T")
-
-RESOURCES: Final[Mapping[str, ModuleType]] = {m.DEFINITION.token: m for m in (model_version, rollout)}
+RESOURCES: Final[Mapping[str, ResourceType]] = {
+    resource.definition.token: resource
+    for resource in (
+        ModelVersionType(),
+        RolloutType(),
+    )
+}
 MESSAGE_BYTES: Final = 400 * 1024 * 1024  # as the SDKs allow; gRPC's own default of 4 MB is soon reached
 ENGINE_SECONDS: Final = 1.0  # between two looks whether the engine is still there
-
-
-# --- values on the wire -------------------------------------------------------------------------------------
-
-
-class Secret(str):
-    """A text that an error message does not quote."""
-
-    def __repr__(self) -> str:
-        return "[secret]"
-
-
-def plain(value: Any) -> Any:
-    """A value without its secret wrappings; whole numbers as int, which JSON over protobuf gives as float."""
-    if isinstance(value, dict):
-        if rpc.is_rpc_secret(value):
-            inner = plain(value.get("value"))
-            return Secret(inner) if isinstance(inner, str) and inner != UNKNOWN else inner
-        return {key: plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def has_secret(value: Any) -> bool:
-    if isinstance(value, dict):
-        return rpc.is_rpc_secret(value) or any(map(has_secret, value.values()))
-    return isinstance(value, list) and any(map(has_secret, value))
-
-
-def sealed(value: Any, like: Any) -> Any:
-    """`value` with everything secret again that is secret in `like`; a list with a secret in it wholly."""
-    if rpc.is_rpc_secret(like) or (isinstance(like, list) and has_secret(like)):
-        return rpc.wrap_rpc_secret(value)
-    if isinstance(value, dict) and isinstance(like, dict):
-        return {key: sealed(item, like.get(key)) for key, item in value.items()}
-    return value
-
-
-def received(struct: struct_pb2.Struct) -> Wire:
-    value: Wire = json_format.MessageToDict(struct)
-    return value
-
-
-def sent(value: Wire) -> struct_pb2.Struct:
-    struct = struct_pb2.Struct()
-    struct.update(value)
-    return struct
-
-
-# --- the service --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a create or an update ends with: the resource's id and outputs."""
-
-    id: str
-    outputs: Wire
 
 
 class Service(provider_pb2_grpc.ResourceProviderServicer):
     def __init__(self, engine_address: str = "") -> None:
         self._engine: engine_pb2_grpc.EngineStub | None = None
-        self._api: Api | None = None
+        self._configured: VertexApi | None = None
         self._stop = threading.Event()
-        # The id that stays, by URN, as far as this run of the engine has told. A create finds work of the
-        # same content again, so a replacement (`up --replace`, or a change taken back after a failed update)
-        # can end with the id it began with. Then the engine asks to delete "the old one" under the id of the
-        # one that stays.
-        self._live: dict[str, str] = {}
         if engine_address:
             self._attach(engine_address)
 
@@ -129,10 +72,10 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
         self._engine = engine_pb2_grpc.EngineStub(channel)
         exit_with_engine(address)
 
-    def _log(self, urn: str, message: str, *, ephemeral: bool = False) -> None:
+    def _log(self, urn: str, message: str, severity: Any = engine_pb2.INFO, *, ephemeral: bool = False) -> None:
         if self._engine is None:
             return
-        line = engine_pb2.LogRequest(severity=engine_pb2.INFO, message=message, urn=urn, ephemeral=ephemeral)
+        line = engine_pb2.LogRequest(severity=severity, message=message, urn=urn, ephemeral=ephemeral)
         with contextlib.suppress(grpc.RpcError):  # a line that is lost must not fail the work
             self._engine.Log(line, timeout=10)
 
@@ -156,16 +99,16 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
         return provider_pb2.GetMappingResponse()
 
     def GetSchema(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        described = definition.schema([m.DEFINITION for m in RESOURCES.values()], SETTINGS)
+        described = package_schema([resource.definition for resource in RESOURCES.values()], PROVIDER_INPUTS)
         return provider_pb2.GetSchemaResponse(schema=json.dumps(described))
 
     # -- configuration
 
     def CheckConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        news = received(request.news)
-        given = {key: value for key, value in plain(news).items() if key not in ("version", "pluginDownloadURL")}
+        news = from_struct(request.news)
+        given = {key: value for key, value in unwrapped(news).items() if key not in ("version", "pluginDownloadURL")}
         failures: Failures = []
-        definition.check_properties("", SETTINGS, given, failures)
+        check_properties("", PROVIDER_INPUTS, given, failures)
         url = given.get("endpoint")
         if isinstance(url, str) and url.startswith("http://") and not is_loopback(url):
             failures.append(
@@ -177,8 +120,8 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
         return check_response(news, failures)
 
     def DiffConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        old, new = plain(received(request.old_inputs)), plain(received(request.news))
-        keys = [p.wire for p in SETTINGS if old.get(p.wire) != new.get(p.wire)]
+        old, new = unwrapped(from_struct(request.old_inputs)), unwrapped(from_struct(request.news))
+        keys = [p.wire for p in PROVIDER_INPUTS if old.get(p.wire) != new.get(p.wire)]
         found = {
             key: "update_replace" if key in ("project", "location") and new.get(key) != UNKNOWN else "update"
             for key in keys
@@ -187,163 +130,97 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
 
     def Configure(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            given = plain(received(request.args))
-            self._api = Api(Settings.of(given))
+            self._configured = VertexApi(Access.of(unwrapped(from_struct(request.args))))
         return provider_pb2.ConfigureResponse(acceptSecrets=True, supportsPreview=True)
 
     # -- resources
 
     def Check(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            module, news = resource(request.urn), received(request.news)
-            given = plain(news)
-            failures = definition.check(module.DEFINITION, given)
-            failures += module.check(given)
-            return check_response(news, failures)
+            news = from_struct(request.news)
+            return check_response(news, resource_of(request.urn).check(unwrapped(news)))
 
     def Diff(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            module = resource(request.urn)
-            old, new = plain(received(request.old_inputs)), plain(received(request.news))
-            found = definition.diff(module.DEFINITION, old, new)
-            if any(what.endswith("replace") for what in found.values()):
-                self._live.pop(request.urn, None)
-            else:
-                self._live[request.urn] = request.id
-            return diff_response(found)
+            state = state_of(request.id, request.old_inputs, request.olds)
+            return diff_response(resource_of(request.urn).diff(state, unwrapped(from_struct(request.news))))
 
     def Create(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        with reported(context, received(request.properties)):
-            wire = received(request.properties)
-            inputs, urn = plain(wire), request.urn
-            module = resource(urn)
-            work = self._work(request, module, "create")
+        wire = from_struct(request.properties)
+        with reported(context, wire):
+            inputs, resource = unwrapped(wire), resource_of(request.urn)
+            call = self._call(request, resource, "create")
             if request.preview:
-                answer = self._preview(work, module, inputs, {}, {})
-            elif module is model_version:
-                answer = self._create_version(work, inputs)
-            else:
-                name = inputs["endpoint"]
-                answer = Answer(name, rollout.roll_out(work, self.api, inputs, {}))
-            if not request.preview:
-                self._live[urn] = answer.id
-            return provider_pb2.CreateResponse(id=answer.id, properties=state(answer, wire))
-
-    def _create_version(self, work: Work, inputs: Wire) -> Answer:
-        name = model_version.create(work, self.api, inputs)
-        try:
-            model_version.settle(work, self.api, name, {}, inputs)
-            return Answer(name, self._version_outputs(work, name))
-        except ProblemError as error:
-            parts = {
-                "name": name,
-                "versionId": name.rsplit("@", 1)[-1],
-                "createTime": "",
-                "versionAliases": [],
-            }
-            raise HalfMadeError(f"Version {name} was uploaded, but: {error}", name, parts) from None
-
-    def _version_outputs(self, work: Work, name: str) -> Wire:
-        version = model_version.get(work, self.api, name)
-        if version is None:
-            raise ProblemError(f"The model version {name} is gone. Run `pulumi refresh`, then `pulumi up`.")
-        return model_version.outputs(name, version)
+                outputs = resource.preview(call, self._api, inputs, None)
+                return provider_pb2.CreateResponse(properties=to_struct(wire | outputs))
+            made = resource.create(call, self._api, inputs)
+            return provider_pb2.CreateResponse(id=made.id, properties=to_struct(wire | made.outputs))
 
     def Update(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        with reported(context, received(request.news)):
-            wire = received(request.news)
-            inputs, old_inputs = plain(wire), plain(received(request.old_inputs))
-            olds = plain(received(request.olds))
-            module = resource(request.urn)
-            work = self._work(request, module, "update")
+        wire = from_struct(request.news)
+        with reported(context, wire):
+            inputs, resource = unwrapped(wire), resource_of(request.urn)
+            state = state_of(request.id, request.old_inputs, request.olds)
+            call = self._call(request, resource, "update")
             if request.preview:
-                answer = self._preview(work, module, inputs, old_inputs, olds)
-            elif module is model_version:
-                model_version.settle(work, self.api, request.id, old_inputs, inputs)
-                answer = Answer(request.id, self._version_outputs(work, request.id))
+                outputs = resource.preview(call, self._api, inputs, state)
             else:
-                answer = Answer(request.id, rollout.roll_out(work, self.api, inputs, olds))
-            return provider_pb2.UpdateResponse(properties=state(answer, wire))
-
-    def _preview(self, work: Work, module: ModuleType, inputs: Wire, old_inputs: Wire, olds: Wire) -> Answer:
-        names = [p.wire for p in module.DEFINITION.outputs]
-        if module is rollout:
-            return Answer("", rollout.preview(work, self.api, inputs, olds))
-        outputs = {name: olds.get(name, UNKNOWN) for name in names}
-        if inputs.get("aliases") != old_inputs.get("aliases"):
-            outputs["versionAliases"] = UNKNOWN
-        return Answer("", outputs)
+                outputs = resource.update(call, self._api, state, inputs)
+            return provider_pb2.UpdateResponse(properties=to_struct(wire | outputs))
 
     def Read(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            wire_inputs, wire_olds = received(request.inputs), received(request.properties)
-            inputs, olds = plain(wire_inputs), plain(wire_olds)
-            module = resource(request.urn)
-            work = self._work(request, module, "read")
-            if module is model_version:
-                version = model_version.get(work, self.api, request.id)
-                if version is None:
-                    return provider_pb2.ReadResponse()
-                outputs = model_version.outputs(request.id, version)
-                new = model_version.refreshed(inputs, version)
-            else:
-                endpoint = rollout.get_endpoint(work, self.api, request.id)
-                if endpoint is None:
-                    return provider_pb2.ReadResponse()
-                known = rollout.Known.of(request.urn, olds, adopt=inputs.get("adopt") is True or not inputs)
-                new = rollout.refreshed(inputs, olds, endpoint, known) | {"endpoint": request.id}
-                outputs = rollout.outputs(endpoint, known, rollout.releases_of(new))
-            wrapped = sealed(new, wire_inputs)
-            return provider_pb2.ReadResponse(id=request.id, properties=sent(wrapped | outputs), inputs=sent(wrapped))
+            resource, state = resource_of(request.urn), state_of(request.id, request.inputs, request.properties)
+            found = resource.read(self._call(request, resource, "read"), self._api, state)
+            if found is None:
+                return provider_pb2.ReadResponse()
+            inputs = wrapped_like(found.inputs, from_struct(request.inputs))
+            return provider_pb2.ReadResponse(
+                id=found.id, properties=to_struct(inputs | found.outputs), inputs=to_struct(inputs)
+            )
 
     def Delete(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            module = resource(request.urn)
-            if self._live.get(request.urn) == request.id:
-                return empty_pb2.Empty()
-            work = self._work(request, module, "delete")
-            if module is model_version:
-                model_version.delete(work, self.api, request.id)
-            else:
-                rollout.delete(work, self.api, request.id, plain(received(request.properties)))
+            resource, state = resource_of(request.urn), state_of(request.id, request.old_inputs, request.properties)
+            resource.delete(self._call(request, resource, "delete"), self._api, state)
             return empty_pb2.Empty()
 
     # -- helpers
 
     @property
-    def api(self) -> Api:
-        if self._api is None:
+    def _api(self) -> VertexApi:
+        if self._configured is None:
             raise ProblemError("The vertex provider was asked for work before it was configured.")
-        return self._api
+        return self._configured
 
-    def _work(self, request: Any, module: ModuleType, what: str) -> Work:
+    def _call(self, request: Any, resource: ResourceType, what: str) -> EngineCall:
         urn = request.urn
-        seconds = request.timeout or module.SECONDS[what]
-        return Work(
+        return EngineCall(
             urn,
-            seconds,
+            request.timeout or resource.seconds[what],
             self._stop,
             say=lambda message: self._log(urn, message, ephemeral=True),
             log=lambda message: self._log(urn, message),
+            warn=lambda message: self._log(urn, message, engine_pb2.WARNING),
+            custom=bool(request.timeout),
         )
 
 
-def resource(urn: str) -> ModuleType:
-    """The module of a URN's resource type."""
+def resource_of(urn: str) -> ResourceType:
+    """The resource type that a URN names."""
     token = urn.split("::")[2].split("$")[-1]
     if token not in RESOURCES:
         raise ProblemError(f"The vertex provider has no resource {token}; it has {', '.join(RESOURCES)}.")
     return RESOURCES[token]
 
 
-def state(answer: Answer, wire: Wire) -> struct_pb2.Struct:
-    """What Pulumi keeps: the inputs as they came, secrets and all, and the outputs."""
-    return sent(wire | answer.outputs)
+def state_of(id_: str, inputs: Any, outputs: Any) -> State:
+    return State(id_, unwrapped(from_struct(inputs)), unwrapped(from_struct(outputs)))
 
 
 def check_response(news: Wire, failures: Failures) -> Any:
     return provider_pb2.CheckResponse(
-        inputs=sent(news),
+        inputs=to_struct(news),
         failures=[provider_pb2.CheckFailure(property=path, reason=why) for path, why in failures],
     )
 
@@ -351,15 +228,11 @@ def check_response(news: Wire, failures: Failures) -> Any:
 def diff_response(found: Mapping[str, str]) -> Any:
     kinds = provider_pb2.PropertyDiff
     detailed = {path: kinds(kind=kinds.Kind.Value(what.upper()), inputDiff=True) for path, what in found.items()}
-    tops = list(dict.fromkeys(path.split(".")[0].split("[")[0] for path in found))
+    tops = {path: path.split(".")[0].split("[")[0] for path in found}
     return provider_pb2.DiffResponse(
         changes=provider_pb2.DiffResponse.DIFF_SOME if found else provider_pb2.DiffResponse.DIFF_NONE,
-        diffs=tops,
-        replaces=[
-            top
-            for top in tops
-            if any(p.split(".")[0].split("[")[0] == top and w.endswith("replace") for p, w in found.items())
-        ],
+        diffs=list(dict.fromkeys(tops.values())),
+        replaces=list(dict.fromkeys(tops[path] for path, what in found.items() if what.endswith("replace"))),
         detailedDiff=detailed,
         hasDetailedDiff=True,
     )
@@ -378,8 +251,8 @@ class reported:  # noqa: N801
         if isinstance(error, HalfMadeError):
             half = provider_pb2.ErrorResourceInitFailed(
                 id=error.id,
-                properties=sent(self._inputs | error.outputs),
-                inputs=sent(self._inputs),
+                properties=to_struct(self._inputs | error.outputs),
+                inputs=to_struct(self._inputs),
                 reasons=[str(error)],
             )
             status = status_pb2.Status(code=grpc.StatusCode.UNKNOWN.value[0], message=str(error))
@@ -419,7 +292,6 @@ def exit_with_engine(address: str) -> None:
 
 def main() -> None:
     """Serves until the engine ends this process; the first line printed is the port."""
-    import_lightly()
     addresses = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     server = grpc.server(
         # A thread for each call that waits; Cancel needs one, too.

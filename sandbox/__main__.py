@@ -10,6 +10,7 @@ import uvicorn
 
 from sandbox.context import Settings
 from sandbox.server import RUNNERS, Server
+from sandbox.vertex_endpoints import SUPPOSITIONS
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
@@ -40,6 +41,21 @@ def options(arguments: list[str]) -> argparse.Namespace:
         default=[],
         metavar="EMAIL",
         help="an account that models may run as; repeatable; without it any may",
+    )
+    parser.add_argument(
+        "--suppose",
+        action="append",
+        default=[],
+        choices=SUPPOSITIONS,
+        metavar="NAME",
+        help="behave the other way where Vertex AI's own behaviour is not known; repeatable; one of "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in SUPPOSITIONS.items()),
+    )
+    parser.add_argument(
+        "--idle-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="both periods of scale to zero, instead of those of a deployed model (300 to 28800)",
     )
     parser.add_argument(
         "--registry-port",
@@ -121,6 +137,8 @@ def _open(args: argparse.Namespace, port: int) -> Server:
         hold_after_undeploy=args.hold_after_undeploy,
         operation_seconds=args.operation_seconds,
         service_accounts=tuple(args.service_account),
+        suppose=frozenset(args.suppose),
+        idle_seconds=args.idle_seconds,
         registry_port=args.registry_port,
         registry_certificate=args.registry_certificate,
         token_lifetime=args.token_lifetime,

@@ -3,6 +3,7 @@
 POST   /_sandbox/faults      orders a fault: {"method", "count", "kind", …}, see `Fault`
 GET    /_sandbox/faults      those not used up
 DELETE /_sandbox/faults      forgets them
+POST   /_sandbox/release     lets go of the operations that a "hold" fault keeps running
 GET    /_sandbox/requests    every request so far: time, http, method (discovery id), name, status
 DELETE /_sandbox/requests    forgets them
 GET    /_sandbox/history     every state of an endpoint's traffic: trafficSplit, and available replicas by
@@ -14,6 +15,7 @@ GET    /_sandbox/violations  what departed from the discovery documents (with --
 import asyncio
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +28,15 @@ from sandbox.store import JSON, Store
 
 KINDS = {
     "status": {"code"},  # answer this HTTP status, without effect
+    "refuse": {"status", "message"},  # answer this error, without effect
     "drop": {"when"},  # close the connection, before or after the effect
     "operation_error": {
         "when",
         "status",
         "message",
-    },  # the operation ends with an error, before or after its effect
+    },  # the operation ends with an error, before or after its effect, or "half": deployed, and without replicas
     "slow": {"seconds"},  # the operation takes this much longer
+    "hold": set(),  # the operation runs until POST /_sandbox/release
     "latency": {"seconds"},  # the answer takes this much longer
 }
 DEFAULTS: JSON = {
@@ -67,6 +71,7 @@ class Admin:
     faults: list[Fault] = field(default_factory=list)
     requests: deque[JSON] = field(default_factory=lambda: deque(maxlen=100_000))
     violations: deque[JSON] = field(default_factory=lambda: deque(maxlen=1_000))
+    release: Callable[[], None] = lambda: None
     _ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
     def take(self, method: str, name: str, body: bytes) -> JSON:
@@ -100,6 +105,9 @@ class Admin:
             case "POST", "clock":
                 clock.advance(float((await request.json())["seconds"]))
                 return JSONResponse({})
+            case "POST", "release":
+                self.release()
+                return JSONResponse({})
             case "GET", "requests":
                 return JSONResponse({"requests": list(self.requests)})
             case "DELETE", "requests":
@@ -119,8 +127,9 @@ class Admin:
         if unknown := set(order) - allowed:
             raise invalid(f"A {kind} fault has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}.")
         details = {k: order.get(k, DEFAULTS[k]) for k in KINDS[kind]}
-        if details.get("when", "before") not in ("before", "after"):
-            raise invalid('"when" is before or after.')
+        moments = ("before", "after", "half") if kind == "operation_error" else ("before", "after")
+        if details.get("when", "before") not in moments:
+            raise invalid(f'"when" is one of {", ".join(moments)}.')
         if details.get("status", "INTERNAL") not in CODES:
             raise invalid(f'"status" is one of {", ".join(CODES)}.')
         fault = Fault(

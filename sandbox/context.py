@@ -26,6 +26,8 @@ class Settings:
     hold_after_undeploy: float = 0.0
     operation_seconds: float = 0.0
     service_accounts: tuple[str, ...] = ()
+    suppose: frozenset[str] = frozenset()
+    idle_seconds: float | None = None
     registry_port: int = 8791
     registry_certificate: Path | None = None
     token_lifetime: float = 3600.0

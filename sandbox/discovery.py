@@ -35,6 +35,11 @@ PREFIXES = {name.partition(".")[0] for name in DOCUMENTS} - {"aiplatform"}
 # Query parameters of every Google API that the documents do not list.
 GLOBAL_QUERY = {"$alt", "$prettyPrint", "$fields", "$userProject", "$callback", "$unique"}
 
+# What Google's pages show and the documents lack.
+# https://docs.cloud.google.com/vertex-ai/docs/predictions/rolling-deployment
+MORE_QUERY = {"aiplatform.projects.locations.endpoints.get": {"allDeploymentStates"}}
+MORE_PROPERTIES = {"DeployedModel": {"state": {"type": "string"}}}
+
 # Enums arrive as numbers from the generated REST clients (`$alt=json;enum-encoding=int`). Documents
 # list values without numbers; the order is the number, but for this enum (values were added between).
 # Numbers: google/cloud/aiplatform/v1/accelerator_type.proto, compared in tests with Google's client.
@@ -100,6 +105,10 @@ def document(name: str) -> JSON:
     """A discovery document by name, e.g. `aiplatform.v1`."""
     folder = importlib.resources.files("googleapiclient.discovery_cache.documents")
     parsed: JSON = json.loads((folder / f"{name}.json").read_bytes())
+    if name.startswith("aiplatform."):
+        for message, properties in MORE_PROPERTIES.items():
+            version = name.partition(".")[2].replace("v", "V", 1)
+            parsed["schemas"][f"GoogleCloudAiplatform{version}{message}"]["properties"] |= properties
     return parsed
 
 
@@ -129,7 +138,7 @@ def _routes(api: str) -> _Node:
                 document=name,
                 request=method.get("request", {}).get("$ref"),
                 response=method.get("response", {}).get("$ref"),
-                query=frozenset([*query, *doc["parameters"], *GLOBAL_QUERY]),
+                query=frozenset([*query, *doc["parameters"], *GLOBAL_QUERY, *MORE_QUERY.get(method["id"], ())]),
             )
     return root
 

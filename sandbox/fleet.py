@@ -6,15 +6,15 @@ https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirement
 import asyncio
 import contextlib
 import logging
-import re
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.errors import GoogleError, precondition
-from sandbox.projects import project_number
-from sandbox.runner import LABEL, Answer, Container, Launch, Runner, UnreachableError
+from sandbox.runner import LABEL, Container, ContainerResponse, Runner, UnreachableError
+from sandbox.serving import Idle, Serving
 from sandbox.store import JSON
 
 log = logging.getLogger("sandbox")
@@ -26,8 +26,6 @@ HEALTH_PERIOD = 10.0
 HEALTH_FAILURES = 4
 # Nobody gains from waiting ten seconds for a container that is ready after one.
 START_PERIOD = 0.25
-# Vertex AI's own default is not documented.
-DEPLOYMENT_TIMEOUT = 30 * 60.0
 # Kubernetes' terminationGracePeriodSeconds.
 STOP_GRACE = 30.0
 # A request in flight may take this long before its replica is stopped: the shared endpoint's limit.
@@ -35,99 +33,19 @@ DRAIN_SECONDS = 60.0
 LOG_LINES = 20
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How one deployed model is served: all that is needed to start a replica of it."""
-
-    endpoint: str
-    deployed_id: str
-    version: str  # …/models/ID@N
-    launch: Launch
-    predict_route: str
-    health_route: str
-    timeout: float
-    startup: JSON
-    health: JSON
-    liveness: JSON
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.endpoint, self.deployed_id
-
-    @property
-    def route_probe(self) -> JSON:
-        """Vertex AI's own health check, where the model says no other: its marker is `route`."""
-        return {"route": self.health_route}
+class ColdError(Exception):
+    """The model is scaled to zero, or is just coming back; it has been asked to start."""
 
 
-def expand(text: str, variables: dict[str, str]) -> str:
-    """Kubernetes' $(VAR): an unknown one stays as it is, $$(VAR) is a literal $(VAR)."""
+@dataclass
+class Sleeper:
+    """A deployed model that scales to zero: when it was last asked, and since when it has been up or starting."""
 
-    def value(match: re.Match[str]) -> str:
-        if match[0].startswith("$$"):
-            return match[0][1:]
-        return variables.get(match[1], match[0])
-
-    return re.sub(r"\$?\$\(([A-Za-z_][A-Za-z0-9_]*)\)", value, text)
-
-
-def serving(state: str, endpoint: str, deployed: JSON, version_name: str, version: JSON) -> Serving:
-    """Reads a deployed model and its version's container spec as Vertex AI does.
-
-    AIP_* variables: the page above, "Environment variables available in the container".
-    """
-    resource = version["resource"]
-    spec: JSON = resource["containerSpec"]
-    port = spec.get("ports", [{}])[0].get("containerPort", 8080)
-    endpoint_id, deployed_id = endpoint.rpartition("/")[2], deployed["id"]
-    route = f"/v1/endpoints/{endpoint_id}/deployedModels/{deployed_id}"
-    health_route, predict_route = spec.get("healthRoute", route), spec.get("predictRoute", f"{route}:predict")
-    machine: JSON = deployed["dedicatedResources"]["machineSpec"]
-    env = {
-        "AIP_ACCELERATOR_TYPE": machine.get("acceleratorType", ""),
-        "AIP_DEPLOYED_MODEL_ID": deployed_id,
-        "AIP_ENDPOINT_ID": endpoint_id,
-        "AIP_FRAMEWORK": "CUSTOM_CONTAINER",
-        "AIP_HEALTH_ROUTE": health_route,
-        "AIP_HTTP_PORT": str(port),
-        "AIP_MACHINE_TYPE": machine["machineType"],
-        "AIP_MODE": "PREDICTION",
-        "AIP_MODE_VERSION": "1.0.0",
-        "AIP_PREDICT_ROUTE": predict_route,
-        "AIP_PROJECT_NUMBER": project_number(endpoint.split("/")[1]),
-        "AIP_STORAGE_URI": resource.get("artifactUri", ""),
-    }
-    for variable in spec.get("env", []):  # may refer to AIP_* and to earlier entries
-        env[variable["name"]] = expand(variable.get("value", ""), env)
-    labels = {
-        "state": state,
-        "endpoint": endpoint,
-        "deployed-model": deployed_id,
-        "version": version_name,
-        "port": str(port),
-    }
-    return Serving(
-        endpoint=endpoint,
-        deployed_id=deployed_id,
-        version=version_name,
-        launch=Launch(
-            image=version["image"],
-            command=[expand(c, env) for c in spec.get("command", [])],
-            args=[expand(a, env) for a in spec.get("args", [])],
-            env=env,
-            port=port,
-            shared_memory_mb=int(spec.get("sharedMemorySizeMb", 0)),
-            labels={LABEL + k: v for k, v in labels.items()},
-            name=f"sandbox-{endpoint_id}-{deployed_id}",
-            accelerators=machine.get("acceleratorCount", 0),
-        ),
-        predict_route=predict_route,
-        health_route=health_route,
-        timeout=float(spec.get("deploymentTimeout", "0s").removesuffix("s")) or DEPLOYMENT_TIMEOUT,
-        startup=spec.get("startupProbe", {}),
-        health=spec.get("healthProbe", {}),
-        liveness=spec.get("livenessProbe", {}),
-    )
+    what: Serving
+    idle: Idle
+    asked: float
+    up: float
+    watcher: asyncio.Task[None]
 
 
 @dataclass
@@ -151,6 +69,7 @@ class Fleet:
     # What brings back replicas after a start, until it has, or until somebody else wants something of them.
     _restoring: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
     _stopping: set[asyncio.Task[None]] = field(default_factory=set)
+    _sleepers: dict[tuple[str, str], Sleeper] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------- serving
 
@@ -159,9 +78,18 @@ class Fleet:
 
     async def predict(
         self, endpoint: str, deployed_id: str, route: str, body: bytes, content_type: str, timeout: float
-    ) -> Answer | None:
-        """The answer of the least busy replica, or None when none is available. Raises UnreachableError."""
+    ) -> ContainerResponse | None:
+        """The answer of the least busy replica, or None when none is available.
+
+        Raises UnreachableError, and ColdError where the model is scaled to zero.
+        """
         candidates = [r for r in self.replicas.get((endpoint, deployed_id), []) if r.healthy]
+        sleeper = self._sleepers.get((endpoint, deployed_id))
+        if sleeper:
+            sleeper.asked = time.monotonic()
+            if not candidates:
+                self._wake(sleeper)
+                raise ColdError
         if not candidates:
             return None
         replica = min(candidates, key=lambda r: r.in_flight)
@@ -185,10 +113,46 @@ class Fleet:
         """
         await self._let_go(what.key)
         await self._bring_up(what, count)
+        self._watch_idleness(what)
 
     async def _let_go(self, key: tuple[str, str]) -> None:
+        """Ends what works on a deployed model in the background."""
+        if sleeper := self._sleepers.pop(key, None):
+            await _cancelled(sleeper.watcher)
         if task := self._restoring.pop(key, None):
             await _cancelled(task)
+
+    # -------------------------------------------------------------------------------- scale to zero
+
+    def _watch_idleness(self, what: Serving) -> None:
+        if what.idle:
+            now = time.monotonic()
+            watcher = asyncio.create_task(self._rest(what.key))
+            self._sleepers[what.key] = Sleeper(what, what.idle, now, now, watcher)
+
+    async def _rest(self, key: tuple[str, str]) -> None:
+        """Stops a model's replicas each time that nobody has asked it for long enough."""
+        while True:
+            sleeper = self._sleepers[key]
+            due = max(sleeper.up + sleeper.idle.up_at_least, sleeper.asked + sleeper.idle.idle)
+            if (left := due - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+            elif any(r.in_flight for r in self.replicas.get(key, [])):
+                await asyncio.sleep(0.05)
+            else:
+                if task := self._restoring.pop(key, None):
+                    await _cancelled(task)
+                await self._take_down(key, 0)
+                sleeper.up = math.inf  # asleep: nothing is due until it wakes
+
+    def _wake(self, sleeper: Sleeper) -> None:
+        """Starts a sleeping model in the background; one that starts already is left alone."""
+        if sleeper.up != math.inf:
+            return
+        sleeper.up = time.monotonic()
+        self.restore(sleeper.what, sleeper.idle.replicas)
+        sleeper.watcher.cancel()
+        sleeper.watcher = asyncio.create_task(self._rest(sleeper.what.key))
 
     async def _bring_up(self, what: Serving, count: int) -> None:
         group = self.replicas.setdefault(what.key, [])
@@ -233,15 +197,22 @@ class Fleet:
 
         Cancelled, it stops them all the same, only nobody waits for it.
         """
-        await self._let_go((endpoint, deployed_id))
-        group = self.replicas.get((endpoint, deployed_id), [])
+        key = (endpoint, deployed_id)
+        sleeper = self._sleepers.get(key)
+        await self._let_go(key)
+        await self._take_down(key, keep)
+        if keep and sleeper:
+            self._watch_idleness(sleeper.what)
+
+    async def _take_down(self, key: tuple[str, str], keep: int) -> None:
+        group = self.replicas.get(key, [])
         leaving = sorted(group, key=lambda r: r.healthy, reverse=True)[keep:]
         for replica in leaving:
             group.remove(replica)
         if not group:
-            self.replicas.pop((endpoint, deployed_id), None)
+            self.replicas.pop(key, None)
         if any(r.healthy for r in leaving):
-            self.changed(endpoint)
+            self.changed(key[0])
         stops = [asyncio.create_task(self._stop(r)) for r in leaving]
         for stop in stops:
             self._stopping.add(stop)
@@ -333,7 +304,12 @@ class Fleet:
             else:
                 orphans.append(container)
         for what, count in wanted:
-            self.restore(what, count)
+            there = len(self.replicas.get(what.key, []))
+            if count or there:
+                self.restore(what, count or there)
+            self._watch_idleness(what)
+            if not count and not there:
+                self._sleepers[what.key].up = math.inf
         for container in orphans:
             task = asyncio.create_task(container.stop(STOP_GRACE))
             self._stopping.add(task)
@@ -359,7 +335,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """Ends every container. What is deployed stays deployed in the state: the next start brings it up."""
-        for key in list(self._restoring):
+        for key in {*self._restoring, *self._sleepers}:
             await self._let_go(key)
         replicas = [r for group in self.replicas.values() for r in group]
         await asyncio.gather(*(self._stop(r, grace=10) for r in replicas), return_exceptions=True)

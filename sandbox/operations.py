@@ -13,10 +13,10 @@ from sandbox.store import JSON, Store
 
 log = logging.getLogger("sandbox")
 
-#: Does an operation's work and returns what finishes it: a function that makes the effect visible and
-#: returns the response, run in the same transaction that marks the operation done. After a kill the
-#: work is begun again, so it first looks at what is there.
-Work = Callable[[JSON], Awaitable[Callable[[], JSON]]]
+#: Does the work of an operation and returns a function that makes the effect visible and returns the response. That
+#: function runs in the transaction that marks the operation done. After a kill the work is begun again, so it looks
+#: first at what is there.
+OperationBody = Callable[[JSON], Awaitable[Callable[[], JSON]]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Kind:
 
     metadata: str
     response: str  # a message of google.cloud.aiplatform, or google.protobuf.Empty
-    work: Work
+    work: OperationBody
     undo: Callable[[JSON], Awaitable[None]] | None = None  # after a failure or a cancellation
+    cancellable: bool = True
 
 
 class Starter(Protocol):
@@ -47,6 +48,16 @@ class Operations:
         self.running: dict[str, JSON] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
+        self._released = asyncio.Event()
+
+    def release(self) -> None:
+        """Lets go of the operations that a fault holds now."""
+        for operation in self.running.values():
+            if operation["fault"].get("kind") == "hold":
+                operation["fault"]["kind"] = "released"
+                self._save(operation)
+        self._released.set()
+        self._released = asyncio.Event()
 
     def resume(self) -> None:
         """Takes up what ran when the sandbox last ended."""
@@ -134,6 +145,8 @@ class Operations:
         ordered = GoogleError(fault.get("status", "INTERNAL"), fault.get("message", "Ordered by a fault."))
         try:
             await asyncio.sleep(self.minimum_seconds + fault.get("seconds", 0))
+            while fault.get("kind") == "hold":
+                await self._released.wait()
             if fault.get("kind") == "operation_error" and fault["when"] == "before":
                 raise ordered
             finish = await kind.work(operation)
@@ -143,6 +156,8 @@ class Operations:
                     operation["error"] = ordered.rpc_status()
                 operation["done"] = True
                 self._save(operation)
+            if fault.get("when") == "half" and kind.undo:
+                await kind.undo(operation)
         except asyncio.CancelledError:
             if not operation.get("cancelled"):
                 return  # the sandbox is stopping: the next start takes it up
@@ -188,6 +203,8 @@ class Operations:
     def cancel(self, name: str) -> None:
         operation = self.find(name)
         if not operation.get("done"):
+            if not self.kinds[operation["kind"]].cancellable:
+                raise precondition(f"Operation {name} is not cancellable.")
             operation["cancelled"] = True
             self._save(operation)
             self._tasks[name].cancel()

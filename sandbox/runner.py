@@ -48,7 +48,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ContainerResponse:
     status: int
     content_type: str
     body: bytes
@@ -60,7 +60,7 @@ class Container(Protocol):
     @property
     def labels(self) -> dict[str, str]: ...
     async def get(self, path: str, port: int, timeout: float) -> int: ...
-    async def post(self, path: str, body: bytes, content_type: str, timeout: float) -> Answer: ...
+    async def post(self, path: str, body: bytes, content_type: str, timeout: float) -> ContainerResponse: ...
     async def connect(self, port: int, timeout: float) -> None: ...
     async def execute(self, command: list[str], timeout: float) -> int: ...
     async def exit_code(self) -> int | None: ...
@@ -309,10 +309,10 @@ class DockerContainer:
     async def get(self, path: str, port: int, timeout: float) -> int:
         return (await self._request("GET", path, port, timeout)).status_code
 
-    async def post(self, path: str, body: bytes, content_type: str, timeout: float) -> Answer:
+    async def post(self, path: str, body: bytes, content_type: str, timeout: float) -> ContainerResponse:
         headers = {"content-type": content_type}
         response = await self._request("POST", path, self._port, timeout, content=body, headers=headers)
-        return Answer(response.status_code, response.headers.get("content-type", ""), response.content)
+        return ContainerResponse(response.status_code, response.headers.get("content-type", ""), response.content)
 
     async def connect(self, port: int, timeout: float) -> None:
         host, published = self._address(port)
@@ -413,18 +413,18 @@ class StubContainer:
         bad = env.get("STUB_HEALTH") == "never" or age < float(env.get("STUB_SECONDS", 0))
         return 503 if bad else 200
 
-    async def post(self, path: str, body: bytes, content_type: str, timeout: float) -> Answer:
+    async def post(self, path: str, body: bytes, content_type: str, timeout: float) -> ContainerResponse:
         env = self.launch.env
         if self.stopped:
             raise UnreachableError("the stub was stopped")
         if "STUB_STATUS" in env:
-            return Answer(int(env["STUB_STATUS"]), "text/plain", env.get("STUB_LOG", "").encode())
+            return ContainerResponse(int(env["STUB_STATUS"]), "text/plain", env.get("STUB_LOG", "").encode())
         said = {"deployedModelId": env["AIP_DEPLOYED_MODEL_ID"], "imageUri": self.launch.image}
         try:
             count = len(json.loads(body)["instances"])
         except (ValueError, KeyError, TypeError):
             count = 1
-        return Answer(200, "application/json", json.dumps({"predictions": [said] * count}).encode())
+        return ContainerResponse(200, "application/json", json.dumps({"predictions": [said] * count}).encode())
 
     async def connect(self, port: int, timeout: float) -> None:
         pass

@@ -20,6 +20,7 @@ from sandbox import (
     operations,
     resource_manager,
     service_usage,
+    vertex_deployments,
     vertex_endpoints,
     vertex_models,
     vertex_operations,
@@ -47,6 +48,7 @@ Handler = Callable[[Call], Awaitable[Any]]
 METHODS: dict[str, Handler] = {
     **vertex_models.METHODS,
     **vertex_endpoints.METHODS,
+    **vertex_deployments.METHODS,
     **vertex_predictions.METHODS,
     **vertex_operations.METHODS,
     **buckets.METHODS,
@@ -93,14 +95,15 @@ class Server:
             fleet=fleet,
             registry=registry,
         )
-        self.cloud.operations.kinds |= vertex_models.kinds(self.cloud) | vertex_endpoints.kinds(self.cloud)
+        for module in (vertex_models, vertex_endpoints, vertex_deployments):
+            self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
-        self.admin = Admin(store, settings.admin)
+        self.admin = Admin(store, settings.admin, release=self.cloud.operations.release)
 
     async def start(self) -> None:
         # A thread is held while Docker pulls or stops; the default of a few would make others wait.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
-        await vertex_endpoints.adopt(self.cloud)
+        await vertex_deployments.adopt(self.cloud)
         self.cloud.operations.resume()
 
     async def stop(self) -> None:
@@ -180,6 +183,8 @@ class Server:
             if fault.get("kind") == "status":
                 code = fault["code"]
                 raise GoogleError(STATUS_OF_HTTP.get(code, "UNKNOWN"), "Ordered by a fault.", http=code)
+            if fault.get("kind") == "refuse":
+                raise GoogleError(fault["status"], fault["message"])
             if fault.get("kind") == "drop" and fault["when"] == "before":
                 raise DroppedError
             call = Call(
@@ -191,7 +196,7 @@ class Server:
                 body={},
                 request=request,
                 raw=raw,
-                fault=fault if fault.get("kind") in ("operation_error", "slow") else {},
+                fault=fault if fault.get("kind") in ("operation_error", "slow", "hold") else {},
             )
             response = await self._handle(call, version)
             status = response.status_code

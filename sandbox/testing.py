@@ -1,5 +1,6 @@
 """Starts the sandbox as a process of its own, for tests."""
 
+import copy
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ class RunningSandbox:
         self.state = state or Path(str(self._temporary and self._temporary.name))
         self.options = ["--runner", runner, "--admin", "--validate", *options]
         self.port = 0
+        self.location = LOCATION
         self.process: subprocess.Popen[str] | None = None
         self._http = httpx.Client(trust_env=False, timeout=120)
 
@@ -69,9 +71,18 @@ class RunningSandbox:
 
     # ------------------------------------------------------------------------------------ Google's REST
 
+    def project(self, name: str) -> Self:
+        """The same sandbox, asked about another project.
+
+        A test with a project of its own meets no other test's resources, faults or journal.
+        """
+        other = copy.copy(self)
+        other.location = f"projects/{name}/locations/europe-west4"
+        return other
+
     def ask(self, http: str, path: str, body: Any = None, **query: Any) -> tuple[int, Any]:
-        """(status, JSON body) of a request; a path that does not begin with `v` is one in LOCATION."""
-        where = path if path.startswith("v1") else f"v1/{LOCATION}/{path}"
+        """(status, JSON body) of a request; a path that does not begin with `v1` is one in `location`."""
+        where = path if path.startswith("v1") else f"v1/{self.location}/{path}"
         response = self._http.request(http, f"{self.url}/{where}", json=body, params=query)
         return response.status_code, response.json()
 
@@ -98,6 +109,8 @@ class RunningSandbox:
     def fault(self, method: str, kind: str, **details: Any) -> None:
         """Orders a fault; `method` as `endpoints.deployModel`, or * for all. See sandbox/admin.py."""
         full = method if method == "*" else f"aiplatform.projects.locations.{method}"
+        if self.location != LOCATION:
+            details.setdefault("match", self.location)
         self.admin("POST", "faults", {"method": full, "kind": kind, **details})
 
     def clear_faults(self) -> None:
@@ -107,8 +120,17 @@ class RunningSandbox:
         """Puts the sandbox's clock forward, so that its delays and tokens end."""
         self.admin("POST", "clock", {"seconds": seconds})
 
+    def unused_faults(self) -> list[dict[str, Any]]:
+        """What was ordered and never met."""
+        return list(self.admin("GET", "faults")["faults"])
+
+    def release(self) -> None:
+        """Lets the operations that a `hold` fault keeps running go on."""
+        self.admin("POST", "release")
+
     def requests(self) -> list[dict[str, Any]]:
-        return list(self.admin("GET", "requests")["requests"])
+        mine = "" if self.location == LOCATION else self.location
+        return [r for r in self.admin("GET", "requests")["requests"] if r["name"].startswith(mine)]
 
     def history(self) -> list[dict[str, Any]]:
         return list(self.admin("GET", "history")["history"])

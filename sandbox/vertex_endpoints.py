@@ -7,7 +7,6 @@ replicas, the dedicated address) is added when it is read.
 
 import random
 import re
-import time
 from collections.abc import Callable
 
 from sandbox import vertex_models
@@ -15,17 +14,25 @@ from sandbox.clock import now
 from sandbox.context import Call, Cloud
 from sandbox.conventions import check_display_name, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
-from sandbox.fleet import Serving, serving
-from sandbox.iam import check_act_as
 from sandbox.operations import Kind
+from sandbox.serving import Serving, serving
 from sandbox.store import JSON
 
 # A letter first: up to 63 of [a-z0-9-], the last not a hyphen; a digit first: up to 9 digits, no leading
 # zero (discovery document, endpoints.create, endpointId).
 ENDPOINT_ID = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?|[1-9][0-9]{0,8}")
-DEPLOYED_ID = re.compile(r"[0-9]{1,10}")
-# MachineSpec.machine_type: "For DeployedModel this field is optional, and the default value is …".
-DEFAULT_MACHINE = "n1-standard-2"
+# Where records of Vertex AI's own behaviour are thin, the sandbox can behave either way (`--suppose NAME`), so that
+# tests can show that the provider copes with both. docs/unverified.md has what is known of each.
+SUPPOSITIONS = {
+    "no-first-traffic": "a first deployment without a traffic split gets no traffic",
+    "split-required": "a first deployment without a traffic split is refused",
+    "no-own-ids": "a deployed-model id of the caller's choice is refused",
+    "concurrent": "an endpoint's mutations may run at the same time",
+    "versioned-models": "a deployed model names its model with the version",
+    "no-status": "deployed models have no status",
+    "default-targets": "default autoscaling targets are written into deployed models",
+    "dns-scheme": "the DNS name of a dedicated endpoint begins with https://",
+}
 
 MUTABLE = ("displayName", "description", "labels", "trafficSplit")
 UNSUPPORTED = (
@@ -37,23 +44,13 @@ UNSUPPORTED = (
     "gdcConfig",
     "genAiAdvancedFeaturesConfig",
 )
-DEPLOYED_UNSUPPORTED = (
-    "automaticResources",
-    "sharedResources",
-    "explanationSpec",
-    "fasterDeploymentConfig",
-    "rolloutOptions",
-    "fullFineTunedResources",
-    "speculativeDecodingSpec",
-    "gdcConnectedModel",
-)
-RESOURCES_UNSUPPORTED = (
-    "spot",
-    "scaleToZeroSpec",
-    "flexStart",
-    "initialReplicaCount",
-    "requiredReplicaCount",
-)
+# Fields of dedicatedResources that only v1beta1 has.
+BETA_RESOURCES = ("scaleToZeroSpec", "initialReplicaCount")
+# Default targets, and metrics whose target is a percentage. The target of request_count is a number of requests a
+# minute and replica: `gcloud ai endpoints deploy-model --help`, --autoscaling-metric-specs.
+METRIC = "aiplatform.googleapis.com/prediction/online/"
+CPU, ACCELERATOR = METRIC + "cpu/utilization", METRIC + "accelerator/duty_cycle"
+DEFAULT_TARGET = 60
 
 
 def find(cloud: Cloud, name: str) -> JSON:
@@ -71,21 +68,44 @@ def find_deployed(endpoint: JSON, deployed_id: str) -> JSON:
     raise not_found(f'DeployedModel with ID "{deployed_id}" is not found on Endpoint {endpoint["name"]}.')
 
 
-def render(cloud: Cloud, endpoint: JSON) -> JSON:
-    """The Endpoint resource as it is read."""
-    answer = dict(endpoint)
+def render(cloud: Cloud, endpoint: JSON, version: str = "v1") -> JSON:
+    """The Endpoint resource as one version of the API shows it."""
+    answer = {key: value for key, value in endpoint.items() if key != "exposed"}
     if endpoint.get("deployedModels"):
-        answer["deployedModels"] = [render_deployed(cloud, endpoint["name"], d) for d in endpoint["deployedModels"]]
-    if endpoint.get("dedicatedEndpointEnabled"):
-        # On Google a DNS name of the endpoint's own; here the sandbox's address serves both.
-        answer["dedicatedEndpointDns"] = f"127.0.0.1:{cloud.settings.port}"
+        answer["deployedModels"] = [
+            render_deployed(cloud, endpoint["name"], d, version) for d in endpoint["deployedModels"]
+        ]
+    # A dedicated endpoint has no DNS name before a deployment on it has succeeded. On Google the name is the
+    # endpoint's own; here the sandbox's address serves all of them.
+    if endpoint.get("dedicatedEndpointEnabled") and endpoint.get("exposed"):
+        scheme = "https://" if "dns-scheme" in cloud.settings.suppose else ""
+        answer["dedicatedEndpointDns"] = f"{scheme}127.0.0.1:{cloud.settings.port}"
     answer["etag"] = etag(endpoint, MUTABLE)
     return answer
 
 
-def render_deployed(cloud: Cloud, endpoint: str, deployed: JSON) -> JSON:
-    available = cloud.fleet.available(endpoint, deployed["id"])
-    return {**deployed, "status": {"availableReplicaCount": available, "lastUpdateTime": now()}}
+def of_v1(deployed: JSON) -> JSON:
+    """A deployed model without what only v1beta1 can express."""
+    resources = {key: value for key, value in deployed["dedicatedResources"].items() if key not in BETA_RESOURCES}
+    return {**deployed, "dedicatedResources": resources}
+
+
+def render_deployed(cloud: Cloud, endpoint: str, deployed: JSON, version: str) -> JSON:
+    """A deployed model; a count of zero is left out, as JSON of a protocol buffer does."""
+    suppose, answer = cloud.settings.suppose, {**deployed}
+    resources: JSON = dict((of_v1(deployed) if version == "v1" else deployed)["dedicatedResources"])
+    if not resources.get("minReplicaCount"):
+        resources.pop("minReplicaCount", None)
+    if "default-targets" in suppose and not resources.get("autoscalingMetricSpecs"):
+        metrics = [CPU, ACCELERATOR] if resources["machineSpec"].get("acceleratorCount") else [CPU]
+        resources["autoscalingMetricSpecs"] = [{"metricName": m, "target": DEFAULT_TARGET} for m in metrics]
+    answer["dedicatedResources"] = resources
+    if "versioned-models" in suppose:
+        answer["model"] = f"{deployed['model']}@{deployed['modelVersionId']}"
+    if "no-status" not in suppose:
+        available = cloud.fleet.available(endpoint, deployed["id"])
+        answer["status"] = {"lastUpdateTime": now()} | ({"availableReplicaCount": available} if available else {})
+    return answer
 
 
 def save(cloud: Cloud, endpoint: JSON, event: str) -> None:
@@ -121,7 +141,18 @@ def replicas_changed(cloud: Cloud, name: str) -> None:
 
 def serving_of(cloud: Cloud, endpoint: str, deployed: JSON) -> Serving:
     name, version = vertex_models.find_version(cloud, f"{deployed['model']}@{deployed['modelVersionId']}")
-    return serving(cloud.store.id, endpoint, deployed, name, version)
+    return serving(cloud.store.id, endpoint, deployed, name, version, cloud.settings.idle_seconds)
+
+
+def check_alone(cloud: Cloud, name: str) -> None:
+    """One mutation of an endpoint at a time, unless that is supposed to be no rule of Vertex AI's."""
+    if "concurrent" not in cloud.settings.suppose:
+        cloud.operations.check_alone("Endpoint", name)
+
+
+def deploying(cloud: Cloud, name: str) -> list[JSON]:
+    """The models that are being deployed on an endpoint."""
+    return [o["request"]["deployedModel"] for o in cloud.operations.on(name) if o["kind"] == "deployModel"]
 
 
 def check_traffic(split: JSON, ids: set[str]) -> None:
@@ -129,7 +160,7 @@ def check_traffic(split: JSON, ids: set[str]) -> None:
     if not split:
         return
     if unknown := sorted(set(split) - ids):
-        raise invalid(f"traffic_split names deployed models that are not on the Endpoint: {', '.join(unknown)}.")
+        raise invalid(f"The following DeployedModel ID(s) [{', '.join(unknown)}] do not exist.")
     if any(not 0 <= percent <= 100 for percent in split.values()):
         raise invalid("Every traffic percentage must be between 0 and 100.")
     if sum(split.values()) != 100:
@@ -139,7 +170,7 @@ def check_traffic(split: JSON, ids: set[str]) -> None:
 # ------------------------------------------------------------------------------------------ endpoints
 
 
-def _check_supported(call: Call, resource: JSON, fields: tuple[str, ...], where: str) -> None:
+def check_supported(call: Call, resource: JSON, fields: tuple[str, ...], where: str) -> None:
     for name in fields:
         if resource.get(name):
             raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with {where}.{name}.")
@@ -149,7 +180,7 @@ async def create(call: Call) -> JSON:
     cloud, endpoint = call.cloud, call.body
     check_display_name(endpoint)
     check_labels(endpoint.get("labels", {}))
-    _check_supported(call, endpoint, UNSUPPORTED, "endpoint")
+    check_supported(call, endpoint, UNSUPPORTED, "endpoint")
     if endpoint.get("trafficSplit"):
         raise invalid("traffic_split can not be set at creation: no model is deployed on the Endpoint yet.")
     given = call.query.get("endpointId", call.query.get("endpoint_id", ""))
@@ -178,11 +209,18 @@ def _create_kind(cloud: Cloud) -> Kind:
 
 
 async def get(call: Call) -> JSON:
-    return render(call.cloud, find(call.cloud, call.name))
+    cloud = call.cloud
+    answer = render(cloud, find(cloud, call.name), call.version)
+    # https://docs.cloud.google.com/vertex-ai/docs/predictions/rolling-deployment shows this parameter and the state.
+    if call.query.get("allDeploymentStates") == "true":
+        unfinished = [{**d, "state": "BEING_DEPLOYED"} for d in deploying(cloud, call.name)]
+        if unfinished:
+            answer["deployedModels"] = answer.get("deployedModels", []) + unfinished
+    return answer
 
 
 async def list_(call: Call) -> JSON:
-    endpoints = [render(call.cloud, e) for _, e in call.cloud.store.list("endpoint", call.name + "/")]
+    endpoints = [render(call.cloud, e, call.version) for _, e in call.cloud.store.list("endpoint", call.name + "/")]
     return page(call, "endpoints", endpoints, "endpoint")
 
 
@@ -194,7 +232,7 @@ async def patch(call: Call) -> JSON:
             raise invalid(f'Field "{path}" of an Endpoint can not be updated; these can: {", ".join(MUTABLE)}.')
     with cloud.store.transaction():
         endpoint = find(cloud, call.name)
-        cloud.operations.check_alone("Endpoint", call.name)
+        check_alone(cloud, call.name)
         if body.get("etag") and body["etag"] != etag(endpoint, MUTABLE):
             raise GoogleError("ABORTED", "The etag does not match the Endpoint's: read it again and repeat the change.")
         if "trafficSplit" in mask:
@@ -203,13 +241,13 @@ async def patch(call: Call) -> JSON:
         check_display_name(endpoint)
         check_labels(endpoint.get("labels", {}))
         save(cloud, endpoint, "patched")
-    return render(cloud, endpoint)
+    return render(cloud, endpoint, call.version)
 
 
 async def delete(call: Call) -> JSON:
     cloud = call.cloud
     endpoint = find(cloud, call.name)
-    busy = [o["request"]["deployedModel"]["id"] for o in cloud.operations.on(call.name) if o["kind"] == "deployModel"]
+    busy = [d["id"] for d in deploying(cloud, call.name)]
     if ids := [d["id"] for d in endpoint.get("deployedModels", [])] + busy:
         raise precondition(
             f'The Endpoint "{call.name}" has deployed or being-deployed DeployedModel(s) with ID(s): '
@@ -230,238 +268,11 @@ def _delete_kind(cloud: Cloud) -> Kind:
     return Kind("DeleteOperationMetadata", "google.protobuf.Empty", work)
 
 
-# ------------------------------------------------------------------------------------------ deploying
-
-
-def _check_resources(call: Call, resources: JSON) -> None:
-    """Raises for replica counts that Vertex AI refuses; sets what it defaults."""
-    _check_supported(call, resources, RESOURCES_UNSUPPORTED, "dedicated_resources")
-    least = resources.get("minReplicaCount", 0)
-    if least < 1:
-        raise invalid(f"dedicated_resources.min_replica_count must be greater than or equal to 1; it is {least}.")
-    most = resources.setdefault("maxReplicaCount", least) or least
-    if most < least:
-        raise invalid(f"max_replica_count ({most}) must not be less than min_replica_count ({least}).")
-    resources["maxReplicaCount"] = most
-    for metric in resources.get("autoscalingMetricSpecs", []):
-        if not 1 <= metric.get("target", 60) <= 100:
-            raise invalid("The target of an autoscaling metric must be between 1 and 100.")
-
-
-async def deploy_model(call: Call) -> JSON:
-    cloud, name = call.cloud, call.name
-    deployed: JSON = dict(call.body.get("deployedModel") or {})
-    endpoint = find(cloud, name)
-    if not deployed.get("model"):
-        raise invalid("Required field deployed_model.model is not set.")
-    _check_supported(call, deployed, DEPLOYED_UNSUPPORTED, "deployed_model")
-    if "dedicatedResources" not in deployed:
-        raise invalid("Required field deployed_model.dedicated_resources is not set: the Model supports no other.")
-    resources: JSON = deployed["dedicatedResources"]
-    _check_resources(call, resources)
-    machine: JSON = resources.setdefault("machineSpec", {})
-    machine.setdefault("machineType", DEFAULT_MACHINE)
-    if machine.get("acceleratorCount", 0) > 0 and not machine.get("acceleratorType"):
-        raise invalid("machine_spec.accelerator_count needs machine_spec.accelerator_type.")
-    check_act_as(cloud, deployed.get("serviceAccount"))
-    key, version = vertex_models.find_version(cloud, deployed["model"])
-    taken = {d["id"] for d in endpoint.get("deployedModels", [])}
-    if given := deployed.get("id"):
-        if not DEPLOYED_ID.fullmatch(given) or int(given) == 0:
-            raise invalid(f'Invalid deployed_model.id "{given}": 1-10 characters of [0-9], and not 0.')
-        if given in taken:
-            raise GoogleError("ALREADY_EXISTS", f'DeployedModel with ID "{given}" already exists on Endpoint {name}.')
-    check_traffic(call.body.get("trafficSplit", {}), taken | {"0"})
-    cloud.operations.check_alone("Endpoint", name)
-    deployed.setdefault("id", str(random.randrange(10**8, 10**10)))
-    deployed["model"], _, deployed["modelVersionId"] = key.partition("@")
-    model = vertex_models.render(cloud, key, version)
-    if not deployed.get("displayName"):
-        deployed["displayName"] = model["displayName"]
-    deployed.pop("enableContainerLogging", None)  # v1beta1 only, and without meaning here
-    request = {"deployedModel": deployed, "trafficSplit": call.body.get("trafficSplit", {}), "version": key}
-    return cloud.operations.start(call, "deployModel", name, name, request)
-
-
-def _deploy_kind(cloud: Cloud) -> Kind:
-    async def work(operation: JSON) -> Callable[[], JSON]:
-        name, request = operation["target"], operation["request"]
-        deployed: JSON = request["deployedModel"]
-        what = serving_of(cloud, name, deployed)
-        cloud.operations.stage(operation, deploymentStage="GETTING_CONTAINER_IMAGE")
-        await cloud.fleet.runner.fetch(what.launch.image)
-        cloud.operations.stage(operation, deploymentStage="STARTING_MODEL_SERVER")
-        await cloud.fleet.bring_up(what, deployed["dedicatedResources"]["minReplicaCount"])
-
-        def finish() -> JSON:
-            endpoint = find(cloud, name)
-            deployed["createTime"] = now()
-            endpoint.setdefault("deployedModels", []).append(deployed)
-            if split := request["trafficSplit"]:
-                own = {deployed["id"] if k == "0" else k: v for k, v in split.items()}
-                endpoint["trafficSplit"] = own
-            operation["metadata"] = {"deploymentStage": "SUCCESSFULLY_DEPLOYED"}
-            save(cloud, endpoint, "deployed")
-            return {"deployedModel": deployed}
-
-        return finish
-
-    async def undo(operation: JSON) -> None:
-        operation["metadata"] = {"deploymentStage": "FAILED_TO_DEPLOY"}
-        await cloud.fleet.bring_down(operation["target"], operation["request"]["deployedModel"]["id"])
-
-    return Kind("DeployModelOperationMetadata", "DeployModelResponse", work, undo)
-
-
-async def undeploy_model(call: Call) -> JSON:
-    """Takes the traffic away at once and answers; the replicas stop and the entry goes in the operation."""
-    cloud, name = call.cloud, call.name
-    deployed_id = call.body.get("deployedModelId", "")
-    if not deployed_id:
-        raise invalid("Required field deployed_model_id is not set.")
-    with cloud.store.transaction():
-        endpoint = find(cloud, name)
-        find_deployed(endpoint, deployed_id)
-        cloud.operations.check_alone("Endpoint", name)
-        others = {d["id"] for d in endpoint["deployedModels"]} - {deployed_id}
-        split = call.body.get("trafficSplit") or endpoint.get("trafficSplit", {})
-        if not others:
-            split = {}  # "If last DeployedModel is being undeployed, traffic_split will always end up empty"
-        elif split.get(deployed_id):
-            raise precondition(
-                f'DeployedModel "{deployed_id}" has {split[deployed_id]} % of the traffic of Endpoint '
-                f"{name}: set a traffic_split that gives it to the others."
-            )
-        split = {k: v for k, v in split.items() if k != deployed_id}
-        check_traffic(split, others)
-        if split != endpoint.get("trafficSplit", {}):
-            endpoint["trafficSplit"] = split
-            save(cloud, endpoint, "undeploying")
-        return cloud.operations.start(call, "undeployModel", name, name, {"deployedModelId": deployed_id})
-
-
-def _undeploy_kind(cloud: Cloud) -> Kind:
-    async def work(operation: JSON) -> Callable[[], JSON]:
-        name, deployed_id = operation["target"], operation["request"]["deployedModelId"]
-        await cloud.fleet.bring_down(name, deployed_id)
-
-        def finish() -> JSON:
-            endpoint = find(cloud, name)
-            deployed = find_deployed(endpoint, deployed_id)
-            endpoint["deployedModels"] = [d for d in endpoint["deployedModels"] if d["id"] != deployed_id]
-            save(cloud, endpoint, "undeployed")
-            if seconds := cloud.settings.hold_after_undeploy:
-                until = {"until": time.time() + seconds, "endpoint": name}
-                cloud.store.put("hold", f"{deployed['model']}@{deployed['modelVersionId']}", until)
-            return {}
-
-        return finish
-
-    async def undo(operation: JSON) -> None:  # still deployed: then it has its replicas, though no traffic
-        _restore(cloud, operation["target"], operation["request"]["deployedModelId"])
-
-    return Kind("UndeployModelOperationMetadata", "UndeployModelResponse", work, undo)
-
-
-def _restore(cloud: Cloud, name: str, deployed_id: str) -> None:
-    """Brings the replicas of a deployed model to the number that is stored."""
-    deployed = find_deployed(find(cloud, name), deployed_id)
-    cloud.fleet.restore(serving_of(cloud, name, deployed), deployed["dedicatedResources"]["minReplicaCount"])
-
-
-# In place only: replica counts, autoscaling targets and container logging (discovery document,
-# MutateDeployedModelRequest.deployedModel).
-MUTABLE_DEPLOYED = (
-    "dedicatedResources.minReplicaCount",
-    "dedicatedResources.maxReplicaCount",
-    "dedicatedResources.autoscalingMetricSpecs",
-    "disableContainerLogging",
-)
-
-
-async def mutate_deployed_model(call: Call) -> JSON:
-    cloud, name = call.cloud, call.name
-    wanted: JSON = call.body.get("deployedModel") or {}
-    paths = update_mask({"updateMask": call.body.get("updateMask", "")})
-    endpoint = find(cloud, name)
-    deployed = find_deployed(endpoint, wanted.get("id", ""))
-    for path in paths:
-        if path not in MUTABLE_DEPLOYED:
-            raise invalid(
-                f'Field "{path}" of a DeployedModel can not be mutated; these can: {", ".join(MUTABLE_DEPLOYED)}.'
-            )
-        outer, _, inner = path.partition(".")
-        source: JSON = wanted.get(outer) or {} if inner else wanted
-        into: JSON = deployed.setdefault(outer, {}) if inner else deployed
-        if (inner or outer) in source:
-            into[inner or outer] = source[inner or outer]
-        else:
-            into.pop(inner or outer, None)
-    _check_resources(call, deployed["dedicatedResources"])
-    cloud.operations.check_alone("Endpoint", name)
-    return cloud.operations.start(call, "mutateDeployedModel", name, name, {"deployedModel": deployed})
-
-
-def _mutate_kind(cloud: Cloud) -> Kind:
-    async def work(operation: JSON) -> Callable[[], JSON]:
-        name, deployed = operation["target"], operation["request"]["deployedModel"]
-        count = deployed["dedicatedResources"]["minReplicaCount"]
-        await cloud.fleet.bring_up(serving_of(cloud, name, deployed), count)
-        await cloud.fleet.bring_down(name, deployed["id"], keep=count)
-
-        def finish() -> JSON:
-            endpoint = find(cloud, name)
-            own = [deployed if d["id"] == deployed["id"] else d for d in endpoint["deployedModels"]]
-            endpoint["deployedModels"] = own
-            save(cloud, endpoint, "mutated")
-            return {"deployedModel": deployed}
-
-        return finish
-
-    async def undo(operation: JSON) -> None:
-        name, deployed_id = operation["target"], operation["request"]["deployedModel"]["id"]
-        before = find_deployed(find(cloud, name), deployed_id)
-        await cloud.fleet.bring_down(name, deployed_id, keep=before["dedicatedResources"]["minReplicaCount"])
-        _restore(cloud, name, deployed_id)
-
-    return Kind("MutateDeployedModelOperationMetadata", "MutateDeployedModelResponse", work, undo)
-
-
-async def adopt(cloud: Cloud) -> None:
-    """At start: brings back the replicas of everything deployed, and removes containers of nothing."""
-    wanted = [
-        (serving_of(cloud, name, deployed), deployed["dedicatedResources"]["minReplicaCount"])
-        for name, endpoint in cloud.store.list("endpoint")
-        for deployed in endpoint.get("deployedModels", [])
-    ]
-    pending = {
-        (o["target"], o["request"]["deployedModel"]["id"], o["request"]["version"])
-        for _, o in cloud.store.list("operation")
-        if o["kind"] == "deployModel" and not o.get("done")
-    }
-    await cloud.fleet.adopt(wanted, pending)
-
-
 def kinds(cloud: Cloud) -> dict[str, Kind]:
-    return {
-        "createEndpoint": _create_kind(cloud),
-        "deleteEndpoint": _delete_kind(cloud),
-        "deployModel": _deploy_kind(cloud),
-        "undeployModel": _undeploy_kind(cloud),
-        "mutateDeployedModel": _mutate_kind(cloud),
-    }
+    return {"createEndpoint": _create_kind(cloud), "deleteEndpoint": _delete_kind(cloud)}
 
 
 METHODS = {
     f"aiplatform.projects.locations.endpoints.{name}": handler
-    for name, handler in {
-        "create": create,
-        "get": get,
-        "list": list_,
-        "patch": patch,
-        "delete": delete,
-        "deployModel": deploy_model,
-        "undeployModel": undeploy_model,
-        "mutateDeployedModel": mutate_deployed_model,
-    }.items()
+    for name, handler in {"create": create, "get": get, "list": list_, "patch": patch, "delete": delete}.items()
 }

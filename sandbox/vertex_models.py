@@ -61,15 +61,18 @@ def deployments(cloud: Cloud, version: str) -> list[JSON]:
     ]
 
 
-def render(cloud: Cloud, key: str, version: JSON) -> JSON:
-    """The Model resource as one version shows it: labels of the model and of the version merged."""
+def render(cloud: Cloud, key: str, version: JSON, *, versioned: bool = False) -> JSON:
+    """The Model resource as one version shows it: labels of the model and of the version merged.
+
+    `versioned` puts the version into the name, as only listVersions does (ListModelVersionsResponse).
+    """
     name = key.partition("@")[0]
     model = cloud.store.get("model", name) or {}
     answer = {
         **version["resource"],
         **{f: model["resource"][f] for f in MODEL_FIELDS if f in model["resource"]},
     }
-    answer["name"] = name
+    answer["name"] = key if versioned else name
     if labels := {**model["resource"].get("labels", {}), **version["resource"].get("labels", {})}:
         answer["labels"] = labels
     if deployed := deployments(cloud, key):
@@ -198,7 +201,7 @@ async def list_(call: Call) -> JSON:
 
 async def list_versions(call: Call) -> JSON:
     name = call.name.partition("@")[0]
-    found = [render(call.cloud, *item) for item in versions(call.cloud, name)]
+    found = [render(call.cloud, *item, versioned=True) for item in versions(call.cloud, name)]
     if not found:
         raise not_found(f"Model {name} is not found.")
     return page(call, "models", found, "model")
@@ -219,7 +222,13 @@ async def patch(call: Call) -> JSON:
         if given.split("-")[part : part + 1] != current.split("-")[part : part + 1]:
             raise GoogleError("ABORTED", "The etag does not match: read the model again and repeat the change.")
     mask = update_mask(call.query)
+    other = MODEL_MUTABLE if of_version else VERSION_MUTABLE
     for path in mask:
+        if path in other and path not in allowed:  # "A model name or model version name fields update mismatch"
+            raise precondition(
+                f'Field "{path}" belongs to {"the model" if of_version else "a version"}: name '
+                f"{'models/ID' if of_version else 'models/ID@VERSION'} to update it."
+            )
         if path not in allowed and not path.startswith("labels."):
             raise invalid(
                 f'Field "{path}" of {"a model version" if of_version else "a model"} can not be updated; '
@@ -317,7 +326,7 @@ async def delete_version(call: Call) -> JSON:
             'give the alias "default" to another version first.'
         )
     _check_free(cloud, [key])
-    return cloud.operations.start(call, "deleteModelVersion", call.location, key, {})
+    return cloud.operations.start(call, "deleteModelVersion", key.partition("@")[0], key, {})
 
 
 async def delete(call: Call) -> JSON:
@@ -328,7 +337,7 @@ async def delete(call: Call) -> JSON:
         raise not_found(f"Model {name} is not found.")
     cloud.operations.check_alone("Model", name)
     _check_free(cloud, [key for key, _ in versions(cloud, name)])
-    return cloud.operations.start(call, "deleteModel", call.location, name, {})
+    return cloud.operations.start(call, "deleteModel", name, name, {})
 
 
 def _delete_work(cloud: Cloud) -> Kind:

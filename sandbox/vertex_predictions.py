@@ -8,21 +8,27 @@ import random
 
 from starlette.responses import Response
 
-from sandbox import vertex_endpoints, vertex_models
+from sandbox import vertex_endpoints
 from sandbox.context import Call
 from sandbox.discovery import read_request
 from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, precondition
-from sandbox.fleet import serving
-from sandbox.runner import Answer, UnreachableError
+from sandbox.fleet import ColdError
+from sandbox.projects import project_number
+from sandbox.runner import ContainerResponse, UnreachableError
 from sandbox.store import JSON
 
 # Bytes of a request and of a response, and seconds: "Choose an endpoint type",
 # https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
 SHARED_BYTES, SHARED_SECONDS = 1_572_864, 60.0
 DEDICATED_BYTES, DEDICATED_SECONDS = 10 * 2**20, 600.0
+# What a model that is scaled to zero answers, as recorded from Vertex AI.
+COLD = (
+    "Model is not yet ready for inference. Please wait while model completes scale-up from zero, then try your "
+    "request again."
+)
 
 
-async def _ask(call: Call) -> tuple[JSON, Answer]:
+async def _ask(call: Call) -> tuple[JSON, ContainerResponse]:
     """(deployed model, its answer). Raises GoogleError for the limits and for replicas that fail."""
     cloud = call.cloud
     endpoint = vertex_endpoints.find(cloud, call.name)
@@ -36,11 +42,10 @@ async def _ask(call: Call) -> tuple[JSON, Answer]:
         raise invalid(f"Request payload size exceeds the limit: {limit} bytes.")
     split: JSON = endpoint.get("trafficSplit", {})
     if not split:
-        raise precondition(f"Endpoint {call.name} has no deployed model that receives traffic.")
+        raise precondition(f"Endpoint {call.name} doesn't have traffic_split.")
     (chosen,) = random.choices(list(split), weights=list(split.values()))
     deployed = vertex_endpoints.find_deployed(endpoint, chosen)
-    name, version = vertex_models.find_version(cloud, f"{deployed['model']}@{deployed['modelVersionId']}")
-    route = serving(cloud.store.id, call.name, deployed, name, version).predict_route
+    route = vertex_endpoints.serving_of(cloud, call.name, deployed).predict_route
     content_type = call.request.headers.get("content-type", "application/json")
     try:
         answer = await cloud.fleet.predict(call.name, chosen, route, call.raw, content_type, seconds)
@@ -48,6 +53,8 @@ async def _ask(call: Call) -> tuple[JSON, Answer]:
         if error.timeout:
             raise GoogleError("DEADLINE_EXCEEDED", f"The model server gave no answer in {seconds:g} s.") from None
         raise GoogleError("UNAVAILABLE", f"The model server of DeployedModel {chosen} broke off: {error}") from None
+    except ColdError:
+        raise GoogleError("RESOURCE_EXHAUSTED", COLD) from None
     if answer is None:
         raise GoogleError("UNAVAILABLE", f"DeployedModel {chosen} has no available replica.")
     if len(answer.body) > limit:
@@ -95,9 +102,12 @@ async def predict(call: Call) -> JSON:
 async def raw_predict(call: Call) -> Response:
     """Any body in, the container's status, content type and body out."""
     deployed, answer = await _ask(call)
+    project = call.name.split("/")[1]
     headers = {
         "x-vertex-ai-endpoint-id": call.name.rpartition("/")[2],
         "x-vertex-ai-deployed-model-id": deployed["id"],
+        "x-vertex-ai-model": deployed["model"].replace(f"/{project}/", f"/{project_number(project)}/", 1),
+        "x-vertex-ai-model-version-id": deployed["modelVersionId"],
     }
     return Response(answer.body, answer.status, headers, media_type=answer.content_type or None)
 

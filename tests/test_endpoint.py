@@ -28,6 +28,38 @@ LIMIT = 200_000  # bytes of a request
 NAME = "projects/p/locations/europe-west4/endpoints/1"
 
 
+# As recorded from Vertex AI.
+COLD = {
+    "error": {
+        "code": 429,
+        "status": "RESOURCE_EXHAUSTED",
+        "message": "Model is not yet ready for inference. Please wait while model completes scale-up from zero, then "
+        "try your request again.",
+    }
+}
+
+
+def test_a_model_that_comes_up_from_zero_is_waited_for(
+    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headcount.counters.COLD_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "outputs", lambda _: {"url": httpserver.url_for("/v1/e/1"), "maxRequestBytes": LIMIT})
+    for _ in range(20):  # more often than any other refusal is tried again
+        httpserver.expect_ordered_request("/v1/e/1:predict").respond_with_json(COLD, status=429)
+    httpserver.expect_ordered_request("/v1/e/1:predict").respond_with_handler(predict)
+    Image.new("RGB", (80, 60)).save(tmp_path / "picture.jpg")
+    with Client(stack="dev") as client:
+        assert client.count(tmp_path / "picture.jpg").count == 1
+    assert [r.message for r in caplog.records if r.name == "headcount"] == [
+        "The model is scaled to zero. Waiting until it is up, 30 minutes at most."
+    ]
+    monkeypatch.setattr("headcount.counters.COLD_SECONDS", 0.0)
+    httpserver.clear()
+    httpserver.expect_request("/v1/e/1:predict").respond_with_json(COLD, status=429)
+    with Client(stack="dev") as client, pytest.raises(CountError, match="did not come up within"):
+        client.count(tmp_path / "picture.jpg")
+
+
 def predict(request: Request) -> Response:
     """Finds one person over the whole of the picture, as wide and high as it is."""
     if len(request.data) > LIMIT:

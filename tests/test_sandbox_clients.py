@@ -86,7 +86,7 @@ def test_errors_reach_the_client_as_its_exceptions(stub_sandbox: RunningSandbox,
     with pytest.raises(Conflict, match="already exists"):
         upload(model_id="people", display_name="people")
     endpoint = aiplatform.Endpoint.create(display_name="people")
-    with pytest.raises(BadRequest, match="has no deployed model"):
+    with pytest.raises(BadRequest, match="doesn't have traffic_split"):
         endpoint.predict(instances=[1])
     fault = {"status": "RESOURCE_EXHAUSTED", "message": "no quota", "match": project}
     stub_sandbox.fault("endpoints.deployModel", "operation_error", **fault)

@@ -145,20 +145,24 @@ def test_the_container_gets_what_its_model_says(
     env = said["env"]
     assert said["argv"] == ["--port=9001", "$(UNKNOWN)"]
     assert said["shm"] == 96 * 2**20
-    assert (env["PLACE"], env["AGAIN"], env["LITERAL"]) == ("spoken/7", "<spoken/7>", "$(PLACE)")
+    number = env["AIP_ENDPOINT_ID"]
+    assert number.isdigit()  # also of an endpoint with a name
+    assert (env["PLACE"], env["AGAIN"], env["LITERAL"]) == (f"{number}/7", f"<{number}/7>", "$(PLACE)")
     assert {k: v for k, v in env.items() if k.startswith("AIP_")} == {
         "AIP_ACCELERATOR_TYPE": "",
         "AIP_DEPLOYED_MODEL_ID": "7",
-        "AIP_ENDPOINT_ID": "spoken",
+        "AIP_ENDPOINT_ID": number,
         "AIP_FRAMEWORK": "CUSTOM_CONTAINER",
         "AIP_HEALTH_ROUTE": "/ping",
         "AIP_HTTP_PORT": "9001",
         "AIP_MACHINE_TYPE": "n1-standard-2",
         "AIP_MODE": "PREDICTION",
+        "AIP_MODEL_NAME": number,
         "AIP_MODE_VERSION": "1.0.0",
         "AIP_PREDICT_ROUTE": "/predict",
         "AIP_PROJECT_NUMBER": sandbox.do("GET", where)["name"].split("/")[1],
         "AIP_STORAGE_URI": "gs://b/weights",
+        "AIP_VERSION_NAME": "7",
     }
     (container,) = containers(docker_engine, where)
     published = container.attrs["NetworkSettings"]["Ports"]["9001/tcp"]
@@ -208,16 +212,20 @@ def test_a_broken_image_fails_and_leaves_nothing(
     undeploy(sandbox, where, 1)
 
 
-def test_a_cancelled_deployment_leaves_nothing(
-    sandbox: RunningSandbox, docker_engine: docker.DockerClient, tiny_image: str
+def test_a_model_scales_to_zero_and_starts_when_it_is_asked(
+    docker_engine: docker.DockerClient, tiny_image: str
 ) -> None:
-    upload(sandbox, "sleepy", tiny_image, env={"TINY_SECONDS": "600"})
-    where = endpoint(sandbox, "cancelled")
-    _, operation = sandbox.ask("POST", f"{where}:deployModel", deployment(7, model="sleepy"))
-    until(lambda: containers(docker_engine, where))
-    sandbox.do("POST", f"v1/{operation['name']}:cancel")
-    assert sandbox.done(operation)["error"]["code"] == 1
-    assert containers(docker_engine, where) == []
+    with RunningSandbox("--idle-seconds", "1", runner="docker") as sleepy:
+        upload(sleepy, "tiny", tiny_image)
+        sleepy.do("POST", "endpoints", {"displayName": "e", "dedicatedEndpointEnabled": True}, endpointId="asleep")
+        body = deployment(7)
+        body["deployedModel"]["dedicatedResources"] |= {"minReplicaCount": 0, "maxReplicaCount": 1}
+        path = f"v1beta1/{LOCATION}/endpoints/asleep"
+        assert "response" in sleepy.do("POST", f"{path}:deployModel", body)
+        for _ in range(2):
+            until(lambda: containers(docker_engine, "endpoints/asleep") == [])
+            assert sleepy.ask("POST", f"{path}:predict", {"instances": [1]})[0] == 429
+            until(lambda: sleepy.ask("POST", f"{path}:predict", {"instances": [1]})[0] == 200)
 
 
 def test_undeploying_answers_what_is_in_flight(sandbox: RunningSandbox, docker_engine: docker.DockerClient) -> None:

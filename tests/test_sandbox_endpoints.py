@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers import eventually
 
+from sandbox.serving import serving
 from sandbox.testing import LOCATION, RunningSandbox
+from sandbox.vertex_endpoints import SUPPOSITIONS
 
 SPEC = {"imageUri": "image@sha256:" + "0" * 64, "predictRoute": "/predict", "healthRoute": "/ping"}
 MODEL = f"{LOCATION}/models/counter"
@@ -19,27 +22,44 @@ def env(**variables: str) -> Any:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[RunningSandbox]:
-    options = ("--hold-after-undeploy", "0.5", "--service-account", "known@a-project.iam.gserviceaccount.com")
-    with RunningSandbox(*options) as running:
-        specs = {
-            "counter": SPEC,
-            "slow": env(STUB_SECONDS="60"),
-            "exits": env(STUB_HEALTH="exit", STUB_LOG="loading\nno weights"),
-            "never-ready": {**env(STUB_HEALTH="never", STUB_LOG="still here"), "deploymentTimeout": "0.6s"},
-        }
-        for name, spec in specs.items():
-            body = {"modelId": name, "model": {"displayName": name, "containerSpec": spec}}
-            running.do("POST", "models:upload", body)
+    account = "known@a-project.iam.gserviceaccount.com"
+    with RunningSandbox("--service-account", account, "--idle-seconds", "0.3") as running:
+        upload_models(running)
         yield running
         assert [v for v in running.violations() if v["part"] == "response"] == []
 
 
-@pytest.fixture
-def endpoint(sandbox: RunningSandbox) -> str:
+@pytest.fixture(scope="module")
+def otherwise() -> Iterator[RunningSandbox]:
+    """A sandbox that behaves the other way wherever Vertex AI's own behaviour is not known."""
+    with RunningSandbox(*(option for name in SUPPOSITIONS for option in ("--suppose", name))) as running:
+        upload_models(running)
+        yield running
+        assert [v for v in running.violations() if v["part"] == "response"] == []
+
+
+def upload_models(sandbox: RunningSandbox) -> None:
+    specs = {
+        "counter": SPEC,
+        "starting": env(STUB_SECONDS="0.3"),
+        "exits": env(STUB_HEALTH="exit", STUB_LOG="loading\nno weights"),
+        "never-ready": {**env(STUB_HEALTH="never", STUB_LOG="still here"), "deploymentTimeout": "0.6s"},
+    }
+    for name, spec in specs.items():
+        body = {"modelId": name, "model": {"displayName": name, "containerSpec": spec}}
+        sandbox.do("POST", "models:upload", body)
+
+
+def make_endpoint(sandbox: RunningSandbox, **more: Any) -> str:
     """The path of a new endpoint."""
     number = next(_numbers)
-    sandbox.do("POST", "endpoints", {"displayName": "people"}, endpointId=number)
+    sandbox.do("POST", "endpoints", {"displayName": "people", **more}, endpointId=number)
     return f"endpoints/{number}"
+
+
+@pytest.fixture
+def endpoint(sandbox: RunningSandbox) -> str:
+    return make_endpoint(sandbox)
 
 
 def deployment(number: int, model: str = MODEL, replicas: int = 1, split: Any = None, **more: Any) -> dict[str, Any]:
@@ -68,6 +88,42 @@ def test_deploying_moves_traffic_as_told(sandbox: RunningSandbox, endpoint: str)
     assert all("/models/counter" in d["model"] for d in read["deployedModels"])
     deploy(sandbox, endpoint, 9, split={"0": 10, "7": 90})
     assert sandbox.do("GET", endpoint)["trafficSplit"] == {"9": 10, "7": 90}
+
+
+def test_the_first_model_gets_all_traffic_where_no_split_is_given(sandbox: RunningSandbox, endpoint: str) -> None:
+    deploy(sandbox, endpoint, 7)
+    deploy(sandbox, endpoint, 8)
+    assert sandbox.do("GET", endpoint)["trafficSplit"] == {"7": 100}
+
+
+def test_what_is_not_known_of_vertex_ai_can_be_supposed_otherwise(otherwise: RunningSandbox) -> None:
+    endpoint = make_endpoint(otherwise, dedicatedEndpointEnabled=True)
+    without_id = deployment(7)
+    del without_id["deployedModel"]["id"]
+    for refused in (deployment(7, split={"0": 100}), without_id):  # an id of one's own; no split on an empty endpoint
+        assert refusal(otherwise.ask("POST", f"{endpoint}:deployModel", refused)) == (400, "INVALID_ARGUMENT")
+    first = otherwise.do("POST", f"{endpoint}:deployModel", without_id | {"trafficSplit": {"0": 100}})
+    otherwise.fault("endpoints.deployModel", "hold", count=2)
+    running = [otherwise.ask("POST", f"{endpoint}:deployModel", without_id) for _ in range(2)]
+    assert [status for status, _ in running] == [200, 200]  # at the same time
+    otherwise.release()
+    for _, operation in running:
+        assert "response" in otherwise.done(operation)
+    read = otherwise.do("GET", endpoint)
+    assert read["trafficSplit"] == {first["response"]["deployedModel"]["id"]: 100}
+    assert read["dedicatedEndpointDns"] == f"https://127.0.0.1:{otherwise.port}"
+    assert {d["model"].rpartition("/")[2] for d in read["deployedModels"]} == {"counter@1"}
+    assert not any("status" in d for d in read["deployedModels"])
+    (target,) = read["deployedModels"][0]["dedicatedResources"]["autoscalingMetricSpecs"]
+    assert (target["metricName"].rpartition("/")[2], target["target"]) == ("utilization", 60)
+
+
+def test_a_first_deployment_may_also_get_no_traffic() -> None:
+    with RunningSandbox("--suppose", "no-first-traffic") as sandbox:
+        upload_models(sandbox)
+        endpoint = make_endpoint(sandbox)
+        deploy(sandbox, endpoint, 7)
+        assert "trafficSplit" not in sandbox.do("GET", endpoint)
 
 
 def test_an_id_is_made_where_none_is_given(sandbox: RunningSandbox, endpoint: str) -> None:
@@ -110,6 +166,31 @@ def test_a_deployed_id_is_taken(sandbox: RunningSandbox, endpoint: str) -> None:
     deploy(sandbox, endpoint, 7)
     answer = sandbox.ask("POST", f"{endpoint}:deployModel", deployment(7))
     assert refusal(answer) == (409, "ALREADY_EXISTS")
+
+
+def test_an_unknown_id_in_a_split_is_named(sandbox: RunningSandbox, endpoint: str) -> None:
+    deploy(sandbox, endpoint, 7)
+    _, answer = sandbox.ask("PATCH", endpoint, {"trafficSplit": {"7": 50, "0": 50}}, updateMask="trafficSplit")
+    assert answer["error"]["message"] == "The following DeployedModel ID(s) [0] do not exist."
+
+
+TARGETS = [("cpu/utilization", 100, 101), ("request_count", 600, 0)]
+
+
+@pytest.mark.parametrize(("metric", "good", "bad"), TARGETS)
+def test_autoscaling_targets_are_percentages_of_use_or_requests_a_minute(
+    sandbox: RunningSandbox, endpoint: str, metric: str, good: int, bad: int
+) -> None:
+    def body(target: int) -> Any:
+        wanted = deployment(7)
+        spec = {"metricName": f"aiplatform.googleapis.com/prediction/online/{metric}", "target": target}
+        wanted["deployedModel"]["dedicatedResources"]["autoscalingMetricSpecs"] = [spec]
+        return wanted
+
+    assert refusal(sandbox.ask("POST", f"{endpoint}:deployModel", body(bad))) == (400, "INVALID_ARGUMENT")
+    sandbox.do("POST", f"{endpoint}:deployModel", body(good))
+    (read,) = sandbox.do("GET", endpoint)["deployedModels"]
+    assert read["dedicatedResources"]["autoscalingMetricSpecs"][0]["target"] == good
 
 
 @pytest.mark.parametrize("split", [{"7": 99}, {"7": 50, "8": 60}, {"7": 50, "5": 50}, {"7": 150, "8": -50}])
@@ -170,10 +251,12 @@ def test_replicas_change_in_place_and_nothing_else(sandbox: RunningSandbox, endp
     )
 
 
-def test_one_mutation_of_an_endpoint_at_a_time(sandbox: RunningSandbox, endpoint: str) -> None:
-    slow = deployment(7, model=f"{LOCATION}/models/slow")
-    _, operation = sandbox.ask("POST", f"{endpoint}:deployModel", slow)
+def test_a_running_deployment_is_seen_and_can_not_be_stopped(sandbox: RunningSandbox, endpoint: str) -> None:
+    sandbox.fault("endpoints.deployModel", "hold")
+    _, operation = sandbox.ask("POST", f"{endpoint}:deployModel", deployment(7, model=f"{LOCATION}/models/starting"))
     assert "deployedModels" not in sandbox.do("GET", endpoint)  # not there before it is done
+    (seen,) = sandbox.do("GET", endpoint, allDeploymentStates="true")["deployedModels"]
+    assert (seen["id"], seen["state"]) == ("7", "BEING_DEPLOYED")
     pending = sandbox.do("GET", f"{endpoint}/operations", filter="done=false")["operations"]
     assert [o["name"] for o in pending] == [operation["name"]]
     second = sandbox.ask("POST", f"{endpoint}:deployModel", deployment(8))
@@ -182,10 +265,25 @@ def test_one_mutation_of_an_endpoint_at_a_time(sandbox: RunningSandbox, endpoint
     patch = sandbox.ask("PATCH", endpoint, {"description": "x"}, updateMask="description")
     assert refusal(patch) == (400, "FAILED_PRECONDITION")
     assert refusal(sandbox.ask("DELETE", endpoint)) == (400, "FAILED_PRECONDITION")
-    assert refusal(sandbox.ask("DELETE", "models/slow")) == (400, "FAILED_PRECONDITION")  # being deployed
+    assert refusal(sandbox.ask("DELETE", "models/starting")) == (400, "FAILED_PRECONDITION")  # being deployed
+    cancelled = sandbox.ask("POST", f"v1/{operation['name']}:cancel")
+    assert refusal(cancelled) == (400, "FAILED_PRECONDITION")
+    assert cancelled[1]["error"]["message"].endswith("is not cancellable.")
+    undeployed = sandbox.ask("POST", f"{endpoint}:undeployModel", {"deployedModelId": "7"})
+    assert refusal(undeployed) == (400, "FAILED_PRECONDITION")
+    assert "remains involved in the rolling update" in undeployed[1]["error"]["message"]
+    sandbox.release()
+    assert "response" in sandbox.done(operation)
+    sandbox.do("POST", f"{endpoint}:undeployModel", {"deployedModelId": "7"})
+
+
+def test_an_upload_can_be_cancelled(sandbox: RunningSandbox) -> None:
+    sandbox.fault("models.upload", "hold")
+    body = {"modelId": "cancelled", "model": {"displayName": "m", "containerSpec": SPEC}}
+    _, operation = sandbox.ask("POST", "models:upload", body)
     sandbox.do("POST", f"v1/{operation['name']}:cancel")
     assert sandbox.done(operation)["error"]["code"] == 1  # CANCELLED
-    deploy(sandbox, endpoint, 7)  # and nothing is left of it
+    assert sandbox.ask("GET", "models/cancelled")[0] == 404
 
 
 @pytest.mark.parametrize(
@@ -222,11 +320,26 @@ def test_what_is_deployed_is_not_deleted(sandbox: RunningSandbox, endpoint: str)
     for request in (("DELETE", endpoint), delete_version, ("DELETE", "models/counter")):
         assert refusal(sandbox.ask(*request)) == (400, "FAILED_PRECONDITION")
     sandbox.do("POST", f"{endpoint}:undeployModel", {"deployedModelId": "7"})
-    assert refusal(sandbox.ask(*delete_version)) == (400, "FAILED_PRECONDITION")  # held for a while
+    sandbox.do(*delete_version)
     sandbox.do("DELETE", endpoint)
-    while sandbox.ask(*delete_version)[0] != 200:
-        pass
     assert refusal(sandbox.ask("GET", endpoint)) == (404, "NOT_FOUND")
+
+
+def test_a_version_is_held_for_a_while_after_its_undeployment() -> None:
+    with RunningSandbox("--hold-after-undeploy", "3600") as sandbox:
+        upload_models(sandbox)
+        endpoint = make_endpoint(sandbox)
+        deploy(sandbox, endpoint, 7)
+        sandbox.do("POST", f"{endpoint}:undeployModel", {"deployedModelId": "7"})
+        status, answer = sandbox.ask("DELETE", "models/counter")
+        assert (status, answer["error"]["status"]) == (400, "FAILED_PRECONDITION")
+        assert "deployed at the following Endpoint(s)" in answer["error"]["message"]
+
+
+def test_deleting_a_model_is_an_operation_of_the_model(sandbox: RunningSandbox) -> None:
+    body = {"modelId": "short-lived", "model": {"displayName": "m", "containerSpec": SPEC}}
+    sandbox.do("POST", "models:upload", body)
+    assert "/models/short-lived/operations/" in sandbox.do("DELETE", "models/short-lived")["name"]
 
 
 @pytest.mark.parametrize("wrong", ["0123", "1234567890", "Upper", "ends-", "a" * 64])
@@ -235,10 +348,89 @@ def test_endpoint_ids_follow_the_pattern(sandbox: RunningSandbox, wrong: str) ->
     assert refusal(answer) == (400, "INVALID_ARGUMENT")
 
 
-def test_a_dedicated_endpoint_has_an_address(sandbox: RunningSandbox) -> None:
-    body = {"displayName": "own", "dedicatedEndpointEnabled": True}
-    made = sandbox.do("POST", "endpoints", body, endpointId="own")["response"]
-    assert made["dedicatedEndpointDns"] == f"127.0.0.1:{sandbox.port}"
+def test_a_dedicated_endpoint_has_an_address_once_something_was_deployed(sandbox: RunningSandbox) -> None:
+    endpoint = make_endpoint(sandbox, dedicatedEndpointEnabled=True)
+    deploy(sandbox, endpoint, 6, model=f"{LOCATION}/models/exits")
+    assert "dedicatedEndpointDns" not in sandbox.do("GET", endpoint)
+    deploy(sandbox, endpoint, 7)
+    sandbox.do("POST", f"{endpoint}:undeployModel", {"deployedModelId": "7"})
+    assert sandbox.do("GET", endpoint)["dedicatedEndpointDns"] == f"127.0.0.1:{sandbox.port}"
+
+
+def test_a_container_learns_who_it_is() -> None:
+    version = {"resource": {"containerSpec": SPEC}, "image": "i"}
+    resources = {"minReplicaCount": 1, "machineSpec": {"machineType": "n1-standard-2"}}
+    for endpoint, number in (("people", None), ("123", "123")):
+        deployed = {"id": "7", "dedicatedResources": resources}
+        env = serving("state", f"{LOCATION}/endpoints/{endpoint}", deployed, f"{MODEL}@1", version).launch.env
+        assert env["AIP_ENDPOINT_ID"].isdigit()  # also of an endpoint with a name
+        assert number in (None, env["AIP_ENDPOINT_ID"])
+        assert (env["AIP_MODEL_NAME"], env["AIP_VERSION_NAME"]) == (env["AIP_ENDPOINT_ID"], "7")
+
+
+# --- scale to zero ------------------------------------------------------------------------------------------
+
+
+def sleepy(number: int = 7, model: str = MODEL, **more: Any) -> dict[str, Any]:
+    """A deployment that scales to zero."""
+    body = deployment(number, model)
+    body["deployedModel"]["dedicatedResources"] |= {"minReplicaCount": 0, "maxReplicaCount": 2, **more}
+    return body
+
+
+def test_scale_to_zero_has_its_conditions(sandbox: RunningSandbox) -> None:
+    own, shared = make_endpoint(sandbox, dedicatedEndpointEnabled=True), make_endpoint(sandbox)
+
+    def refused(path: str, body: Any, version: str = "v1beta1") -> str:
+        status, answer = sandbox.ask("POST", f"{version}/{LOCATION}/{path}:deployModel", body)
+        assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
+        return str(answer["error"]["message"])
+
+    assert "greater than or equal to 1" in refused(own, sleepy(), "v1")
+    assert "shared public endpoints" in refused(shared, sleepy())
+    assert "between 300 and 28800" in refused(own, sleepy(scaleToZeroSpec={"idleScaledownPeriod": "299s"}))
+    assert "initial_replica_count" in refused(own, sleepy(initialReplicaCount=3))
+    assert "needs a min_replica_count of 0" in refused(
+        own, sleepy(minReplicaCount=1, scaleToZeroSpec={"idleScaledownPeriod": "300s"})
+    )
+    sandbox.do("POST", f"v1beta1/{LOCATION}/{own}:deployModel", sleepy())
+    assert "one model per endpoint" in refused(own, deployment(8), "v1")
+
+
+def test_an_idle_model_scales_to_zero_and_comes_back_when_it_is_asked(sandbox: RunningSandbox) -> None:
+    endpoint = make_endpoint(sandbox, dedicatedEndpointEnabled=True)
+    body = sleepy(model=f"{LOCATION}/models/starting", scaleToZeroSpec={"minScaleupPeriod": "300s"})
+    sandbox.do("POST", f"v1beta1/{LOCATION}/{endpoint}:deployModel", body)
+
+    def read(version: str) -> Any:
+        (deployed,) = sandbox.do("GET", f"{version}/{LOCATION}/{endpoint}")["deployedModels"]
+        return deployed
+
+    def asked() -> tuple[int, Any]:
+        return sandbox.ask("POST", f"{endpoint}:predict", {"instances": [1]})
+
+    def available() -> int:
+        return int(read("v1")["status"].get("availableReplicaCount", 0))
+
+    assert eventually(lambda: available() == 0)
+    # What v1 can not express it does not show; a count of zero is left out.
+    assert set(read("v1")["dedicatedResources"]) == {"maxReplicaCount", "machineSpec"}
+    assert read("v1beta1")["dedicatedResources"]["scaleToZeroSpec"] == {
+        "minScaleupPeriod": "300s",
+        "idleScaledownPeriod": "3600s",
+    }
+    status, cold = asked()
+    assert (status, cold["error"]["status"]) == (429, "RESOURCE_EXHAUSTED")
+    assert cold["error"]["message"].startswith("Model is not yet ready for inference.")
+    assert asked()[0] == 429  # it is starting
+    assert eventually(lambda: asked()[0] == 200)
+    assert eventually(lambda: available() == 0)
+    # In place: never to zero again.
+    mask = "dedicatedResources.minReplicaCount,dedicatedResources.scaleToZeroSpec"
+    change = {"deployedModel": {"id": "7", "dedicatedResources": {"minReplicaCount": 1}}, "updateMask": mask}
+    sandbox.do("POST", f"v1beta1/{LOCATION}/{endpoint}:mutateDeployedModel", change)
+    assert asked()[0] == 200
+    assert "scaleToZeroSpec" not in read("v1beta1")["dedicatedResources"]
 
 
 def test_history_shows_every_state_of_the_traffic(sandbox: RunningSandbox, endpoint: str) -> None:

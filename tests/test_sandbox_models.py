@@ -62,6 +62,10 @@ def test_versions_are_read_by_number_by_alias_and_by_default(sandbox: RunningSan
     upload_version(sandbox, name, versionDescription="second", versionAliases=["next"])
     read = {v: sandbox.do("GET", f"models/{name}{v}")["versionDescription"] for v in ("", "@1", "@2", "@next")}
     assert read == {"": "first", "@1": "first", "@2": "second", "@next": "second"}
+    # Only listVersions has the version in the name.
+    assert sandbox.do("GET", f"models/{name}@2")["name"].endswith(f"/models/{name}")
+    listed = sandbox.do("GET", f"models/{name}:listVersions")["models"]
+    assert [m["name"].rpartition("/")[2] for m in listed] == [f"{name}@1", f"{name}@2"]
     assert refusal(sandbox.ask("GET", f"models/{name}@3")) == (404, "NOT_FOUND")
     assert refusal(sandbox.ask("GET", f"models/{name}@nobody")) == (404, "NOT_FOUND")
 
@@ -155,7 +159,7 @@ def test_updates_belong_to_the_model_or_to_the_version(sandbox: RunningSandbox, 
     assert read["labels"] == {"of": "version", "by": "model"}  # merged, as Vertex AI answers
     body = {"displayName": "x", "versionDescription": "x"}
     for path, mask in ((f"models/{name}@1", "displayName"), (f"models/{name}", "versionDescription")):
-        assert refusal(sandbox.ask("PATCH", path, body, updateMask=mask)) == (400, "INVALID_ARGUMENT")
+        assert refusal(sandbox.ask("PATCH", path, body, updateMask=mask)) == (400, "FAILED_PRECONDITION")
 
 
 def test_a_container_spec_does_not_change(sandbox: RunningSandbox, name: str) -> None:

@@ -3,9 +3,13 @@
 import collections
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import requests.adapters
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import aiplatform
 
 from sandbox.testing import LOCATION, RunningSandbox
 
@@ -32,13 +36,15 @@ def sandbox() -> Iterator[RunningSandbox]:
             ("none", False),
             ("broken", False),
             ("long", False),
+            ("empty", False),
         ):
             body = {"displayName": endpoint, "dedicatedEndpointEnabled": dedicated}
             running.do("POST", "endpoints", body, endpointId=endpoint)
         deploy(running, "shared", "old", 1, {"0": 100})
         deploy(running, "shared", "new", 2, {"0": 10, "1": 90})
         deploy(running, "own", "old", 1, {"0": 100})
-        deploy(running, "none", "old", 1, {})
+        deploy(running, "none", "old", 1, {"0": 100})
+        running.do("PATCH", "endpoints/none", {}, updateMask="trafficSplit")
         deploy(running, "broken", "bad", 1, {"0": 100})
         deploy(running, "long", "long", 1, {"0": 100})
         yield running
@@ -98,6 +104,8 @@ def test_raw_predict_passes_bodies_through(sandbox: RunningSandbox) -> None:
     assert response.json()["predictions"][0]["deployedModelId"] == "1"
     assert response.headers["x-vertex-ai-deployed-model-id"] == "1"
     assert response.headers["x-vertex-ai-endpoint-id"] == "own"
+    assert response.headers["x-vertex-ai-model"].endswith("/models/old")
+    assert response.headers["x-vertex-ai-model-version-id"] == "1"
 
 
 def test_a_containers_error_is_passed_on(sandbox: RunningSandbox) -> None:
@@ -108,8 +116,10 @@ def test_a_containers_error_is_passed_on(sandbox: RunningSandbox) -> None:
 
 
 def test_without_traffic_nobody_answers(sandbox: RunningSandbox) -> None:
-    status, body = sandbox.ask("POST", "endpoints/none:predict", {"instances": [1]})
-    assert (status, body["error"]["status"]) == (400, "FAILED_PRECONDITION")
+    for endpoint in ("none", "empty"):
+        status, body = sandbox.ask("POST", f"endpoints/{endpoint}:predict", {"instances": [1]})
+        assert (status, body["error"]["status"]) == (400, "FAILED_PRECONDITION")
+        assert body["error"]["message"] == f"Endpoint {LOCATION}/endpoints/{endpoint} doesn't have traffic_split."
     assert sandbox.ask("POST", "endpoints/nobody:predict", {"instances": [1]})[0] == 404
 
 
@@ -117,3 +127,38 @@ def test_without_traffic_nobody_answers(sandbox: RunningSandbox) -> None:
 def test_a_wrong_body_is_refused(sandbox: RunningSandbox, body: Any) -> None:
     status, answer = sandbox.ask("POST", "endpoints/own:predict", body)
     assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
+
+
+class ToSandbox(requests.adapters.HTTPAdapter):
+    """Takes requests for Google's addresses, which Google's client builds by itself, to the sandbox."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.asked: list[str] = []
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+        asked = urlsplit(request.url or "")
+        self.asked.append(str(asked.hostname))
+        request.url = f"{self.url}{asked.path}"
+        return super().send(request, *args, **options)
+
+
+def test_googles_client_predicts_raw(sandbox: RunningSandbox) -> None:
+    aiplatform.init(
+        project="a-project",
+        location="europe-west4",
+        api_endpoint=sandbox.url,
+        api_transport="rest",
+        credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
+    )
+    for name, host in (("shared", "europe-west4-aiplatform.googleapis.com"), ("own", "127.0.0.1")):
+        endpoint = aiplatform.Endpoint(f"{LOCATION}/endpoints/{name}")
+        session = requests.Session()
+        there = ToSandbox(sandbox.url)
+        session.mount("https://", there)
+        endpoint.authorized_session = session  # type: ignore[assignment]
+        answer = endpoint.raw_predict(body=b"\xff\xd8 a picture", headers={"Content-Type": "image/jpeg"})
+        assert answer.status_code == 200
+        assert answer.json()["predictions"][0]["imageUri"].startswith(IMAGE)
+        assert there.asked == [host]

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from typing import Any
 
-import google.api_core.exceptions
 import pytest
-from google.cloud import aiplatform_v1
+from pytest_httpserver import HTTPServer
 
-from pulumi_vertex import api, rollout
-from pulumi_vertex.api import Api, PassingError, RefusedError, StoppedError, TimedOutError, Work, converge
-from pulumi_vertex.definition import ProblemError
-from pulumi_vertex.settings import Settings
+from pulumi_vertex import retries
+from pulumi_vertex.access import Access
+from pulumi_vertex.engine_call import EngineCall
+from pulumi_vertex.errors import PassingError, ProblemError, RefusedError, StoppedError, TimedOutError
+from pulumi_vertex.retries import converge
+from pulumi_vertex.rollout import runner
+from pulumi_vertex.rollout.endpoint import Ours, is_available
+from pulumi_vertex.rollout.runner import Runner
+from pulumi_vertex.vertex_api import VertexApi, explained
+from pulumi_vertex.wire import Wire
 
-exceptions: Any = google.api_core.exceptions  # it has no types
+ENDPOINT = "projects/p/locations/europe-west4/endpoints/1"
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "pauses", lambda: itertools.repeat(0.001))
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retries, "LONGEST_PAUSE", 0.001)
 
 
-def work(seconds: float = 30) -> Work:
-    return Work("urn", seconds, threading.Event())
+def call(seconds: float = 30) -> EngineCall:
+    return EngineCall("urn", seconds, threading.Event())
 
 
 def steps(*what: Exception | bool) -> Any:
@@ -40,36 +47,62 @@ def steps(*what: Exception | bool) -> Any:
     return step
 
 
-def translated(error: Exception) -> Exception:
-    def call() -> None:
-        raise error
-
-    with pytest.raises(ProblemError) as caught:
-        Api(Settings("p", "l"))._translated(call)
-    return caught.value
+def answered(code: int, status: str, message: str, details: list[Wire] | None = None) -> ProblemError:
+    error: Wire = {"code": code, "status": status, "message": message, "details": details or []}
+    return explained(code, json.dumps({"error": error}).encode(), Access("my-project", "europe-west4"))
 
 
 def test_rate_limits_pass_and_used_up_quotas_do_not() -> None:
-    assert isinstance(translated(exceptions.TooManyRequests("slow down")), PassingError)
-    assert isinstance(translated(exceptions.ServiceUnavailable("later")), PassingError)
-    used_up = translated(exceptions.TooManyRequests("The following quotas are exceeded: CustomModelServingCPUs"))
+    assert isinstance(answered(429, "RESOURCE_EXHAUSTED", "slow down"), PassingError)
+    assert isinstance(answered(503, "UNAVAILABLE", "later"), PassingError)
+    used_up = answered(429, "RESOURCE_EXHAUSTED", "The following quotas are exceeded: CustomModelServingCPUs")
     assert isinstance(used_up, RefusedError)
     assert "CustomModelServingCPUs" in str(used_up)
-    assert isinstance(translated(exceptions.InternalServerError("oops")), RefusedError)
+    assert isinstance(answered(500, "INTERNAL", "oops"), RefusedError)
+    no_json = explained(502, b"<html>Bad Gateway</html>", Access("p", "l"))
+    assert isinstance(no_json, PassingError)
+    assert "Bad Gateway" in str(no_json)
+
+
+# As recorded; the API's name in it has changed in 2026.
+DISABLED = (
+    "Agent Platform API has not been used in project {} before or it is disabled. Enable it by visiting "
+    "https://console.developers.google.com/apis/api/aiplatform.googleapis.com/overview?project={} then retry. If you "
+    "enabled this API recently, wait a few minutes for the action to propagate to our systems and retry."
+)
+
+
+def disabled(consumer: str) -> ProblemError:
+    metadata = {"service": "aiplatform.googleapis.com", "consumer": f"projects/{consumer}"}
+    info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "SERVICE_DISABLED", "metadata": metadata}
+    return answered(403, "PERMISSION_DENIED", DISABLED.format(consumer, consumer), [info])
+
+
+def test_an_api_that_is_disabled_in_another_project_is_told_at_once_with_the_repair() -> None:
+    ours, gcloud_s = disabled("123456789"), disabled("764086051850")
+    step = steps(*[ours] * 5, True)
+    converge(call(), step)  # enabled a moment ago: it passes
+    assert step.left == []
+    step = steps(gcloud_s, True)
+    with pytest.raises(ProblemError, match="gcloud auth application-default set-quota-project my-project"):
+        converge(call(), step)
+    assert step.left == [True]
+    assert "764086051850" in str(gcloud_s)
 
 
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        ("PERMISSION_DENIED", "Vertex AI API has not been used in project 1 before or it is disabled."),
+        ("PERMISSION_DENIED", DISABLED),
         ("FAILED_PRECONDITION", "Service agents are being provisioned (https://…). Please try again"),
         ("FAILED_PRECONDITION", 'There are other operations running on the Endpoint "e". Operation IDs are: [1].'),
+        ("FAILED_PRECONDITION", 'DeployedModel with ID "1" remains involved in the rolling update.'),
         ("ABORTED", "anything"),
     ],
 )
 def test_the_refusals_of_the_list_are_waited_out(status: str, words: str) -> None:
     step = steps(*[RefusedError(status, words)] * 30, True)
-    converge(work(), step)
+    converge(call(), step)
     assert step.left == []
 
 
@@ -85,94 +118,119 @@ def test_the_refusals_of_the_list_are_waited_out(status: str, words: str) -> Non
 def test_every_other_refusal_is_told_at_once(status: str, words: str) -> None:
     step = steps(RefusedError(status, words), True)
     with pytest.raises(RefusedError, match=words[:20]):
-        converge(work(), step)
+        converge(call(), step)
     assert step.left == [True]
 
 
 def test_a_refusal_of_the_list_is_not_waited_out_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(0, 100)
-    monkeypatch.setattr("pulumi_vertex.api.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     step = steps(*[RefusedError("ABORTED", "x")] * 50)
     with pytest.raises(RefusedError):
-        converge(work(1e9), step)
+        converge(call(1e9), step)
     assert len(step.left) > 30
 
 
 def test_passing_faults_are_given_up_after_ten_in_a_row_and_counted_anew_after_progress() -> None:
     nine: list[Exception | bool] = [PassingError("503")] * 9
-    converge(work(), steps(*nine, False, *nine, True))
+    converge(call(), steps(*nine, False, *nine, True))
     with pytest.raises(PassingError):
-        converge(work(), steps(*nine, PassingError("503"), True))
+        converge(call(), steps(*nine, PassingError("503"), True))
 
 
 def test_work_ends_with_its_timeout_and_at_cancel() -> None:
     with pytest.raises(TimedOutError, match="custom_timeouts"):
-        converge(work(0.02), steps(*[False] * 10**6))
-    stopped = work()
+        converge(call(0.02), steps(*[False] * 10**6))
+    stopped = call()
     stopped.stop.set()
     with pytest.raises(StoppedError):
         converge(stopped, steps(True))
 
 
-def test_settings_come_from_the_environment_where_the_program_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GOOGLE_PROJECT", "from-environment")
-    monkeypatch.setenv("GOOGLE_REGION", "us-central1")
-    found = Settings.of({"location": "europe-west4"})
-    assert (found.project, found.location) == ("from-environment", "europe-west4")
-    assert found.url == "https://europe-west4-aiplatform.googleapis.com"
+def test_a_step_has_a_limit_of_its_own_unless_the_user_has_set_a_timeout() -> None:
+    assert call(3600).limited(60).left <= 60
+    assert call(30).limited(60).left <= 30
+    assert EngineCall("urn", 3600, threading.Event(), custom=True).limited(60).left > 3500
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the general loader of keys, Google's advice
-def test_a_key_that_is_no_key_is_not_quoted() -> None:
-    for key in ('{"private_key": "hunter2"}', "hunter2-is-no-file"):
-        with pytest.raises(ProblemError, match="gcloud auth application-default login") as failed:
-            Settings("p", "l", credentials=key).authorize()
-        assert "hunter2" not in str(failed.value)
-    assert "hunter2" not in repr(Settings("p", "l", access_token="hunter2", credentials="hunter2"))
-
-
-def deployed(**status: Any) -> Any:
-    return aiplatform_v1.Endpoint(
-        name="e",
-        deployed_models=[{"id": "7", "status": status} if status else {"id": "7"}],
+def test_lists_are_read_page_by_page(httpserver: HTTPServer) -> None:
+    token = "a+b/c=&d"  # as opaque as a page token may be
+    path = f"/v1/{ENDPOINT}/operations"
+    httpserver.expect_ordered_request(path, query_string={}).respond_with_json(
+        {"operations": [{"name": "1"}], "nextPageToken": token}
     )
+    httpserver.expect_ordered_request(path, query_string={"pageToken": token}).respond_with_json(
+        {"operations": [{"name": "2"}]}
+    )
+    api = VertexApi(Access("p", "europe-west4", httpserver.url_for("").rstrip("/")))
+    assert [o["name"] for o in api.listed(call(), f"{ENDPOINT}/operations", "operations")] == ["1", "2"]
+    httpserver.check_assertions()
 
 
-def test_a_deployment_is_done_when_a_replica_is_available_or_nothing_is_said_of_replicas(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    starting, ready = deployed(message="starting"), deployed(available_replica_count=1)
-    left = [starting, starting, ready]
-    monkeypatch.setattr(rollout, "get_endpoint", lambda *_: left.pop(0))
-    monkeypatch.setattr(rollout, "pauses", lambda: itertools.repeat(0.001))
-    rollout._wait_until_available(work(), Api(Settings("p", "l")), "e", "7", "m@1")
-    assert left == []
-    left[:] = [deployed()]
-    rollout._wait_until_available(work(), Api(Settings("p", "l")), "e", "7", "m@1")
-    assert left == []
-    monkeypatch.setattr(rollout, "get_endpoint", lambda *_: starting)
-    with pytest.raises(ProblemError, match=r"no replica is available\. starting"):
-        rollout._wait_until_available(work(1.1), Api(Settings("p", "l")), "e", "7", "m@1")
+def test_a_replica_is_available_or_nothing_is_said_of_replicas() -> None:
+    resources = {"dedicatedResources": {"minReplicaCount": 1}}
+    assert is_available(resources)
+    assert is_available({**resources, "status": {"availableReplicaCount": 1}})
+    assert not is_available({**resources, "status": {"message": "starting"}})  # a count of zero is left out
+    assert is_available({"dedicatedResources": {}, "status": {}})  # scales to zero
 
 
-def test_a_deployment_without_traffic_that_is_refused_is_sent_with_all_of_it() -> None:
-    sent: list[dict[str, int]] = []
+def deployed(**status: Any) -> Wire:
+    return {"id": "7", "model": "m", "dedicatedResources": {"minReplicaCount": 1}, "status": status}
 
-    class Endpoints:
-        deploy_model = None
 
-    class Picky:
-        endpoints = Endpoints()
+class Scripted(VertexApi):
+    """Answers readings of one endpoint from a list, and refuses deployments as told."""
 
-        def call(self, _: Any, request: Any) -> Any:
-            sent.append(dict(request.traffic_split))
-            if not request.traffic_split:
-                raise RefusedError("INVALID_ARGUMENT", "traffic_split must not be empty")
-            return Picky
+    def __init__(self, *endpoints: Wire, refusals: tuple[RefusedError, ...] = ()) -> None:
+        super().__init__(Access("p", "europe-west4"))
+        self.endpoints, self.refusals = list(endpoints), list(refusals)
+        self.sent: list[Wire] = []
 
-        class operation:  # noqa: N801
-            name = "op"
+    def find(self, call: EngineCall, path: str, *, version: str = "v1") -> Wire | None:
+        return self.endpoints.pop(0) if len(self.endpoints) > 1 else self.endpoints[0]
 
-    api_: Any = Picky()
-    assert rollout._start_deploy(api_, "e", aiplatform_v1.DeployedModel()) == "op"
-    assert sent == [{}, {"0": 100}]
+    def change(self, http: str, path: str, body: Wire | None = None, *, version: str = "v1", **query: str) -> Wire:
+        self.sent.append(json.loads(json.dumps(body)))
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return {"name": "an operation"}
+
+
+def run(api: Scripted, seconds: float = 30) -> Runner:
+    release = {"model": "projects/p/locations/l/models/m@1", "traffic": 100, "machineType": "n1-standard-2"}
+    return Runner(call(seconds), api, {"endpoint": ENDPOINT, "models": {"main": release}}, Ours("mark"))
+
+
+def test_a_replica_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting, ready = deployed(message="starting"), deployed(availableReplicaCount=1)
+    api = Scripted(*({"deployedModels": [d]} for d in (starting, starting, ready)))
+    assert run(api)._wait_until_available("7", "m@1")
+    assert len(api.endpoints) == 1
+    monkeypatch.setattr(runner, "AVAILABLE_SECONDS", 1.05)
+    assert not run(Scripted({"deployedModels": [starting]}))._wait_until_available("7", "m@1")
+    assert not run(Scripted({"deployedModels": []}))._wait_until_available("7", "m@1")
+
+
+TAKEN = RefusedError("ALREADY_EXISTS", "taken")
+NO_ID = RefusedError("INVALID_ARGUMENT", "deployed_model.id must not be set")
+NO_SPLIT = RefusedError("INVALID_ARGUMENT", "Required field traffic_split is not set.")
+
+
+def sent(*refusals: RefusedError, empty: bool) -> list[tuple[bool, bool]]:
+    """Whether each request had an id of our choice, and traffic."""
+    api = Scripted({}, refusals=refusals)
+    one = run(api)
+    one._start_deployment(one.wanted["main"], empty=empty)
+    return [("id" in body["deployedModel"], "trafficSplit" in body) for body in api.sent]
+
+
+def test_what_a_deployment_asks_for_depends_on_what_was_refused() -> None:
+    assert sent(empty=True) == [(True, False)]
+    assert sent(NO_ID, empty=False) == [(True, False), (False, False)]
+    assert sent(*[TAKEN] * 5, empty=False) == [(True, False)] * 5 + [(False, False)]
+    assert sent(NO_SPLIT, empty=True) == [(True, False), (True, True)]
+    assert sent(NO_SPLIT, NO_ID, empty=True) == [(True, False), (True, True), (False, True)]
+    # Where others serve, all the traffic is never asked for.
+    with pytest.raises(RefusedError, match="traffic_split"):
+        sent(NO_SPLIT, NO_SPLIT, empty=False)

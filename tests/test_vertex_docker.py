@@ -21,7 +21,6 @@ from vertex_harness import (
     Cloud,
     Plugin,
     Stack,
-    cloud,
     plugin,
     release,
     rollout_inputs,
@@ -31,7 +30,7 @@ from vertex_harness import (
 from headcount import Client
 from sandbox.testing import RunningSandbox
 
-__all__ = ["cloud", "plugin"]  # fixtures
+__all__ = ["plugin"]  # a fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -41,6 +40,11 @@ def sandbox(docker_engine: docker.DockerClient) -> Iterator[RunningSandbox]:
     with RunningSandbox(runner="docker") as running:
         yield running
         assert running.violations() == []
+
+
+@pytest.fixture(scope="module")
+def cloud(sandbox: RunningSandbox) -> Cloud:
+    return Cloud.of(sandbox)
 
 
 def version(plugin: Plugin, name: str, model: str, tiny_image: str, **more: object) -> Stack:

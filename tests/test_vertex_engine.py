@@ -1,8 +1,5 @@
 """The provider under Pulumi's own engine: up, preview, refresh, import, destroy, a kill and Ctrl-C, against
-the sandbox.
-
-Skipped where `pulumi` is not on the PATH; HEADCOUNT_REQUIRE_ENGINE=1 makes that a failure.
-"""
+the sandbox."""
 
 from __future__ import annotations
 
@@ -13,25 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import pytest
+from helpers import ROOT, eventually
 from vertex_harness import IMAGE, LOCATION, OTHER_IMAGE, PARENT, PROJECT, Cloud
 
 from sandbox.testing import RunningSandbox
 
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [
-    pytest.mark.skipif(
-        not shutil.which("pulumi") and os.environ.get("HEADCOUNT_REQUIRE_ENGINE") != "1",
-        reason="pulumi is not on the PATH",
-    ),
-    pytest.mark.timeout(600),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("engine"), pytest.mark.timeout(900)]
 ENDPOINT = f"{PARENT}/endpoints/digits"
+VERSION_URN = "urn:pulumi:dev::digits::vertex:index:ModelVersion::v"
+ROLLOUT_URN = "urn:pulumi:dev::digits::vertex:index:Rollout::digits"
 
 # A stranger's program, for a model that is not ours. What changes between runs is in wanted.json.
 PROGRAM = """
@@ -52,9 +45,10 @@ if wanted.get("secret"):
         pulumi.Output.secret("hunter2")}
     )
 if "releases" in wanted:
+    options = {"ignore_changes": wanted.get("ignore"), "custom_timeouts": wanted.get("timeouts")}
     rollout = vertex.Rollout(
         "digits",
-        here,
+        pulumi.ResourceOptions(provider=cloud, **options),
         endpoint=wanted["endpoint"],
         models={
             name: vertex.Deployed(
@@ -66,6 +60,9 @@ if "releases" in wanted:
         drain_seconds=1,
     )
     pulumi.export("deployed", rollout.deployed_models)
+    if wanted.get("last"):  # made after everything else
+        last = pulumi.ResourceOptions(provider=cloud, depends_on=[rollout])
+        vertex.ModelVersion("last", last, model_id="last", image=wanted["last"])
 for name, version in versions.items():
     pulumi.export(name, version.name)
 """
@@ -74,20 +71,24 @@ for name, version in versions.items():
 class Project:
     """A Pulumi project in a folder of its own, with a state of its own."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, *, plugin_on_path: bool = False) -> None:
         self.folder = folder
+        (folder / "bin").mkdir()
+        plugins = "plugins:\n  providers:\n    - name: vertex\n      path: pulumi_vertex/plugin\n"
+        if plugin_on_path:
+            plugins = ""
+            (folder / "bin/pulumi-resource-vertex").symlink_to(Path(sys.executable).parent / "pulumi-resource-vertex")
         shutil.copytree(ROOT / "pulumi_vertex/plugin", folder / "pulumi_vertex/plugin")
         (folder / ".venv").symlink_to(sys.prefix)
         (folder / "state").mkdir()
         (folder / "__main__.py").write_text(PROGRAM)
         (folder / "Pulumi.yaml").write_text(
-            "name: digits\n"
-            "runtime:\n  name: python\n  options:\n    virtualenv: .venv\n"
-            "plugins:\n  providers:\n    - name: vertex\n      path: pulumi_vertex/plugin\n"
+            f"name: digits\nruntime:\n  name: python\n  options:\n    virtualenv: .venv\n{plugins}"
         )
         self.url = url
         self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PULUMI_HOME": str(folder / "home"),
             "PULUMI_BACKEND_URL": f"file://{folder / 'state'}",
             "PULUMI_CONFIG_PASSPHRASE": "a passphrase",
@@ -104,7 +105,7 @@ class Project:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["pulumi", *arguments, "--non-interactive"],
+            [str(machine.engine()), *arguments, "--non-interactive"],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -119,8 +120,16 @@ class Project:
         assert bool(process.returncode) == fails, output
         return output
 
-    def up(self, *, fails: bool = False) -> str:
-        return self.pulumi("up", "--yes", "--skip-preview", fails=fails)
+    def up(self, *more: str, fails: bool = False) -> str:
+        return self.pulumi("up", "--yes", "--skip-preview", *more, fails=fails)
+
+    def destroy(self, *more: str, fails: bool = False) -> str:
+        return self.pulumi("destroy", "--yes", "--skip-preview", *more, fails=fails)
+
+    def states(self, urn: str) -> list[dict[str, Any]]:
+        """Pulumi's states of a resource: one, and those that wait for their deletion."""
+        resources = json.loads(self.pulumi("stack", "export"))["deployment"].get("resources", [])
+        return [resource for resource in resources if resource["urn"] == urn]
 
     def counts(self, output: str) -> dict[str, int]:
         """The summary that a run ends with: created, updated, replaced, deleted, unchanged."""
@@ -141,9 +150,14 @@ def sandbox() -> Iterator[RunningSandbox]:
 
 @pytest.fixture(scope="module")
 def cloud(sandbox: RunningSandbox) -> Cloud:
-    cloud = Cloud(sandbox)
+    cloud = Cloud.of(sandbox)
     cloud.endpoint("digits")
     return cloud
+
+
+def nothing_is_left(cloud: Cloud) -> None:
+    assert cloud.deployed(ENDPOINT) == {}
+    assert cloud.versions("digits") == []
 
 
 @pytest.fixture
@@ -151,9 +165,9 @@ def project(sandbox: RunningSandbox, cloud: Cloud, tmp_path: Path) -> Iterator[P
     project = Project(tmp_path, sandbox.url)
     yield project
     sandbox.clear_faults()
-    project.pulumi("destroy", "--yes", "--skip-preview")
-    assert cloud.deployed(ENDPOINT) == {}
-    assert cloud.versions("digits") == []
+    sandbox.release()
+    project.destroy()
+    nothing_is_left(cloud)
     cloud.check_history(ENDPOINT)
 
 
@@ -165,7 +179,7 @@ MAIN = {"main": {"version": "v"}}
 def test_up_preview_refresh_and_a_new_image(project: Project, cloud: Cloud) -> None:
     project.want(ONE, releases=MAIN)
     preview = project.pulumi("preview")
-    assert "1. deploy main: a version that is not known yet on n1-standard-2, 1 replica, no traffic" in preview
+    assert "1. deploy main: a version that is not known yet on n1-standard-2, 1 replica" in preview
     assert cloud.versions("digits") == []
     assert project.counts(project.up()) == {"created": 4}
     first = project.outputs()
@@ -207,7 +221,7 @@ def test_a_container_that_cannot_start_is_told_in_its_own_words(project: Project
     said = project.up(fails=True)
     problem = said.split("vertex:index:Rollout (digits):")[1].split("pulumi:pulumi:Stack")[0]
     assert "error: Could not deploy main: digits@2 on n1-standard-2" in problem
-    assert "undeployed again, and the traffic was not touched" in problem
+    assert "The traffic was not touched." in problem
     assert "no such file: model.pt" in problem
     assert "Traceback" not in problem
     assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
@@ -244,13 +258,14 @@ def test_a_killed_up_is_repaired_by_the_next_one(project: Project, cloud: Cloud,
     project.want(ONE, releases=MAIN)
     project.up()
     uploads, deploys = cloud.requests("models.upload"), cloud.requests("endpoints.deployModel")
-    sandbox.fault("endpoints.deployModel", "slow", seconds=3)
+    sandbox.fault("endpoints.deployModel", "hold")
     project.want(TWO, releases=MAIN)
     process = project.start("up", "--yes", "--skip-preview")
-    wait_for(lambda: cloud.requests("endpoints.deployModel") > deploys)
+    assert eventually(lambda: cloud.requests("endpoints.deployModel") > deploys)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     project.pulumi("cancel", "--yes")
+    sandbox.release()
     project.up()
     assert list(cloud.deployed(ENDPOINT).values()) == [("digits@2", 100)]
     assert [v.version_id for v in cloud.versions("digits")] == ["2"]
@@ -259,20 +274,145 @@ def test_a_killed_up_is_repaired_by_the_next_one(project: Project, cloud: Cloud,
     assert project.counts(project.up()) == {"unchanged": 4}
 
 
-def test_after_ctrl_c_the_next_up_continues(project: Project, cloud: Cloud, sandbox: RunningSandbox) -> None:
-    deploys = cloud.requests("endpoints.deployModel")
-    sandbox.fault("endpoints.deployModel", "slow", seconds=8)
-    project.want(ONE, releases=MAIN)
+def interrupted(project: Project, cloud: Cloud, sandbox: RunningSandbox, method: str) -> str:
+    """What `pulumi up` says when Ctrl-C reaches it while an operation runs, which goes on."""
+    before = cloud.requests(method)
+    sandbox.fault(method, "hold")
     process = project.start("up", "--yes", "--skip-preview")
-    wait_for(lambda: cloud.requests("endpoints.deployModel") > deploys)
-    begun = time.monotonic()
+    assert eventually(lambda: cloud.requests(method) > before)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 6
-    assert "the next `pulumi up` continues from there" in said
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode
+    return said
+
+
+@pytest.mark.parametrize(
+    ("method", "resource"), [("endpoints.deployModel", "Rollout"), ("models.upload", "ModelVersion")]
+)
+@pytest.mark.parametrize("following", [("up",), ("destroy",), ("destroy", "--refresh")])
+def test_after_ctrl_c_the_next_run_waits_for_what_runs(
+    project: Project, cloud: Cloud, sandbox: RunningSandbox, method: str, resource: str, following: tuple[str, ...]
+) -> None:
+    project.want(ONE, releases=MAIN)
+    before = cloud.requests(method)
+    said = interrupted(project, cloud, sandbox, method)
+    assert "the next `pulumi up` continues with it, and `pulumi destroy` waits for it" in said
+    assert any(resource in r["type"] for r in project.states(VERSION_URN) + project.states(ROLLOUT_URN))
+    process = project.start(*following, "--yes", "--skip-preview")
+    assert cloud.requests(method) == before + 1
+    sandbox.release()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert cloud.requests(method) == before + 1
+    if following == ("up",):
+        assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+        assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+        assert project.counts(project.up()) == {"unchanged": 4}
+    else:
+        nothing_is_left(cloud)
+
+
+def test_destroyed_with_a_refresh_nothing_is_left(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    project.destroy("--refresh")
+    nothing_is_left(cloud)
+
+
+def test_an_up_with_a_refresh_changes_nothing_and_takes_back_what_drifted(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    assert project.counts(project.up("--refresh")) == {"unchanged": 4}
+    (deployed,) = cloud.deployed(ENDPOINT)
+    cloud.endpoints.undeploy_model(endpoint=ENDPOINT, deployed_model_id=deployed).result(timeout=30)
+    assert project.counts(project.up("--refresh"))["updated"] == 1
+    project.want(TWO, releases=MAIN)
+    project.up("--refresh")
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@2", 100)]
+    assert [v.version_id for v in cloud.versions("digits")] == ["2"]
+
+
+@pytest.mark.parametrize("refresh", [(), ("--refresh",)])
+def test_a_forced_replacement_keeps_what_serves(project: Project, cloud: Cloud, refresh: tuple[str, ...]) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    said = project.up("--replace", VERSION_URN, "--replace", ROLLOUT_URN, *refresh)
+    assert project.counts(said)["replaced"] == 2
+    assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+    assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+    assert project.counts(project.up()) == {"unchanged": 4}
+    assert "__claim" not in project.pulumi("preview", "--diff")
+    project.destroy(*refresh)
+    nothing_is_left(cloud)
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        ("up",),
+        ("up", "--refresh"),
+        ("up", "--target", ROLLOUT_URN),
+        ("destroy",),
+        ("destroy", "--refresh"),
+        ("destroy", "--target", ROLLOUT_URN),
+    ],
+    ids=" ".join,
+)
+def test_what_a_failed_run_left_for_deletion_is_not_what_serves(
+    project: Project, cloud: Cloud, sandbox: RunningSandbox, following: tuple[str, ...]
+) -> None:
+    """Everything is replaced by itself, then the run fails: two states of each resource have one id."""
+    project.want(ONE, releases=MAIN)
+    project.up()
+    project.want(ONE, releases=MAIN, last=IMAGE)
+    sandbox.fault("models.upload", "refuse", status="PERMISSION_DENIED", message="Not you.")
+    project.up("--replace", VERSION_URN, "--replace", ROLLOUT_URN, fails=True)
+    for urn in (VERSION_URN, ROLLOUT_URN):
+        states = project.states(urn)
+        assert len(states) == 2
+        assert len({state["id"] for state in states}) == 1
+    project.want(ONE, releases=MAIN)
+    project.pulumi(*following, "--yes", "--skip-preview")
+    if following[0] == "up":
+        assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
+        assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+        project.up()
+        assert [len(project.states(urn)) for urn in (VERSION_URN, ROLLOUT_URN)] == [1, 1]
+    elif "--target" not in following:
+        nothing_is_left(cloud)
+    else:
+        assert cloud.deployed(ENDPOINT) == {}
+        assert [v.version_id for v in cloud.versions("digits")] == ["1"]
+
+
+def test_changes_are_ignored_by_the_names_of_the_schema(project: Project, cloud: Cloud) -> None:
+    project.want(ONE, releases=MAIN)
+    project.up()
+    more = {"main": {"version": "v", "min_replicas": 2, "max_replicas": 2}}
+    project.want(ONE, releases=more, ignore=["models.main.minReplicas", "models.main.maxReplicas"])
+    assert project.counts(project.up()) == {"unchanged": 4}
+    project.want(ONE, releases=more)
+    assert project.counts(project.up())["updated"] == 1
+
+
+def test_a_timeout_of_the_program_s_own_ends_a_rollout(project: Project, cloud: Cloud, sandbox: RunningSandbox) -> None:
+    sandbox.fault("endpoints.deployModel", "hold")
+    project.want(ONE, releases=MAIN, timeouts={"create": "3s"})
+    said = project.up(fails=True)
+    assert "Not done within 3 s" in said
+    sandbox.release()
     project.up()
     assert list(cloud.deployed(ENDPOINT).values()) == [("digits@1", 100)]
-    assert cloud.requests("endpoints.deployModel") == deploys + 1
+
+
+def test_a_provider_on_the_path_needs_no_entry_in_the_project(
+    sandbox: RunningSandbox, cloud: Cloud, tmp_path: Path
+) -> None:
+    project = Project(tmp_path, sandbox.url, plugin_on_path=True)
+    project.want(ONE, releases=MAIN)
+    assert project.counts(project.up()) == {"created": 4}
+    project.destroy()
+    nothing_is_left(cloud)
 
 
 def test_what_exists_is_imported_and_the_code_that_pulumi_prints_fits(project: Project, cloud: Cloud) -> None:
@@ -298,20 +438,17 @@ def test_what_exists_is_imported_and_the_code_that_pulumi_prints_fits(project: P
     assert project.counts(project.up()) == {"unchanged": 4}
 
 
-def test_the_engine_reads_the_schema(project: Project) -> None:
+def test_the_engine_accepts_the_schema(project: Project) -> None:
     # Given the folder, the engine would first install things into the environment that it names.
     program = project.folder / "pulumi-resource-vertex"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {project.folder / "pulumi_vertex/plugin"} "$@"\n')
     program.chmod(0o755)
     said = project.pulumi("package", "get-schema", str(program))
-    schema = json.loads(said[said.index("{") :])
+    text = said[said.index("{") :]
+    schema = json.loads(text)
     assert set(schema["resources"]) == {"vertex:index:ModelVersion", "vertex:index:Rollout"}
     inputs = schema["resources"]["vertex:index:Rollout"]["inputProperties"]
     assert inputs["models"]["additionalProperties"]["$ref"] == "#/types/vertex:index:Deployed"
-
-
-def wait_for(ready: Any) -> None:
-    end = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    (project.folder / "schema.json").write_text(text)
+    checked = project.pulumi("schema", "check", "schema.json")  # against Pulumi's metaschema
+    assert "error" not in checked.lower()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,38 +19,33 @@ from vertex_harness import (
     CallFailed,
     Cloud,
     Plugin,
+    Plugins,
     Proxy,
     Stack,
     Wire,
-    cloud,
+    plugin,
     release,
     rollout_inputs,
+    sandbox,
     version_inputs,
 )
 
+from pulumi_vertex.ownership import without_claims
 from sandbox.testing import RunningSandbox
 
-__all__ = ["cloud"]  # a fixture
+__all__ = ["plugin", "sandbox"]  # fixtures
 
 names = (f"k{number}" for number in itertools.count())
-# Reads change nothing, so a kill beside one is a kill after the last write, only later. With this set they
-# are tried too: about four times as many points.
-EVERY_CALL = bool(os.environ.get("HEADCOUNT_EVERY_KILL"))
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[RunningSandbox]:
-    # Operations take a moment, so that a kill also meets some that still run.
-    with RunningSandbox("--operation-seconds", "0.1") as running:
-        yield running
-        assert running.violations() == []
+def options() -> tuple[str, ...]:
+    return ("--operation-seconds", "0.1")  # so that a kill also meets operations that still run
 
 
 @pytest.fixture(scope="module")
-def preparing(sandbox: RunningSandbox) -> Iterator[Plugin]:
-    """The provider of the runs before the one that is killed."""
-    with Plugin(sandbox.url) as plugin:
-        yield plugin
+def cloud(sandbox: RunningSandbox) -> Cloud:
+    return Cloud.of(sandbox)
 
 
 @pytest.fixture
@@ -59,6 +53,13 @@ def proxy(sandbox: RunningSandbox) -> Iterator[Proxy]:
     proxy = Proxy(sandbox.url)
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+def plugins(proxy: Proxy) -> Iterator[Plugins]:
+    """Processes to be killed, which reach the sandbox through the proxy."""
+    with Plugins(proxy.url) as plugins:
+        yield plugins
 
 
 class Scenario(ABC):
@@ -90,6 +91,13 @@ class Scenario(ABC):
     @abstractmethod
     def check(self) -> None: ...
 
+    def destroy(self, plugin: Plugin) -> None:
+        """`pulumi destroy`, which leaves nothing, whatever happened before."""
+        for stack in (self.rollout, self.old, self.new):
+            stack.delete(plugin)
+        assert self.cloud.deployed(self.endpoint) == {}
+        assert self.cloud.versions(self.model) == []
+
     def roll_out(self, plugin: Plugin, **models: Any) -> None:
         self.rollout.up(plugin, rollout_inputs(self.endpoint, **models))
 
@@ -105,7 +113,7 @@ class FirstUp(Scenario):
 
     def check(self) -> None:
         (there,) = self.cloud.versions(self.model)
-        assert set(there.version_aliases) == {"live", "default"}
+        assert without_claims(there.version_aliases) == ["default", "live"]
         assert dict(there.labels) == {"a": "b"}
         assert list(self.cloud.deployed(self.endpoint).values()) == [(f"{self.model}@1", 100)]
 
@@ -129,7 +137,7 @@ class NewVersion(Scenario):
     def check(self) -> None:
         (there,) = self.cloud.versions(self.model)
         assert there.version_id == "2"
-        assert set(there.version_aliases) == {"live", "default"}
+        assert without_claims(there.version_aliases) == ["default", "live"]
         assert list(self.cloud.deployed(self.endpoint).values()) == [(f"{self.model}@2", 100)]
 
 
@@ -174,34 +182,62 @@ class Destroy(Scenario):
         assert self.cloud.versions(self.model) == []
 
 
+class Replaced(Scenario):
+    """Everything is replaced by force, with the same content: `up --replace`."""
+
+    def prepare(self, plugin: Plugin) -> None:
+        self.old.up(plugin, version_inputs(self.model, aliases=["live"]))
+        self.roll_out(plugin, main=release(self.old.id))
+
+    def steps(self) -> list[Callable[[Plugin], object]]:
+        return [
+            lambda p: self.old.up(p, self.old.inputs, force=True, deletes=False),
+            lambda p: self.rollout.up(p, self.rollout.inputs, force=True, deletes=False),
+            self.rollout.delete_replaced,
+            self.old.delete_replaced,
+        ]
+
+    def check(self) -> None:
+        assert [v.version_id for v in self.cloud.versions(self.model)] == ["1"]
+        assert list(self.cloud.deployed(self.endpoint).values()) == [(f"{self.model}@1", 100)]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [FirstUp, NewVersion, BrokenVersion, Destroy])
+@pytest.mark.parametrize(
+    ("kind", "when", "reads"),
+    [
+        *((kind, "after", False) for kind in (NewVersion, BrokenVersion, Destroy, Replaced)),
+        *((kind, "before", False) for kind in (FirstUp, NewVersion, Destroy)),
+        # Reads change nothing, so a kill beside one is a kill after the last write, only later: once is enough.
+        (FirstUp, "after", True),
+    ],
+)
 def test_killed_anywhere_and_run_again_it_ends_as_if_nothing_had_happened(
-    kind: type[Scenario], cloud: Cloud, proxy: Proxy, preparing: Plugin
+    kind: type[Scenario], when: str, reads: bool, cloud: Cloud, proxy: Proxy, plugins: Plugins, plugin: Plugin
 ) -> None:
     points = 0
-    proxy.writes_only = not EVERY_CALL
-    plugin = Plugin(proxy.url)
+    proxy.writes_only = not reads
+    killed = plugins.take()
     for number in itertools.count():
-        scenario = kind(cloud, preparing)
-        proxy.arm("after", number, plugin.kill)
+        scenario = kind(cloud, plugin)
+        proxy.arm(when, number, killed.kill)
         try:
-            scenario.run(plugin)
+            scenario.run(killed)
         except CallFailed:
             assert proxy.acted
         proxy.armed = None
         if proxy.acted:
             points += 1
-            plugin.close()
-            plugin = Plugin(proxy.url)
-            scenario.run(plugin)
+            killed = plugins.take()
+            scenario.run(killed)
         scenario.check()
         cloud.check_history(scenario.endpoint)
+        scenario.destroy(plugin)
         if not proxy.acted:
             break
-    plugin.close()
-    print(f"{kind.__name__}: {points} kill points, all ended right")
-    assert points >= 3
+    print(f"{kind.__name__}, killed {when} a request: {points} points, all ended right")
+    assert points >= 2
 
 
 # --- random sequences ---------------------------------------------------------------------------------------
@@ -249,9 +285,12 @@ class Rollouts(RuleBasedStateMachine):
     sandbox: RunningSandbox
     cloud: Cloud
     proxy: Proxy
+    plugins: Plugins
     plugin: Plugin
     versions: list[str]
     broken: str
+    met = 0  # faults that a request has met
+    killed = 0
 
     @initialize()
     def begin(self) -> None:
@@ -269,8 +308,8 @@ class Rollouts(RuleBasedStateMachine):
 
     def restart(self) -> None:
         """One process serves all examples, until it is killed."""
-        self.plugin.close()
-        type(self).plugin = Plugin(self.proxy.url)
+        type(self).killed += 1
+        type(self).plugin = self.plugins.take()
 
     def check(self) -> None:
         """The endpoint is what was wanted, and its way there was sound."""
@@ -301,6 +340,7 @@ class Rollouts(RuleBasedStateMachine):
     def up_with_a_fault(self, wanted: dict[str, tuple[int, str, int, int]], fault: tuple[str, dict[str, Any]]) -> None:
         self.sandbox.fault(f"endpoints.{fault[0]}", match=self.endpoint, **fault[1])
         self.stack.up(self.plugin, self.inputs(wanted))
+        type(self).met += not self.sandbox.unused_faults()
         self.sandbox.clear_faults()
         self.wanted = wanted
         self.check()
@@ -369,33 +409,32 @@ class Rollouts(RuleBasedStateMachine):
         self.sound()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_any_sequence_of_rollouts_faults_and_kills_ends_as_wanted(
-    cloud: Cloud, sandbox: RunningSandbox, proxy: Proxy
+    cloud: Cloud, sandbox: RunningSandbox, proxy: Proxy, plugins: Plugins, plugin: Plugin
 ) -> None:
     proxy.armed = None
-    with Plugin(sandbox.url) as plugin:
-        stacks = [Stack(f"{VERSION_URN}{n}") for n in range(4)]
-        for n, stack in enumerate(stacks):
-            env = {"STUB_HEALTH": "exit"} if n == 3 else {}
-            stack.up(plugin, version_inputs("random", IMAGE[:-1] + str(n), env=env))
+    stacks = [Stack(f"{VERSION_URN}{n}") for n in range(4)]
+    for n, stack in enumerate(stacks):
+        env = {"STUB_HEALTH": "exit"} if n == 3 else {}
+        stack.up(plugin, version_inputs("random", IMAGE[:-1] + str(n), env=env))
 
     class Machine(Rollouts):
         versions, broken = [stack.id for stack in stacks[:3]], stacks[3].id
 
-    Machine.sandbox, Machine.cloud, Machine.proxy = sandbox, cloud, proxy
-    Machine.plugin = Plugin(proxy.url)
+    Machine.sandbox, Machine.cloud, Machine.proxy, Machine.plugins = sandbox, cloud, proxy, plugins
+    Machine.plugin = plugins.take()
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=int(os.environ.get("HEADCOUNT_EXAMPLES", "8")),
+            max_examples=8,
             stateful_step_count=8,
             deadline=None,
             # Without shrinking: it would take many times the time of the search, and the log of a failure is
             # short.
             phases=[Phase.generate],
-            derandomize="HEADCOUNT_EXAMPLES" not in os.environ,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    Machine.plugin.close()
+    print(f"{Machine.met} faults were met, {Machine.killed} processes killed")

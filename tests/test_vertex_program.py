@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ class Cloud(pulumi.runtime.Mocks):
 
 
 @pytest.fixture
-def cloud() -> Cloud:
+def cloud() -> Iterator[Cloud]:
+    """Mocks of Pulumi's engine, which are gone after the test, as is the configuration."""
     cloud = Cloud()
     pulumi.runtime.set_mocks(cloud, project="digits", stack="dev")
-    return cloud
+    yield cloud
+    pulumi.runtime.set_all_config({})
+    pulumi.runtime.settings.reset_options()
 
 
 def test_the_readme_s_program_registers_what_it_says(cloud: Cloud) -> None:

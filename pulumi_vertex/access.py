@@ -12,11 +12,14 @@ from urllib.parse import urlsplit
 
 import pulumi
 
-from .definition import PACKAGE, Field, Kind, ProblemError, Wire, properties_of, to_wire
+from .definition import PACKAGE, Field, Kind, properties_of, to_wire
+from .errors import ProblemError
+from .wire import Wire
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials
 
+QUOTA_PROJECT: Final = "GOOGLE_CLOUD_QUOTA_PROJECT"
 SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
 
 
@@ -68,7 +71,7 @@ class ProviderInputs(TypedDict, total=False):
     ]
 
 
-SETTINGS: Final = properties_of(ProviderInputs)
+PROVIDER_INPUTS: Final = properties_of(ProviderInputs)
 GCP_NAMES: Final = {"location": "region"}  # where the google provider calls a setting differently
 GCP_HAS_NOT: Final = ("endpoint",)
 
@@ -90,22 +93,22 @@ class Provider(pulumi.ProviderResource):
         opts: pulumi.ResourceOptions | None = None,
         **inputs: Unpack[ProviderInputs],
     ) -> None:
-        given: dict[str, Any] = to_wire(Kind("object", properties=SETTINGS), inputs)
+        given: dict[str, Any] = to_wire(Kind("object", properties=PROVIDER_INPUTS), inputs)
         gcp = pulumi.Config("gcp")
-        for setting in SETTINGS:
+        for setting in PROVIDER_INPUTS:
             name = GCP_NAMES.get(setting.wire, setting.wire)
             if setting.wire not in given and setting.wire not in GCP_HAS_NOT:
                 value = gcp.get_secret(name) if setting.field.secret else gcp.get(name)
                 if value is not None:
                     given[setting.wire] = value
-        for setting in SETTINGS:
+        for setting in PROVIDER_INPUTS:
             if setting.field.secret and setting.wire in given:
                 given[setting.wire] = pulumi.Output.secret(given[setting.wire])
         super().__init__(PACKAGE, resource_name, given, opts)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Access:
     """How Vertex AI is reached. The names and the environment variables are those of the google provider."""
 
     project: str
@@ -124,7 +127,7 @@ class Settings:
     }
 
     @classmethod
-    def of(cls, given: Wire) -> "Settings":
+    def of(cls, given: Wire) -> "Access":
         """From the provider's inputs, and the environment for what they leave out. Raises ProblemError."""
         said = {
             name: str(given.get(name) or next(filter(None, map(os.environ.get, variables)), ""))
@@ -149,6 +152,13 @@ class Settings:
     def url(self) -> str:
         return (self.endpoint or f"https://{self.location}-aiplatform.googleapis.com").rstrip("/")
 
+    @property
+    def quota_repair(self) -> str:
+        """What gives the credentials a quota project."""
+        if self.access_token or self.credentials:
+            return f"Set the environment variable {QUOTA_PROJECT}={self.project}."
+        return f"Run `gcloud auth application-default set-quota-project {self.project}`."
+
     def authorize(self) -> "Credentials":
         """The token, else the key, else Application Default Credentials; then impersonation."""
         import google.auth
@@ -161,7 +171,8 @@ class Settings:
         source: Any
         try:
             if self.access_token:
-                source = google.oauth2.credentials.Credentials(token=self.access_token)  # type: ignore[no-untyped-call]
+                quota = os.environ.get(QUOTA_PROJECT)  # google-auth itself reads it for keys and ADC
+                source = google.oauth2.credentials.Credentials(token=self.access_token, quota_project_id=quota)  # type: ignore[no-untyped-call]
             elif self.credentials.lstrip().startswith("{"):
                 source, _ = auth.load_credentials_from_dict(json.loads(self.credentials), scopes=[SCOPE])
             elif self.credentials:

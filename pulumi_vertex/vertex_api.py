@@ -1,0 +1,166 @@
+"""Vertex AI over REST: one project and location, requests as JSON, Google's and the network's errors as ours.
+
+https://cloud.google.com/vertex-ai/docs/reference/rest
+Google's generated clients are not used: importing them takes 3 s of processor time (their package loads all services of
+Vertex AI), they ask for operations under a path of the console, /ui/, they cannot read an operation that was started
+through another version of the API, as the google provider does, and v1 and v1beta1 are separate clients. What would be
+left of them here is the names of the fields.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final, TypeVar
+from urllib.parse import urlencode
+
+from .access import Access
+from .definition import VERSION
+from .engine_call import EngineCall
+from .errors import PassingError, ProblemError, RefusedError
+from .retries import TRIES, pauses
+from .wire import Wire
+
+T = TypeVar("T")
+
+REQUEST_SECONDS: Final = 60.0
+# Whose clients gcloud's own credentials are, of `gcloud auth application-default login` and of `gcloud auth login`.
+GCLOUD_PROJECTS: Final = ("764086051850", "32555940559")
+V1, V1BETA1 = "v1", "v1beta1"
+
+
+@dataclass
+class VertexApi:
+    access: Access
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _locks: dict[str, threading.Lock] = field(default_factory=dict)
+
+    @property
+    def parent(self) -> str:
+        return f"projects/{self.access.project}/locations/{self.access.location}"
+
+    def lock(self, name: str) -> threading.Lock:
+        """One lock for each model and endpoint: mutations of one are done one after the other."""
+        with self._lock:
+            return self._locks.setdefault(name, threading.Lock())
+
+    @cached_property
+    def _session(self) -> Any:
+        from google.auth.transport.requests import AuthorizedSession
+
+        session = AuthorizedSession(self.access.authorize())  # type: ignore[no-untyped-call]
+        session.headers["User-Agent"] = f"pulumi-vertex/{VERSION}"
+        return session
+
+    # -- requests
+
+    def change(self, http: str, path: str, body: Wire | None = None, *, version: str = V1, **query: str) -> Wire:
+        """A request that changes something, sent once. Raises RefusedError, or PassingError where it may pass.
+
+        It is never repeated blindly: `converge` looks first whether it arrived.
+        """
+        return self._send(http, path, body, version, query)
+
+    def read(self, call: EngineCall, path: str, *, version: str = V1, **query: str) -> Wire:
+        """A request that changes nothing, repeated while the fault may pass. Raises RefusedError."""
+        delays = pauses()
+        for attempt in range(TRIES):
+            call.check()
+            try:
+                return self._send("GET", path, None, version, query)
+            except PassingError:
+                if attempt == TRIES - 1:
+                    raise
+                call.pause(next(delays))
+        raise AssertionError
+
+    def find(self, call: EngineCall, path: str, *, version: str = V1) -> Wire | None:
+        """What a name stands for, or None where there is no such thing."""
+        try:
+            return self.read(call, path, version=version)
+        except RefusedError as error:
+            if error.status == "NOT_FOUND":
+                return None
+            raise
+
+    def listed(self, call: EngineCall, path: str, field_name: str) -> list[Wire]:
+        """All pages of a list; nothing where what is listed does not exist."""
+        found: list[Wire] = []
+        page: dict[str, str] = {}
+        while True:
+            try:
+                answer = self.read(call, path, **page)
+            except RefusedError as error:
+                if error.status == "NOT_FOUND":
+                    return found
+                raise
+            found += answer.get(field_name, [])
+            if not answer.get("nextPageToken"):
+                return found
+            page = {"pageToken": str(answer["nextPageToken"])}
+
+    def _send(self, http: str, path: str, body: Wire | None, version: str, query: dict[str, str]) -> Wire:
+        url = f"{self.access.url}/{version}/{path}" + (f"?{urlencode(query)}" if query else "")
+
+        def once() -> Wire:
+            answer = self._session.request(http, url, json=body, timeout=REQUEST_SECONDS)
+            if answer.status_code >= 400:
+                raise explained(answer.status_code, answer.content, self.access)
+            parsed: Wire = answer.json()
+            return parsed
+
+        return self._translated(once)
+
+    def _translated(self, send: Callable[[], T]) -> T:
+        """The network's exceptions, and those of google-auth, as ours."""
+        import requests
+        from google.auth import exceptions
+
+        try:
+            return send()
+        except exceptions.RefreshError as error:
+            raise ProblemError(
+                f"Google did not accept the credentials: {error}. Run `gcloud auth application-default login`."
+            ) from None
+        except (requests.RequestException, exceptions.TransportError) as error:
+            raise PassingError(f"Vertex AI cannot be reached at {self.access.url} ({type(error).__name__}).") from None
+
+
+def _foreign_consumer(error: Wire, project: str) -> str:
+    """The project for which an API is disabled, where that is not ours; "" for every other error.
+
+    https://cloud.google.com/apis/docs/troubleshooting#service_disabled
+    """
+    for detail in error.get("details") or []:
+        consumer = str(detail.get("metadata", {}).get("consumer", "")).removeprefix("projects/")
+        if detail.get("reason") != "SERVICE_DISABLED" or not consumer or consumer == project:
+            continue
+        # Our own project may be known by its id alone, and the answer has its number.
+        if consumer in GCLOUD_PROJECTS or (project.isdigit() and consumer.isdigit()):
+            return consumer
+    return ""
+
+
+def explained(code: int, content: bytes, access: Access) -> ProblemError:
+    """An answer that is an error: `code` is its HTTP status, `content` its body."""
+    try:
+        body = json.loads(content)["error"]
+        status, words = str(body["status"]), str(body["message"])
+    except (ValueError, KeyError, TypeError):  # of a proxy, or cut off
+        body, status = {}, "UNKNOWN"
+        words = content[:300].decode(errors="replace").strip() or "(no explanation)"
+    if consumer := _foreign_consumer(body, access.project):
+        # This never passes by itself, unlike an API that was enabled a moment ago.
+        return ProblemError(
+            f"Google counts your requests as those of project {consumer}, where the API is disabled, and not of "
+            f"{access.project}, because your credentials name no quota project. {access.quota_repair}"
+        )
+    message = f"Vertex AI answered {code} {status}: {words}"
+    # A quota that is used up answers 429 too, and trying again does not help it.
+    rate_limited = code == 429 and "quotas are exceeded" not in words
+    if rate_limited or code in (502, 503, 504):
+        return PassingError(message)
+    return RefusedError(status, message)

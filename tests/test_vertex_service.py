@@ -1,0 +1,187 @@
+"""The provider as the engine first meets it: its schema, its configuration, and the checks of a preview."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from google.protobuf import empty_pb2
+from pulumi.runtime import rpc
+from pulumi.runtime.proto import provider_pb2
+from vertex_harness import (
+    PARENT,
+    ROLLOUT_URN,
+    VERSION_URN,
+    CallFailed,
+    Plugin,
+    Stack,
+    World,
+    options,
+    plugin,
+    release,
+    sandbox,
+    struct,
+    version_inputs,
+    world,
+)
+
+__all__ = ["options", "plugin", "sandbox", "world"]  # fixtures
+
+UNKNOWN = rpc.UNKNOWN
+
+
+def test_the_schema_is_complete(plugin: Plugin) -> None:
+    schema = json.loads(plugin.call("GetSchema", provider_pb2.GetSchemaRequest()).schema)
+    assert set(schema["resources"]) == {"vertex:index:ModelVersion", "vertex:index:Rollout"}
+    assert set(schema["types"]) == {"vertex:index:Deployed", "vertex:index:Probe"}
+    assert schema["config"]["variables"]["accessToken"]["secret"] is True
+
+    def walk(value: object) -> Iterator[dict[str, object]]:
+        if isinstance(value, dict):
+            yield value
+            for item in value.values():
+                yield from walk(item)
+
+    for part in walk(schema):
+        if "$ref" in part:
+            assert str(part["$ref"]).removeprefix("#/types/") in schema["types"]
+        for key in ("properties", "inputProperties"):
+            for name, prop in part.get(key, {}).items():  # type: ignore[attr-defined]
+                assert len(prop["description"]) > 15, name
+    for resource in schema["resources"].values():
+        assert set(resource["requiredInputs"]) <= set(resource["inputProperties"])
+        assert set(resource["inputProperties"]) < set(resource["properties"])
+        assert resource["description"]
+    deployed = schema["types"]["vertex:index:Deployed"]
+    assert deployed["required"] == ["model", "traffic", "machineType"]
+    assert deployed["properties"]["minReplicas"]["type"] == "integer"
+    version = schema["resources"]["vertex:index:ModelVersion"]
+    assert version["inputProperties"]["image"]["willReplaceOnChanges"]
+
+
+def test_a_provider_without_a_project_says_how_to_set_one() -> None:
+    with Plugin("", configure=False) as plugin, pytest.raises(CallFailed) as failed:
+        plugin.call("Configure", provider_pb2.ConfigureRequest(args=struct({"location": "europe-west4"})))
+    assert "pulumi config set vertex:project" in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "property_"),
+    [
+        ({"endpoint": "http://example.com"}, "endpoint"),
+        ({"endpoint": "127.0.0.1:80"}, "endpoint"),
+        ({"location": "Europe"}, "location"),
+        ({"impersonateServiceAccount": "me"}, "impersonateServiceAccount"),
+        ({"token": "x"}, "token"),
+    ],
+)
+def test_a_wrong_setting_is_named(plugin: Plugin, settings: dict[str, str], property_: str) -> None:
+    answer = plugin.call("CheckConfig", provider_pb2.CheckRequest(urn="", news=struct(settings)))
+    assert [failure.property for failure in answer.failures] == [property_]
+
+
+def test_another_project_replaces_and_another_token_does_not(plugin: Plugin) -> None:
+    def replaces(**new: str) -> list[str]:
+        olds = struct({"project": "a", "accessToken": "x"})
+        request = provider_pb2.DiffRequest(old_inputs=olds, news=struct({"project": "a", "accessToken": "x", **new}))
+        return list(plugin.call("DiffConfig", request).replaces)
+
+    assert replaces(project="b") == ["project"]
+    assert replaces(accessToken="y") == []
+
+
+def test_an_unknown_resource_is_a_sentence_not_a_traceback(plugin: Plugin) -> None:
+    with pytest.raises(CallFailed, match="has no resource vertex:index:Job") as failed:
+        Stack("urn:pulumi:test::people::vertex:index:Job::x").check(plugin, {})
+    assert failed.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_provider_whose_engine_is_gone_ends_by_itself() -> None:
+    with Plugin("", configure=False) as plugin:
+        plugin.call("GetPluginInfo", empty_pb2.Empty())
+        plugin.stop_engine()
+        assert plugin.process.wait(60) == 1
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def test_every_mistake_in_a_model_version_is_told_at_once(plugin: Plugin) -> None:
+    wrong = {
+        "modelId": "1st",
+        "image": "repository/image:latest",
+        "aliases": ["default", "Live"],
+        "port": 70000,
+        "predictRoute": "predict",
+        "env": {"AIP_MODE": "x", "fine": "y"},
+        "healthProbe": {"path": "/", "command": ["true"]},
+        "deploymentTimeoutSeconds": 9000,
+        "artifactUri": "s3://bucket",
+        "sharedMemory": 1,
+        "labels": {"Team": "x"},
+    }
+    failures = Stack(VERSION_URN + "x").failures(plugin, wrong)
+    assert set(failures) == {
+        "modelId",
+        "image",
+        "aliases[0]",
+        "aliases[1]",
+        "port",
+        "predictRoute",
+        "env.AIP_MODE",
+        "healthProbe",
+        "deploymentTimeoutSeconds",
+        "artifactUri",
+        "sharedMemory",
+        "labels.Team",
+    }
+    assert "@sha256:" in failures["image"]
+    assert "gcloud" in failures["image"]
+    assert failures["port"] == "must be at most 65535, not 70000."
+
+
+def test_every_mistake_in_a_rollout_is_told_at_once(plugin: Plugin) -> None:
+    model = f"{PARENT}/models/m@1"
+    models = {
+        "main": release(model, 80, minReplicas=3, maxReplicas=2, autoscalingTargets={"cpu": 600, "requests": 600}),
+        "Next": release(f"{PARENT}/models/m@live", 10, acceleratorType="NVIDIA_L4"),
+        "twin": {**release(model, 0), "machineType": "big"},
+        "copy": release(model, 0, idleScaledownSeconds=299),
+        "idle": release(f"{PARENT}/models/m@3", 0, minReplicas=0),
+    }
+    for order in itertools.islice(itertools.permutations(models), 0, None, 17):  # a map comes in any order
+        failures = Stack(ROLLOUT_URN).failures(plugin, {"endpoint": "1234", "models": {n: models[n] for n in order}})
+        twins = {"models.main", "models.copy"} & set(failures)
+        assert len(twins) == 1  # whichever comes second is the same as the other
+        assert set(failures) - twins == {
+            "endpoint",
+            "models",
+            "models.Next",
+            "models.Next.model",
+            "models.Next.acceleratorCount",
+            "models.main.maxReplicas",
+            "models.main.autoscalingTargets.cpu",
+            "models.twin.machineType",
+            "models.copy.idleScaledownSeconds",
+            "models.idle.minReplicas",
+        }
+        assert "90 %" in failures["models"]
+        assert "main 80" in failures["models"]
+
+
+def test_unknown_values_pass_every_check_and_stay_unknown(world: World) -> None:
+    plugin, before = world.plugin, world.cloud.writes()
+    version = world.stack()
+    inputs = version.check(plugin, version_inputs(UNKNOWN, UNKNOWN, env=UNKNOWN))
+    assert inputs["image"] == UNKNOWN
+    outputs = version.create(plugin, inputs, preview=True)
+    assert {outputs[name] for name in ("name", "versionId", "createTime", "versionAliases")} == {UNKNOWN}
+    rollout = world.empty_rollout()
+    wanted = {"endpoint": UNKNOWN, "models": {"main": release(UNKNOWN, UNKNOWN)}}
+    outputs = rollout.create(plugin, rollout.check(plugin, wanted), preview=True)
+    assert outputs["deployedModels"] == UNKNOWN
+    assert "a version that is not known yet" in plugin.lines()[-1]
+    assert world.cloud.writes() == before
