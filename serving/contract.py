@@ -28,11 +28,13 @@ STATUS = {
     405: "UNIMPLEMENTED",
     408: "DEADLINE_EXCEEDED",
     413: "INVALID_ARGUMENT",
+    431: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
+PREDICT_ROUTE = "/predictions/people"
 COUNT_HEADER = "X-Headcount-Count"
 MAX_REGION_POINTS = 100
 
@@ -52,13 +54,13 @@ def error_json(code: int, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "status": STATUS.get(code, "UNKNOWN"), "message": message}}
 
 
-def setting(name: str, default: int) -> int:
-    """A whole positive number from the environment. Raises ValueError naming the variable."""
+def setting(name: str, default: int, least: int = 1) -> int:
+    """A whole number from the environment. Raises ValueError naming the variable."""
     text = os.environ.get(name, "")
     if not text:
         return default
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{name} is {text!r}; set it to a whole number of at least 1, e.g. {default}")
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise ValueError(f"{name} is {text!r}; set it to a whole number of at least {least}, e.g. {default}")
     return int(text)
 
 

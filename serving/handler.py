@@ -7,6 +7,7 @@ themselves. TorchServe gives both in batches; a batch is longer than one only wh
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ import torch
 from serving.contract import COUNT_HEADER, Instance, Limits, Parameters, Request, RequestError, parse_request
 from serving.detector import Count, Detector, word
 from serving.pictures import Letterbox, PictureError
+from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
 from serving.storage import StorageError, read_object
 from serving.work import Work, annotate_count
@@ -41,7 +43,7 @@ class PeopleHandler:
         """Set up: load the network, run a picture through it, and only then report this worker as alive."""
         # TorchServe's worker logs a line for every request and metric.
         logging.getLogger().setLevel(logging.WARNING)
-        self.run_folder = Path(os.environ["HEADCOUNT_RUN_FOLDER"])
+        self.run_folder = RunFolder(Path(os.environ["HEADCOUNT_RUN_FOLDER"]))
         try:
             # One process a core beats threads: README.md, Why it is so.
             torch.set_num_threads(1)
@@ -54,24 +56,18 @@ class PeopleHandler:
                 folder,
                 context.system_properties.get("gpu_id") or 0,
             )
-            self.alive = self.run_folder / "workers" / str(os.getpid())
-            self.busy = self.run_folder / "busy" / str(os.getpid())
             self._warm_up()
+            self.run_folder.register({"precision": word(self.detector.precision), "compiled": self.detector.compiled})
         except Exception as error:
-            # The launcher ends the container with this as its last word. Whole at once: other workers fail too.
-            told = self.run_folder / f"{os.getpid()}.failed"
-            told.write_text(str(error) or repr(error))
-            told.rename(self.run_folder / "failed")
+            # The launcher ends the container with this as its last line.
+            self.run_folder.fail(str(error) or repr(error))
             raise
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """TorchServe's entry point: one answer for each row, whatever is wrong with the others."""
-        if any("data" in row for row in rows):  # over gRPC: the front does not know of it
-            self.busy.touch()
-        try:
+        over_grpc = any("data" in row for row in rows)
+        with self.run_folder.answering_grpc() if over_grpc else contextlib.nullcontext():
             return self._handle(rows, context)
-        finally:
-            self.busy.unlink(missing_ok=True)
 
     def _handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         works = [self._guarded(row) for row in rows]
@@ -110,7 +106,7 @@ class PeopleHandler:
                 work.counts.append(count)
                 for stage, spent in count.milliseconds.items():
                     work.milliseconds[stage] = work.milliseconds.get(stage, 0) + spent
-            self._sign_of_life()
+            self.run_folder.sign_of_life()
         for work in works:
             found = iter(work.counts)
             work.counts = [box if isinstance(box, RequestError) else next(found) for box in work.letterboxes]
@@ -168,7 +164,7 @@ class PeopleHandler:
         count = work.counts[i]
         assert isinstance(count, Count)
         assert work.request is not None
-        self._sign_of_life()
+        self.run_folder.sign_of_life()
         (data,) = self._pictures(work.request.instances[i : i + 1])
         if isinstance(data, RequestError):
             raise data
@@ -186,7 +182,7 @@ class PeopleHandler:
             except (ValueError, KeyError, TypeError):
                 raise RequestError("over gRPC, send the picture's bytes, or JSON with instances, as 'data'") from None
             try:
-                with (self.run_folder / "spool" / name).open("rb", 0) as file:
+                with (self.run_folder.spool / name).open("rb", 0) as file:
                     data = file.read(size)
             except FileNotFoundError:
                 raise RequestError("the front gave this request up before a worker was free", 503) from None
@@ -213,7 +209,7 @@ class PeopleHandler:
         except StorageError as error:
             return RequestError(str(error), error.code)
         finally:
-            self._sign_of_life()
+            self.run_folder.sign_of_life()
 
     def _letterbox(self, picture: bytes | memoryview | RequestError, where: str) -> Letterbox | RequestError:
         if isinstance(picture, RequestError):
@@ -223,7 +219,7 @@ class PeopleHandler:
         except PictureError as error:
             return RequestError(f"{where}{error}")
         finally:
-            self._sign_of_life()
+            self.run_folder.sign_of_life()
 
     def _guarded(self, row: dict[str, Any]) -> Work:
         try:
@@ -234,19 +230,12 @@ class PeopleHandler:
             logger.exception("decoding failed")
             return Work(error=RequestError("the server failed to read this request", 500))
 
-    def _sign_of_life(self) -> None:
-        self.alive.touch()
-
     def _warm_up(self) -> None:
         for height, width in ((640, 480), (480, 640)):
             noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
             picture = self.detector.prepare(simplejpeg.encode_jpeg(noise), self.limits)
             for _ in range(2):
                 self.detector.count([picture], [Parameters()])
-        # The first sign of life, whole at once: the launcher logs what is in it.
-        told = self.run_folder / f"{os.getpid()}.json"
-        told.write_text(json.dumps({"precision": word(self.detector.precision), "compiled": self.detector.compiled}))
-        told.rename(self.alive)
 
 
 def _json(value: Any) -> bytes:

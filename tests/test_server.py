@@ -31,8 +31,9 @@ from PIL import Image
 
 from headcount import Client, CountError
 from headcount.torchserve_grpc import METHOD, PredictionResponse, PredictionsRequest
-from serving import launcher
 from serving.contract import COUNT_HEADER
+from serving.run_folder import sweep
+from serving.torchserve import GPU_BATCH
 
 pytestmark = pytest.mark.timeout(240)
 KILLS = 2  # TorchServe waits longer and longer until it starts a worker again
@@ -198,10 +199,13 @@ def test_where_there_is_a_gpu_requests_are_answered_together(
     archive: Path, tmp_path: Path, bus: bytes, zidane: bytes
 ) -> None:
     """TorchServe's batches, as they are set up for a GPU; the arithmetic is a CPU's."""
-    program = "import serving.launcher as l; l.gpus = lambda: 1; l.GPU_BATCH_DELAY = 5000; l.main()"
+    program = (
+        "from serving import capacity, launcher, torchserve; "
+        "capacity.gpus = lambda: 1; torchserve.GPU_BATCH_DELAY = 5000; launcher.main()"
+    )
     environment = {"HEADCOUNT_WORKERS": "1", "HEADCOUNT_STUCK_SECONDS": "100"}  # no probes
     server = Server(archive, environment, tmp_path / "log", program=("-c", program)).start()
-    asked = [(bus, 4), (zidane, 2), (b"no picture", None), (SMALL, 0)] * (launcher.GPU_BATCH // 4)
+    asked = [(bus, 4), (zidane, 2), (b"no picture", None), (SMALL, 0)] * (GPU_BATCH // 4)
 
     def ask(i: int) -> tuple[httpx.Response, float]:
         began = time.monotonic()
@@ -650,7 +654,7 @@ def test_a_server_that_cannot_start_says_why(
 
 
 def test_sigterm_finishes_what_is_in_flight_and_leaves_nothing(archive: Path, tmp_path: Path) -> None:
-    with running(archive, tmp_path / "log", HEADCOUNT_WORKERS="1") as server:
+    with running(archive, tmp_path / "log", HEADCOUNT_WORKERS="1", HEADCOUNT_GRACE_SECONDS="0") as server:
         folder, processes = run_folder(server), server.processes()
         large = encode(Image.new("RGB", (6000, 6000)))
         with ThreadPoolExecutor(2) as pool, Client(grpc=f"127.0.0.1:{server.grpc}") as client:
@@ -685,11 +689,11 @@ def test_sigkill_of_the_launcher_leaves_nothing_for_long(archive: Path, tmp_path
         processes, folder = server.processes(), run_folder(server)
         assert len(processes) >= 3
         os.utime(folder / "lock", (0, 0))
-        launcher.sweep(folder.parent)
+        sweep(folder.parent)
         assert folder.exists(), "its launcher is alive"
         server.stop(signal.SIGKILL)
         assert eventually(lambda: gone(processes), 15), living(processes)
-        launcher.sweep(folder.parent)  # as the next launcher does
+        sweep(folder.parent)  # as the next launcher does
         assert not folder.exists()
 
 
@@ -827,41 +831,3 @@ def test_logs_name_requests_and_hold_no_pictures(server: Server, bus: bytes) -> 
     for secret in ("bm90IGJhc2U2NA", base64.b64encode(SMALL).decode()[:40], "a b\\t"):
         assert secret not in text
     assert all({"time", "severity", "message"} <= set(line) for line in server.log_lines())
-
-
-# Workers
-
-
-@pytest.mark.parametrize(
-    ("files", "cpus"),
-    [
-        ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "400000 100000"}, 4), ({"cpu.max": "150000 100000"}, 1),
-        ({"cpu.max": "50000 100000"}, 1), ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8), ({}, 8),
-    ],
-)  # fmt: skip
-def test_cpus_are_the_containers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert launcher.available_cpus(tmp_path) == cpus
-    assert launcher.workers_that_fit(tmp_path) == cpus
-
-
-@pytest.mark.parametrize(
-    ("name", "limit", "workers"),
-    [
-        ("memory.max", "4000000000", 2), ("memory.max", "100000000", 1), ("memory.max", "max", 8),
-        ("memory/memory.limit_in_bytes", "5000000000", 3),
-    ],
-)  # fmt: skip
-def test_workers_fit_into_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: str, workers: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(limit + "\n")
-    assert launcher.workers_that_fit(tmp_path) == workers
