@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -16,11 +17,12 @@ from serving import connections
 from serving.front import Front, Settings
 from serving.logs import log
 from serving.run_folder import RunFolder
-from serving.storage import download_checkpoint
+from serving.storage import StorageError, download_checkpoint
 from serving.torchserve import Plan, StartError, TorchServe, listen
 
 START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
 DRAIN_SECONDS = 5  # for the requests that are left after the grace; Vertex AI kills 10 s after SIGTERM
+FETCH_PAUSES = (1, 3, 9, None)  # seconds between attempts to fetch the model
 CLOSE_SECONDS = 1  # for connections to send the rest of their answers
 
 
@@ -114,11 +116,7 @@ class Supervisor:
     async def _serve_model(self, front: Front) -> None:
         """Start TorchServe and keep the sign of life fresh; return never. Raises StartError when there is nothing
         left to serve with, and StorageError."""
-        checkpoint = None
-        if self.options.checkpoint:
-            log("fetching the model", uri=self.options.checkpoint)
-            checkpoint = await asyncio.to_thread(download_checkpoint, self.options.checkpoint, self.folder.path)
-        self.torchserve = self.options.torchserve.start(checkpoint)
+        self.torchserve = self.options.torchserve.start(await self._checkpoint())
         began = time.monotonic()
         picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
         probes: set[asyncio.Task[None]] = set()
@@ -140,6 +138,20 @@ class Supervisor:
             if self.ready and len(probes) < workers:
                 probes.add(asyncio.create_task(front.probe(picture)))
             await asyncio.sleep(front.settings.stuck_seconds / 10 if self.ready else 0.1)
+
+    async def _checkpoint(self) -> Path | None:
+        """The weights to use instead of the archive's. A failure that may pass does not end the start at once: on
+        Vertex AI it would be the end of a deployment that took twenty minutes."""
+        for pause in FETCH_PAUSES if self.options.checkpoint else ():
+            log("fetching the model", uri=self.options.checkpoint)
+            try:
+                return await asyncio.to_thread(download_checkpoint, self.options.checkpoint, self.folder.path)
+            except StorageError as error:
+                if error.code != 503 or pause is None:
+                    raise
+                log("the model could not be fetched, trying again", logging.WARNING, reason=str(error))
+                await asyncio.sleep(pause)
+        return None
 
     def _report(self, seconds: float) -> None:
         workers, sample, facts = self.options.torchserve.workers, self.options.sample, self.folder.worker_facts()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from serving.handler import READERS, PeopleHandler
+from serving.pictures import PictureError
+from serving.run_folder import RunFolder
 from serving.storage import StorageError
 
 
@@ -21,13 +24,15 @@ class Context(SimpleNamespace):
     def __init__(self, folder: Path) -> None:
         super().__init__(system_properties={"model_dir": str(folder), "gpu_id": None})
         self.statuses: dict[int, int] = {}
+        self.headers: dict[str, str] = {}
 
     def set_response_status(self, code: int, phrase: str, row: int) -> None:
         self.statuses[row] = code
 
     def set_response_content_type(self, row: int, value: str) -> None: ...
 
-    def set_response_header(self, row: int, name: str, value: str) -> None: ...
+    def set_response_header(self, row: int, name: str, value: str) -> None:
+        self.headers[name] = value
 
 
 @pytest.fixture
@@ -35,54 +40,128 @@ def context(archive: Path) -> Any:
     return Context(archive)
 
 
-@pytest.fixture
-def handler(context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeopleHandler:
-    for folder in ("workers", "busy", "spool"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.setenv("HEADCOUNT_RUN_FOLDER", str(tmp_path))
-    monkeypatch.setenv("HEADCOUNT_BUCKETS", "photos")
-    handler = PeopleHandler()
-    handler.initialize(context)
-    return handler
+@pytest.fixture(scope="module")
+def handler(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeopleHandler]:
+    with pytest.MonkeyPatch.context() as environment:
+        folder = RunFolder.create(tmp_path_factory.mktemp("run"))
+        environment.setenv("HEADCOUNT_RUN_FOLDER", str(folder.path))
+        environment.setenv("HEADCOUNT_BUCKETS", "photos")
+        handler = PeopleHandler()
+        handler.initialize(Context(archive))
+        yield handler
 
 
-def test_objects_are_read_a_few_at_a_time(
+def uris(*names: object) -> list[dict[str, Any]]:
+    return [{"image": {"uri": f"gs://photos/{name}"}} for name in names]
+
+
+def predictions(handler: PeopleHandler, context: Any, instances: list[Any], **parameters: Any) -> list[Any]:
+    body = json.dumps({"instances": instances, "parameters": parameters}).encode()
+    answer: list[Any] = json.loads(handler.handle([{"data": body}], context)[0])["predictions"]
+    return answer
+
+
+@pytest.mark.parametrize("annotate", [False, True])
+def test_objects_are_read_once_and_a_few_at_a_time(
+    handler: PeopleHandler, context: Any, data: Path, monkeypatch: pytest.MonkeyPatch, annotate: bool
+) -> None:
+    """The objects of one request may be larger than the memory."""
+    bus = (data / "people" / "bus.jpg").read_bytes()
+    read: list[str] = []
+    held = most = 0
+
+    class Content(bytes):
+        def __del__(self) -> None:
+            nonlocal held
+            held -= 1
+
+    def read_object(uri: str, limit: int) -> bytes:
+        nonlocal held, most
+        read.append(uri)
+        if uri.endswith("/13"):
+            raise StorageError(f"{uri} does not exist", 400)
+        held += 1
+        most = max(most, held)
+        return Content(bus)
+
+    monkeypatch.setattr("serving.handler.read_object", read_object)
+    answers = predictions(handler, context, uris(*range(20)), annotate=annotate)
+    assert [answer.get("count") for answer in answers] == [4] * 13 + [None] + [4] * 6
+    assert answers[13]["error"]["message"] == "gs://photos/13 does not exist"
+    assert sorted(read) == sorted(f"gs://photos/{i}" for i in range(20))
+    assert (most, held) == (READERS, 0)
+    for answer in answers:
+        assert ("annotated" in answer) == (annotate and "count" in answer)
+
+
+def test_an_object_named_twice_is_read_once(
+    handler: PeopleHandler, context: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {"gs://photos/bus": (data / "people" / "bus.jpg").read_bytes(), "gs://photos/bad": b"no picture"}
+    read: list[str] = []
+
+    def read_object(uri: str, limit: int) -> bytes:
+        read.append(uri)
+        return contents[uri]
+
+    monkeypatch.setattr("serving.handler.read_object", read_object)
+    sent = {"image": {"b64": base64.b64encode(contents["gs://photos/bus"]).decode()}}
+    answers = predictions(handler, context, [*uris("bus", "bad", "bus"), sent, *uris(*["bus"] * 9, "bad")])
+    assert sorted(read) == ["gs://photos/bad", "gs://photos/bus"]
+    assert context.headers["X-Headcount-Count"] == "48"
+    for i, answer in enumerate(answers):
+        if i in (1, 13):
+            assert answer["error"]["message"].startswith(f"instances[{i}]: this is not a picture")
+        else:
+            assert answer == answers[0]
+            assert answer["count"] == 4
+
+
+def test_a_picture_that_cannot_be_drawn_on_is_refused_in_its_place(
+    handler: PeopleHandler, context: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = base64.b64encode((data / "people" / "bus.jpg").read_bytes()).decode()
+
+    def annotate(*_: object) -> bytes:
+        raise PictureError("the picture is damaged")
+
+    monkeypatch.setattr("serving.work.annotate", annotate)
+    body = json.dumps({"instances": [{"image": {"b64": bus}}], "parameters": {"annotate": True}}).encode()
+    answer = json.loads(handler.handle([{"data": body}], context)[0])
+    assert answer["error"]["message"] == "instances[0]: the picture is damaged"
+    assert context.headers.get("X-Headcount-Count") is None
+
+
+def test_a_failure_of_the_network_is_told_and_does_not_last(
     handler: PeopleHandler, context: Any, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = (data / "people" / "bus.jpg").read_bytes()
-    held, most = 0, 0
-
-    def read(uri: str, limit: int) -> bytes:
-        nonlocal held, most
-        held += 1
-        most = max(most, held)
-        if uri.endswith("/13"):
-            raise StorageError(f"{uri} does not exist", 400)
-        return bus
-
-    def letterboxed(picture: Any, where: str) -> Any:
-        nonlocal held
-        held -= 1
-        return letterbox(picture, where)
-
-    letterbox = handler._letterbox
-    monkeypatch.setattr("serving.handler.read_object", read)
-    monkeypatch.setattr(handler, "_letterbox", letterboxed)
-    instances = [{"image": {"uri": f"gs://photos/{i}"}} for i in range(20)]
-
-    def ask(**parameters: Any) -> list[Any]:
-        body = json.dumps({"instances": instances, "parameters": parameters}).encode()
-        predictions: list[Any] = json.loads(handler.handle([{"data": body}], context)[0])["predictions"]
-        assert [prediction.get("count") for prediction in predictions] == [4] * 13 + [None] + [4] * 6
-        assert predictions[13]["error"]["message"] == "gs://photos/13 does not exist"
-        return predictions
-
-    ask()
-    assert most == READERS
-    assert all(len(one["annotated"]["b64"]) > 10_000 for one in ask(annotate=True) if "count" in one)
+    with monkeypatch.context() as broken:
+        broken.setattr(handler.detector, "_forward", lambda batch: 1 / 0)
+        answer = json.loads(handler.handle([{"data": bus}], context)[0])
+        assert (answer["error"]["code"], context.statuses[0]) == (500, 500)
+    assert json.loads(handler.handle([{"data": bus}], context)[0])["count"] == 4
 
 
-def test_a_batch_answers_each_request_in_its_place(handler: PeopleHandler, context: Any, data: Path) -> None:
+def test_no_file_outside_the_spool_is_read(handler: PeopleHandler, context: Any, data: Path) -> None:
+    bus = (data / "people" / "bus.jpg").read_bytes()
+    folder, good = handler.run_folder, "0123456789abcdef" * 2
+    for file in (folder.path / "secret", folder.spool / ("0" * 31), folder.spool / ("G" * 32), folder.spool / good):
+        file.write_bytes(bus)
+
+    def ask(spooled: object) -> Any:
+        told = {"spooled": spooled, "size": len(bus), "content_type": "", "query": "", "accept": ""}
+        return json.loads(handler.handle([{"body": json.dumps(told).encode()}], context)[0])
+
+    assert ask(good)["count"] == 4
+    for bad in ("../secret", str(folder.path / "secret"), "0" * 31, "G" * 32, good + "\n", "", None, 7):
+        assert ask(bad)["error"]["code"] == 400
+    assert ask("f" * 32)["error"]["code"] == 503, "the front has given it up"
+
+
+def test_a_batch_answers_each_request_in_its_place(
+    handler: PeopleHandler, context: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bus, zidane = ((data / "people" / name).read_bytes() for name in ("bus.jpg", "zidane.jpg"))
     rows: list[dict[str, Any]] = [
         {"data": bus}, {"data": b"no picture"}, {"data": zidane}, {"data": bus, "confidence": b"0.6"}, {"data": bus},
@@ -95,8 +174,8 @@ def test_a_batch_answers_each_request_in_its_place(handler: PeopleHandler, conte
         shapes.append(tuple(batch.shape))
         return forward(batch)
 
-    handler.detector._forward = seen
-    handler.detector.batches = True
+    monkeypatch.setattr(handler.detector, "_forward", seen)
+    monkeypatch.setattr(handler.detector, "batches", True)
     context.statuses.clear()
     together = [json.loads(answer) for answer in handler.handle(rows, context)]
     assert sorted(shapes) == [(1, 384, 640, 3), (3, 640, 480, 3)], "pictures of one shape go through it together"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_storage import FakeStorage
 from front_harness import Launched, fake_archive, identity
 
 from serving import capacity, logs, supervisor
@@ -325,6 +326,26 @@ def test_the_room_for_bodies_can_be_set(start: Callable[..., Launched], tmp_path
         assert "1 requests wait" in one.post(b"1").text
         go.touch()
         assert waiting.result().status_code == 200
+
+
+def test_a_model_that_cannot_be_fetched_at_once_is_fetched_later(start: Callable[..., Launched]) -> None:
+    patch = "from serving import supervisor; supervisor.FETCH_PAUSES = (0.01,) * 1000"
+    with FakeStorage({"ours/models/own.pt": b"weights"}, status=503) as storage:
+        one = start(AIP_STORAGE_URI="gs://ours/models", STORAGE_EMULATOR_HOST=storage.url, patch=patch)
+        assert "gs://ours/" in one.line("the model could not be fetched, trying again")["reason"]
+        storage.status = 200
+        one.line("ready")
+        assert (one.run_folder() / "own.pt").read_bytes() == b"weights"
+
+
+def test_a_model_that_cannot_be_fetched_ends_the_server(start: Callable[..., Launched]) -> None:
+    patch = "from serving import supervisor; supervisor.FETCH_PAUSES = (0, 0, None)"
+    for status, attempts in ((503, 3), (403, 1)):
+        with FakeStorage(status=status) as storage:
+            one = start(AIP_STORAGE_URI="gs://ours/models", STORAGE_EMULATOR_HOST=storage.url, patch=patch)
+            assert one.process.wait() == 1
+            assert "cannot serve: " in one.lines()[-1]["message"]
+            assert len(storage.asked) == attempts
 
 
 # Ending
