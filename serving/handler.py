@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image
 
 from serving.contract import COUNT_HEADER, Limits, Parameters, Request, RequestError, parse_request
 from serving.detector import Count, Detector, word
@@ -49,6 +50,7 @@ class PeopleHandler:
             # One process a core beats threads: README.md, Why it is so.
             torch.set_num_threads(1)
             cv2.setNumThreads(1)
+            Image.MAX_IMAGE_PIXELS = None  # HEADCOUNT_MAX_PIXELS is checked instead, and this process is ours
             self.limits = Limits.from_environment()
             folder = Path(context.system_properties["model_dir"])
             self.detector = Detector(

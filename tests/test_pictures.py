@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,34 @@ def test_bombs_are_refused_before_they_are_decoded() -> None:
     with pytest.raises(PictureError, match="8000×8000"):
         letterbox(jpeg)
     assert letterbox(jpeg, max_pixels=64_000_000).width == 8000
+
+
+def test_pillow_s_limit_is_the_host_program_s(tmp_path: Path) -> None:
+    """A program that counts in its own process keeps its limit. Where Pillow applies it, the error names it."""
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        Image.new("RGB", (300, 300)).save(tmp_path / f"picture.{kind}")
+    program = """
+import sys, warnings
+from pathlib import Path
+from PIL import Image
+warnings.simplefilter("error")
+default = Image.MAX_IMAGE_PIXELS
+assert default > 0
+import headcount, serving.pictures
+assert Image.MAX_IMAGE_PIXELS == default
+Image.MAX_IMAGE_PIXELS = 1000
+for kind in ("JPEG", "PNG", "GIF"):
+    picture = Path(sys.argv[1], f"picture.{kind}").read_bytes()
+    assert serving.pictures.letterbox(picture).width == 300
+    assert serving.pictures.upright(picture).shape == (300, 300, 3)
+assert Image.MAX_IMAGE_PIXELS == 1000
+try:
+    serving.pictures.letterbox(Path(sys.argv[1], "picture.WEBP").read_bytes())
+except serving.pictures.PictureError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, text=True)
+    assert "larger than PIL.Image.MAX_IMAGE_PIXELS allows here" in done.stdout
 
 
 @pytest.mark.parametrize("data", [b"x", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(60)])
