@@ -113,6 +113,7 @@ class Rig:
     server: uvicorn.Server
     port: int
     worker: RunFolder
+    connections: list[Connection] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -141,8 +142,9 @@ class Rig:
         return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
     async def send(self, text: bytes) -> Connection:
-        """A connection on which this was sent."""
+        """A connection on which this was sent. It is closed at the end."""
         connection = Connection(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.connections.append(connection)
         await connection.send(text)
         return connection
 
@@ -199,7 +201,10 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[Rig]:
             front = Front(replace(Settings(run_folder, inference), **settings))
             server = connections.server(front)
             async with listening(server) as port:
-                yield Rig(front, torchserve, server, port, worker)
+                one = Rig(front, torchserve, server, port, worker)
+                yield one
+                for connection in one.connections:
+                    connection.close()
                 torchserve.hold.set()
             front.close()
     finally:
@@ -267,14 +272,15 @@ class Launched:
         temporary.mkdir()
         program = f"{patch}\nfrom serving import launcher\nlauncher.main()"
         archive = fake_archive(folder / "archive")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "--archive", archive, *arguments],
-            stdout=self.log.open("wb"), stderr=subprocess.STDOUT, cwd=folder,
-            env={
-                "PATH": os.environ["PATH"], "TMPDIR": str(temporary), "HEADCOUNT_WORKERS": "1",
-                "AIP_HTTP_PORT": "0", "HEADCOUNT_GRPC": "127.0.0.1:0", "JAVA_HOME": str(fake_java(folder / "java")),
-            } | environment,
-        )  # fmt: skip
+        defaults = {
+            "TMPDIR": str(temporary), "HEADCOUNT_WORKERS": "1", "AIP_HTTP_PORT": "0",
+            "HEADCOUNT_GRPC": "127.0.0.1:0", "JAVA_HOME": str(fake_java(folder / "java")),
+        }  # fmt: skip
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program, "--archive", archive, *arguments],
+                stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=os.environ | defaults | environment,
+            )  # fmt: skip
 
     def __enter__(self) -> Launched:
         return self

@@ -104,6 +104,10 @@ def engine() -> str | None:
     return shutil.which("pulumi") or shutil.which("pulumi", path=str(ENGINE_HOME))
 
 
+def _no_command(name: str) -> str:
+    return "" if shutil.which(name) else f"there is no command `{name}`"
+
+
 def _no_compiler() -> str:
     from serving.detector import cpu_flags
 
@@ -134,6 +138,8 @@ PARTS: dict[str, Part] = {
         lambda: missing("docker") or _fails([docker_client(), "pull", "-q", REGISTRY_IMAGE]),
     ),
     "engine": Part("Pulumi's command line", "`make up` installs it, or see pulumi.com/docs/install", _no_engine),
+    "curl": Part("curl", "install the package curl", lambda: _no_command("curl")),
+    "promtool": Part("Prometheus' promtool", "install the package prometheus", lambda: _no_command("promtool")),
     "compiler": Part("a C++ compiler for AVX2", "install the package g++", _no_compiler),
 }
 

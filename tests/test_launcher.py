@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -277,10 +276,9 @@ def test_an_archive_that_is_none_is_named(start: Callable[..., Launched]) -> Non
     assert "/nowhere is no model archive" in one.lines()[-1]["message"]
 
 
+@pytest.mark.needs("curl")
 def test_people_are_told_how_to_count(start: Callable[..., Launched], tmp_path: Path) -> None:
     """What `make serve` prints; its line is typed."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     sample = tmp_path / "a picture.jpg"
     sample.write_bytes(b"picture")
     one = start("--console", "--sample", str(sample))
