@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from helpers import encode
+from PIL import Image
 from torch import nn
 
 
@@ -86,8 +90,7 @@ def make_seeing(names: list[str], seen: str, era: str = "v7.0") -> dict[str, Any
     """A checkpoint whose network sees white squares on black, as instances of the class `seen`.
 
     Every convolution passes the mean brightness of its centre on in one channel; the head's first anchor fires at the
-    first level wherever it is bright. One square at the size of the network's input is one box, if squares are at least
-    SQUARE_DISTANCE pixels apart.
+    first level wherever it is bright.
     """
     checkpoint = make(names, era)
     model = checkpoint["model"].float()
@@ -116,7 +119,17 @@ def make_seeing(names: list[str], seen: str, era: str = "v7.0") -> dict[str, Any
     return {**checkpoint, "model": model.half()}
 
 
-SQUARE_DISTANCE = 160
+def centre(i: int) -> tuple[float, float]:
+    """The centre of a square in a picture of 640 pixels."""
+    return 88 + i % 3 * 200, 88 + i // 3 * 200
+
+
+def squares(count: int, size: int = 640) -> bytes:
+    """A picture with up to nine white squares on black, which make_seeing() counts at any size."""
+    pixels = np.zeros((640, 640), np.uint8)
+    for x, y in map(centre, range(count)):
+        pixels[int(y) - 8 : int(y) + 8, int(x) - 8 : int(x) + 8] = 255
+    return encode(Image.fromarray(pixels).convert("RGB").resize((size, size)))
 
 
 def save(path: Path, *arguments: Any, **options: Any) -> Path:
@@ -125,14 +138,21 @@ def save(path: Path, *arguments: Any, **options: Any) -> Path:
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> Path:
-    """Write a checkpoint as YOLOv5 does, its modules importable only meanwhile."""
+    """Write a checkpoint as YOLOv5 does."""
+    with importable():
+        torch.save(checkpoint, path)
+    return path
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """YOLOv5's modules can be imported meanwhile."""
     modules = {name: types.ModuleType(name) for name in ("models", "models.yolo", "models.common")}
     for kind in CLASSES.values():
         setattr(modules[kind.__module__], kind.__name__, kind)
     sys.modules.update(modules)
     try:
-        torch.save(checkpoint, path)
+        yield
     finally:
         for name in modules:
             del sys.modules[name]
-    return path
