@@ -168,6 +168,8 @@ def _open(data: bytes | memoryview, max_pixels: int) -> _Opened:
                 orientation = _orientation(_open_with_pillow(data, max_pixels))
             return _Opened(data, None, width, height, orientation)
     image = _open_with_pillow(data, max_pixels)
+    # Before the EXIF is read: that decodes a PNG too, and a picture that could not be decoded raises only once.
+    _load(image)
     return _Opened(data, image, image.width, image.height, _orientation(image))
 
 
@@ -199,9 +201,16 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _pillow_pixels(image: Image.Image) -> Pixels:
+def _load(image: Image.Image) -> None:
     try:
         image.load()
+    except Exception as error:
+        raise PictureError(f"the picture is damaged or cut short ({error}); send it again") from None
+
+
+def _pillow_pixels(image: Image.Image) -> Pixels:
+    _load(image)
+    try:
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
             values = np.asarray(image).astype(np.uint32)
             image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
@@ -212,7 +221,7 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
             image.paste(above, mask=above.getchannel("A"))
         return np.asarray(image.convert("RGB"))
     except Exception as error:
-        raise PictureError(f"the picture is damaged or cut short ({error}); send it again") from None
+        raise PictureError(f"the picture cannot be converted to RGB ({error}); send it as JPEG or PNG") from None
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

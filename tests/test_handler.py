@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import torch
+import yolo_checkpoint
+from helpers import instance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
+from serving.contract import COUNT_HEADER
 from serving.handler import READERS, PeopleHandler
 from serving.pictures import PictureError
 from serving.run_folder import RunFolder
@@ -25,11 +34,13 @@ class Context(SimpleNamespace):
         super().__init__(system_properties={"model_dir": str(folder), "gpu_id": None})
         self.statuses: dict[int, int] = {}
         self.headers: dict[str, str] = {}
+        self.types: dict[int, str] = {}
 
     def set_response_status(self, code: int, phrase: str, row: int) -> None:
         self.statuses[row] = code
 
-    def set_response_content_type(self, row: int, value: str) -> None: ...
+    def set_response_content_type(self, row: int, value: str) -> None:
+        self.types[row] = value
 
     def set_response_header(self, row: int, name: str, value: str) -> None:
         self.headers[name] = value
@@ -40,15 +51,133 @@ def context(archive: Path) -> Any:
     return Context(archive)
 
 
-@pytest.fixture(scope="module")
-def handler(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeopleHandler]:
+@contextlib.contextmanager
+def set_up(archive: Path, run: Path) -> Iterator[PeopleHandler]:
+    """A handler as TorchServe sets it up."""
     with pytest.MonkeyPatch.context() as environment:
-        folder = RunFolder.create(tmp_path_factory.mktemp("run"))
-        environment.setenv("HEADCOUNT_RUN_FOLDER", str(folder.path))
+        environment.setenv("HEADCOUNT_RUN_FOLDER", str(RunFolder.create(run).path))
         environment.setenv("HEADCOUNT_BUCKETS", "photos")
         handler = PeopleHandler()
         handler.initialize(Context(archive))
         yield handler
+
+
+@pytest.fixture(scope="module")
+def handler(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeopleHandler]:
+    with set_up(archive, tmp_path_factory.mktemp("run")) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeopleHandler]:
+    """A handler with a tiny network, for which white squares are people."""
+    folder = tmp_path_factory.mktemp("archive")
+    yolo_checkpoint.write(folder / "squares.pt", yolo_checkpoint.make_seeing(["person"], "person"))
+    with set_up(folder, tmp_path_factory.mktemp("run")) as one:
+        yield one
+
+
+THREE = yolo_checkpoint.squares(3)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just(instance(THREE)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["image", "b64", "uri", "region", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+PARAMETERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "confidence": st.floats(0.01, 1), "iou": st.floats(0, 1), "max_people": st.integers(0, 5),
+        "annotate": st.booleans(), "region": st.just([[0, 0], [1, 0], [1, 0.5], [0, 0.5]]),
+    },
+)  # fmt: skip
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    st.just(THREE),
+    st.binary(max_size=50).map(lambda tail: THREE[:60] + tail),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "instances": JSON_VALUES | st.lists(st.just(instance(THREE)) | JSON_VALUES, min_size=1, max_size=4),
+            "parameters": JSON_VALUES | PARAMETERS,
+        },
+    )
+    .map(json.dumps)
+    .map(str.encode),
+)
+
+
+def check_error(answer: Any, code: int) -> None:
+    assert set(answer) == {"error"}
+    assert set(answer["error"]) == {"code", "status", "message"}
+    assert (answer["error"]["code"], answer["error"]["status"]) == (code, "INVALID_ARGUMENT")
+    assert len(answer["error"]["message"]) > 10
+
+
+def check_prediction(answer: Any, model: dict[str, str], annotated: bool, most: int | None) -> int:
+    assert set(answer) == {"count", "people", "image", "model"} | ({"annotated"} if annotated else set())
+    assert answer["model"] == model
+    assert answer["image"] == {"width": 640, "height": 640}
+    assert len(answer["people"]) == min(answer["count"], answer["count"] if most is None else most)
+    for person in answer["people"]:
+        assert set(person) == {"box", "confidence"}
+        left, top, right, bottom = person["box"]
+        assert 0 <= left <= right <= 640
+        assert 0 <= top <= bottom <= 640
+        assert 0 < person["confidence"] <= 1
+    sure = [person["confidence"] for person in answer["people"]]
+    assert sure == sorted(sure, reverse=True)
+    if annotated:
+        assert set(answer["annotated"]) == {"b64"}
+        assert Image.open(io.BytesIO(base64.b64decode(answer["annotated"]["b64"]))).size == (640, 640)
+    return int(answer["count"])
+
+
+@settings(max_examples=300)
+@given(
+    body=BODIES,
+    kind=st.sampled_from(["", "application/json", "image/png", "multipart/form-data; boundary=x"]),
+    accept=st.sampled_from(["*/*", "image/jpeg", ","]),
+    query=st.dictionaries(st.sampled_from(["confidence", "iou", "region", "x"]), st.text(max_size=10), max_size=2),
+)
+def test_any_request_is_answered_as_the_contract_says(
+    quick: PeopleHandler, body: bytes, kind: str, accept: str, query: dict[str, str]
+) -> None:
+    name, context = "0" * 32, Context(Path())
+    (quick.run_folder.spool / name).write_bytes(body)
+    told = {"spooled": name, "size": len(body), "content_type": kind, "query": urlencode(query), "accept": accept}
+    (answer,) = quick.handle([{"body": json.dumps(told).encode()}], context)
+    model = quick.detector.model
+    if context.statuses:
+        assert context.statuses == {0: 400}
+        check_error(json.loads(answer), 400)
+        assert context.types[0] == "application/json"
+        return
+    if context.types[0] == "image/jpeg":
+        assert accept == "image/jpeg"
+        assert Image.open(io.BytesIO(answer)).size == (640, 640)
+        assert context.headers[COUNT_HEADER] in ("0", "3")
+        return
+    assert context.types[0] == "application/json"
+    content = json.loads(answer)
+    if "predictions" not in content:
+        assert body == THREE
+        assert check_prediction(content, model, False, None) == int(context.headers[COUNT_HEADER])
+        return
+    assert set(content) == {"predictions"}
+    request = json.loads(body)
+    parameters = request.get("parameters") or {}
+    assert len(content["predictions"]) == len(request["instances"])
+    counted = 0
+    for sent, said in zip(request["instances"], content["predictions"], strict=True):
+        if sent == instance(THREE):
+            annotated, most = parameters.get("annotate", False), parameters.get("max_people")
+            counted += check_prediction(said, model, annotated, most)
+        else:
+            check_error(said, 400)
+    assert counted == int(context.headers[COUNT_HEADER])
 
 
 def uris(*names: object) -> list[dict[str, Any]]:

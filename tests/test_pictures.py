@@ -164,6 +164,13 @@ def test_cut_short(kind: str) -> None:
         letterbox(whole[: len(whole) // 2])
 
 
+def test_a_png_that_cannot_be_inflated_is_damaged() -> None:
+    """Pillow decodes a PNG when its EXIF is asked for, and raises only once."""
+    whole = encode(Image.new("RGB", (640, 640)), "PNG")
+    with pytest.raises(PictureError, match="damaged"):
+        letterbox(whole[: whole.index(b"IDAT")] + b"IDAT" + bytes(100))
+
+
 def test_ten_thousand_mutated_pictures_are_decoded_or_refused() -> None:
     """Any error but PictureError fails."""
     rng = random.Random(1)
