@@ -51,9 +51,9 @@ def available_memory(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int:
     return min(limits)
 
 
-def gpus() -> int:
+def gpus(devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs of this machine that the image was built to use."""
-    return 0 if os.environ.get("HEADCOUNT_ACCELERATOR") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return 0 if os.environ.get("HEADCOUNT_ACCELERATOR") == "cpu" else len(list(devices.glob("nvidia[0-9]*")))
 
 
 def _cgroups(controller: str, root: Path, membership: Path) -> Iterator[Path]:

@@ -273,7 +273,7 @@ class Launched:
         program = f"{patch}\nfrom serving import launcher\nlauncher.main()"
         archive = fake_archive(folder / "archive")
         defaults = {
-            "TMPDIR": str(temporary), "HEADCOUNT_WORKERS": "1", "AIP_HTTP_PORT": "0",
+            "TMPDIR": str(temporary), "HEADCOUNT_WORKERS": "1", "AIP_HTTP_PORT": "0", "HEADCOUNT_GRACE_SECONDS": "0",
             "HEADCOUNT_GRPC": "127.0.0.1:0", "JAVA_HOME": str(fake_java(folder / "java")),
         }  # fmt: skip
         with self.log.open("wb") as log:

@@ -16,7 +16,7 @@ from shapely import Point, Polygon
 from test_contract import stars
 
 from serving.contract import Parameters
-from serving.detector import MAX_CANDIDATES, choose_people, decode_head
+from serving.detector import MAX_CANDIDATES, best_device, best_precision, choose_people, decode_head
 from serving.network import Head
 from serving.pictures import Letterbox
 
@@ -160,3 +160,11 @@ def test_regions_are_as_shapely_sees_them(
     people = choose_people(boxes(*found), letterboxed(width, height), Parameters(iou=1, region=tuple(region)))
     expected = [sure for (*_, sure), foot in zip(found, feet, strict=True) if area.covers(foot)]
     assert [person.confidence for person in people] == expected
+
+
+def test_a_gpu_is_used_where_there_is_one_and_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, accelerator, device in ((True, "", "cuda:1"), (True, "cpu", "cpu"), (False, "", "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setenv("HEADCOUNT_ACCELERATOR", accelerator)
+        assert best_device(1) == torch.device(device)
+    assert best_precision(torch.device("cuda:0")) == torch.float16

@@ -108,6 +108,15 @@ def test_memory_is_the_machine_s_or_the_container_s(
     assert capacity.available_memory(*system(membership, files)) == memory
 
 
+def test_a_gpu_can_be_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("HEADCOUNT_ACCELERATOR")
+    assert capacity.gpus(tmp_path) == 2
+    monkeypatch.setenv("HEADCOUNT_ACCELERATOR", "cpu")
+    assert capacity.gpus(tmp_path) == 0
+
+
 def test_here_it_is_what_the_system_says() -> None:
     assert 1 <= capacity.available_cpus() <= (os.cpu_count() or 1)
     total = int(next(x for x in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in x).split()[1]) * 1024
@@ -298,6 +307,7 @@ def test_the_log_level_leaves_out_a_line_a_request(start: Callable[..., Launched
     assert one.lines() == []
 
 
+@pytest.mark.needs("ipv6")
 def test_an_ipv6_address_serves(start: Callable[..., Launched]) -> None:
     one = start(HEADCOUNT_HOST="::1")
     assert one.line("starting")["url"].startswith("http://[::1]:")
