@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -91,6 +92,7 @@ def test_it_is_nobody_who_owns_nothing(serving_image: str) -> None:
     script = """
     id -u
     find / -xdev -path /proc -prune -o -path /sys -prune -o -type l -o -writable -print 2>/dev/null
+    true
     """
     uid, *writable = docker("run", "--rm", "--entrypoint", "sh", serving_image, "-c", script).split()
     assert uid == "65532"
@@ -199,7 +201,8 @@ def test_the_readme_s_docker_line_serves(serving_image: str, bus: bytes) -> None
 
 def test_google_s_own_harness_serves_it(serving_image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LocalModel runs an image as Vertex AI does: routes, port, and a folder of artifacts."""
-    # Google's package imports FastAPI for a model server of its own, which is not used here.
+    # Google's package imports FastAPI and parts of Starlette for a model server of its own, which is not used here.
+    importlib.import_module("starlette.datastructures")
     fastapi = types.ModuleType("fastapi")
     fastapi.__dict__.update(HTTPException=Exception, Request=object, Response=object)
     monkeypatch.setitem(sys.modules, "fastapi", fastapi)
