@@ -28,6 +28,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+RETRY_AFTER = (b"retry-after", b"1")
 logger = logging.getLogger("headcount")
 
 
@@ -173,7 +174,7 @@ class Front:
             record["status"], record["message"] = error.code, str(error)
             extra: Headers = [(b"x-request-id", request_id.encode())]
             if error.code in (429, 503):
-                extra.append((b"retry-after", b"1"))
+                extra.append(RETRY_AFTER)
             if error.code in (408, 413) or self.leaving:
                 extra.append((b"connection", b"close"))  # the rest of the body may never end
             await _answer_error(send, error, extra)
@@ -218,6 +219,8 @@ class Front:
             if answer.status != 200:
                 record["message"] = json.loads(answer.body)["error"]["message"]
             extra: Headers = [(b"x-request-id", record["request_id"].encode())]
+            if answer.status in (429, 503):
+                extra.append(RETRY_AFTER)
             if self.leaving:  # the client's next connection finds another server
                 extra.append((b"connection", b"close"))
             passed = {COUNT_HEADER.lower(), "server-timing"} & answer.headers.keys()

@@ -123,7 +123,7 @@ def sweep(parent: Path | None = None) -> None:
     for lock in (parent or Path(tempfile.gettempdir())).glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError):
             folder, facts = lock.parent, lock.lstat()
-            if facts.st_uid != os.getuid() or not stat.S_ISREG(facts.st_mode) or folder.is_symlink():
+            if facts.st_uid != os.getuid() or not stat.S_ISREG(facts.st_mode):
                 continue
             if time.time() > facts.st_mtime + YOUNG_SECONDS:
                 held = _locked(lock)

@@ -27,6 +27,9 @@ from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
 
 HERE = Path(__file__).parent
+# Seconds after which a test fails that would wait for ever. pytest's own limit is of no use while uvloop runs: it takes
+# the exception for one of a callback's.
+LONG = 60
 HEADER = COUNT_HEADER.lower()
 
 
@@ -126,7 +129,7 @@ class Rig:
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        async with httpx.AsyncClient(base_url=self.url, timeout=30, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=LONG, trust_env=False) as client:
             yield client
 
     async def post(self, content: Any = b"picture", **options: Any) -> httpx.Response:
@@ -177,9 +180,15 @@ class Connection:
         """What comes until the connection ends, however it ends."""
         said = b""
         with contextlib.suppress(ConnectionError):
-            while part := await self.reader.read(65536):
-                said += part
+            async with asyncio.timeout(LONG):
+                while part := await self.reader.read(65536):
+                    said += part
         return said
+
+    async def to(self, end: bytes) -> bytes:
+        """What comes up to these bytes."""
+        async with asyncio.timeout(LONG):
+            return await self.reader.readuntil(end)
 
 
 def post_head(*headers: str, version: str = "1.1") -> bytes:
@@ -215,9 +224,10 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[Rig]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds. The test's time limit ends it otherwise."""
-    while not holds():
-        await asyncio.sleep(0.001)
+    """Wait until something holds."""
+    async with asyncio.timeout(LONG):
+        while not holds():
+            await asyncio.sleep(0.001)
 
 
 # The launcher before a stand-in: a program in the place of Java

@@ -40,6 +40,8 @@ def b64(data: bytes) -> dict[str, Any]:
         ("region", {"x": 1}, "a list of at least three points"), ("region", [[0, 0, 0]] * 3, "at least three points"),
         ("region", [[0, 0], [1, 0], [1, 1.5]], "region's y"), ("region", [[0, 0], [math.inf, 0], [1, 1]], "region's x"),
         ("region", [[0, 0], [1, 1], [1, 0], [0, 1]], "crosses itself: side 1 meets side 3"),
+        ("region", [[0, 0], [1, 0], [0.5, 0], [0.5, 1]], "crosses itself: side 1 meets side 2"),
+        ("region", [[0.5, 0], [0.5, 1], [0, 0], [1, 0]], "crosses itself: side 1 meets side 3"),
         ("region", [[0, 0], [0.5, 0.5], [1, 1]], "no area"), ("region", [[0.5, 0.5]] * 101, "at most 100"),
     ],
 )  # fmt: skip

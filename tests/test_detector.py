@@ -16,7 +16,7 @@ from shapely import Point, Polygon
 from test_contract import stars
 
 from serving.contract import Parameters
-from serving.detector import MAX_CANDIDATES, best_device, best_precision, choose_people, decode_head
+from serving.detector import MAX_CANDIDATES, Count, Person, best_device, best_precision, choose_people, decode_head
 from serving.network import Head
 from serving.pictures import Letterbox
 
@@ -168,3 +168,10 @@ def test_a_gpu_is_used_where_there_is_one_and_it_may_be(monkeypatch: pytest.Monk
         monkeypatch.setenv("HEADCOUNT_ACCELERATOR", accelerator)
         assert best_device(1) == torch.device(device)
     assert best_precision(torch.device("cuda:0")) == torch.float16
+
+
+def test_max_people_caps_the_list_and_never_the_count() -> None:
+    people = [Person((0, 0, 1, 1), 0.9), Person((5, 5, 9, 9), 0.8)]
+    for most, listed in ((None, 2), (0, 0), (1, 1), (5, 2)):
+        answer = Count(people, 10, 10).as_json(Parameters(max_people=most), {"name": "n"})
+        assert (answer["count"], len(answer["people"])) == (2, listed)

@@ -118,6 +118,10 @@ async def test_a_worker_s_answer_is_passed_on_as_it_is(rig: Rig) -> None:
     error = b'{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "not a picture"}}'
     rig.torchserve.decide = always(Answered(400, error))
     refused(await rig.post(), 400, "not a picture")
+    rig.torchserve.decide = always(Answered(503, error.replace(b"400", b"503")))
+    later = await rig.post()
+    refused(later, 503, "not a picture")
+    assert int(later.headers["retry-after"]) >= 1
 
 
 async def test_a_request_id_that_is_no_id_is_replaced(rig: Rig) -> None:
@@ -199,7 +203,7 @@ async def test_a_client_that_asks_first_is_told_before_it_sends(start: Start) ->
     ((status, _),) = answers(await rig.talk(ask.format(1001).encode()))
     assert status == 413, "and not 100 before it"
     async with await rig.send(ask.format(1000).encode()) as connection:
-        assert await connection.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert await connection.to(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         await connection.send(bytes(1000))
         assert answers(await connection.rest()) == [(200, identity(bytes(1000)))]
 
@@ -262,7 +266,7 @@ async def test_slow_uploads_give_way_when_the_spool_is_full(start: Start) -> Non
     assert status == 408
     for one in slow[1:]:  # there was room again, so they were left alone
         await one.send(b"1")
-        assert (await one.reader.readuntil(b"\r\n")) == b"HTTP/1.1 200 OK\r\n"
+        assert await one.to(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
     assert rig.front.spool.used == 0
 
 
@@ -429,8 +433,8 @@ async def test_a_request_with_two_readings_is_refused(rig: Rig, request_: bytes)
 )  # fmt: skip
 async def test_a_request_with_one_reading_is_answered(rig: Rig, request_: bytes) -> None:
     async with await rig.send(request_) as connection:
-        assert await connection.reader.readuntil(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
-        assert (await connection.reader.readuntil(b"}")).endswith(identity(b"hello"))
+        assert await connection.to(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
+        assert (await connection.to(b"}")).endswith(identity(b"hello"))
         await connection.send(post_head("Content-Length: 1", "Connection: close") + b"2")
         assert answers(await connection.rest())[-1] == (200, identity(b"2")), "and so is the next on the connection"
 
@@ -532,7 +536,7 @@ async def test_a_second_head_on_a_connection_has_a_limit_of_time_too(start: Star
         await until(lambda: rig.front.in_flight == 1)
         await asyncio.sleep(0.2)
         rig.torchserve.hold.set()
-        assert await connection.reader.readuntil(b"}"), "the first answer is not cut off"
+        assert await connection.to(b"}"), "the first answer is not cut off"
         await connection.send(b"dictions")
         assert [status for status, _ in answers(await connection.rest())] == [408]
 

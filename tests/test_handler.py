@@ -97,12 +97,12 @@ BODIES = st.one_of(
     st.binary(max_size=200),
     st.just(THREE),
     st.binary(max_size=50).map(lambda tail: THREE[:60] + tail),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "instances": JSON_VALUES | st.lists(st.just(instance(THREE)) | JSON_VALUES, min_size=1, max_size=4),
-            "parameters": JSON_VALUES | PARAMETERS,
-        },
+    st.one_of(
+        st.fixed_dictionaries({}, optional={"instances": JSON_VALUES, "parameters": JSON_VALUES | PARAMETERS}),
+        st.fixed_dictionaries(
+            {"instances": st.lists(st.just(instance(THREE)) | JSON_VALUES, min_size=1, max_size=4)},
+            optional={"parameters": PARAMETERS},
+        ),
     )
     .map(json.dumps)
     .map(str.encode),

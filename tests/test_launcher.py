@@ -373,7 +373,9 @@ def test_sigterm_takes_requests_for_the_grace_and_finishes_the_rest(
         assert one.get("/ping").json() == {"status": "Draining"}
         assert one.post(b"late").status_code == 200, "requests are taken for the grace"
         one.process.terminate()  # a second one changes nothing
-        wait(lambda: (refusal := one.post(b"late")).status_code != 200 and "shutting down" in refusal.text)
+        wait(lambda: "shutting down" in one.post(b"late").text)
+        for _ in range(50):  # for longer than an idle server waits
+            assert one.post(b"late").status_code == 503
         go.touch()
         assert waiting.result().content == identity(waits), "whoever was taken is answered"
     assert one.process.wait() == 0
