@@ -37,6 +37,7 @@ def test_known_counts(detector: Detector, data: Path, picture: str, people: int)
     assert count(detector, data / "people" / f"{picture}.jpg") == people
 
 
+@pytest.mark.slow
 def test_count_error_on_coco128(checkpoint: Path, coco128: Path) -> None:
     """Mean absolute error at most 0.55 people, bfloat16 within 0.02 of float32.
 
@@ -58,6 +59,7 @@ def test_count_error_on_coco128(checkpoint: Path, coco128: Path) -> None:
     assert max(errors.values()) - min(errors.values()) <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.needs("compiler")
 def test_compiled_network_counts_as_eager(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     from serving.compile import compile_network
