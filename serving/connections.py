@@ -62,7 +62,8 @@ class SpoolingProtocol(HttpToolsProtocol):
         super().__init__(**options)
         self.front, self.settings = front, front.settings
         self._in_body = self._broken = False
-        self._head_size = 0
+        self._head_size = 0  # bytes of the head that arrives
+        self._beside_body = 0  # bytes since the last of a body: chunk extensions and trailers
         self._part = 0  # counts the heads and bodies of this connection
         self._timer: asyncio.TimerHandle | None = None
         self._timed_part = -1
@@ -84,7 +85,9 @@ class SpoolingProtocol(HttpToolsProtocol):
         while len(rest) and not self._broken:
             size = len(rest) if self._in_body else self.settings.head_bytes - self._head_size
             part, rest = rest[:size], rest[size:]
-            if not self._in_body:
+            if self._in_body:
+                self._beside_body += len(part)
+            else:
                 self._head_size += len(part)
             try:
                 self.parser.feed_data(part)
@@ -95,11 +98,15 @@ class SpoolingProtocol(HttpToolsProtocol):
                 self._head_size = 0
             except httptools.HttpParserError:
                 self._refuse(400, "this is not a valid HTTP/1.1 request")
-            if not self._in_body and self._head_size >= self.settings.head_bytes:
+            if (self._beside_body if self._in_body else self._head_size) >= self.settings.head_bytes:
                 self._refuse(431, f"the request line and the headers have more than {self.settings.head_bytes} bytes")
         self._limit_time()
 
     # httptools calls these.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # else a trailer, which nobody asked for
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -107,7 +114,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         pipelined = self._answer_is_due()
         self.body = None
         super().on_headers_complete()
-        self._in_body = True
+        self._in_body, self._beside_body = True, 0
         self._part += 1
         if not pipelined:
             self.body = self.front.expect(self.scope)
@@ -115,6 +122,7 @@ class SpoolingProtocol(HttpToolsProtocol):
             self.scope["extensions"] = {BODY: self.body}  # type: ignore[dict-item]
 
     def on_body(self, body: bytes) -> None:
+        self._beside_body = 0
         if self.body is None:
             super().on_body(body)
         elif not self.cycle.response_complete:
@@ -152,7 +160,7 @@ class SpoolingProtocol(HttpToolsProtocol):
 
     def _refuse(self, code: int, message: str) -> None:
         """Answer what is no request that the front could answer, and close the connection."""
-        if self._broken:
+        if self._broken or self.transport.is_closing():
             return
         self._broken = True
         if (self.pipeline or not self._in_body) and self._answer_is_due():

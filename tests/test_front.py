@@ -504,6 +504,29 @@ async def test_a_head_has_a_limit_of_size(rig: Rig, head: bytes) -> None:
     assert (await rig.get("/ping")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "endless", [b"Trailer: 1\r\n", b"0" * 100, b"Trailer: " + b"a" * 1000], ids=["trailers", "size", "trailer"]
+)
+async def test_what_is_beside_a_body_has_a_limit_of_size(rig: Rig, endless: bytes) -> None:
+    start = b"5\r\nhello\r\n" + (b"" if endless.startswith(b"0") else b"0\r\n")
+    async with await rig.send(post_head("Transfer-Encoding: chunked") + start) as connection:
+        writing = asyncio.create_task(flood(connection, endless))
+        ((status, body),) = answers(await connection.rest())
+        writing.cancel()
+    assert status in (400, 431)
+    error_is(body, status, "")
+    await until(lambda: rig.front.open == 0)
+
+
+async def test_a_trailer_is_no_header(rig: Rig) -> None:
+    said = await rig.talk(
+        post_head("Transfer-Encoding: chunked", "X-Request-Id: head", "Connection: close")
+        + b"5\r\nhello\r\n0\r\nX-Request-Id: trailer\r\nContent-Type: evil\r\n\r\n"
+    )
+    assert answers(said) == [(200, identity(b"hello"))]
+    assert (rig.torchserve.asked[0]["request_id"], rig.torchserve.asked[0]["content_type"]) == ("head", "")
+
+
 async def test_a_head_within_the_limit_is_taken_in_any_pieces(start: Start) -> None:
     rig = await start(head_bytes=1000)
     head = post_head("Content-Length: 2", "Connection: close", "Big: " + "a" * 1000)
