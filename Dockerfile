@@ -33,7 +33,8 @@ FROM tools AS packages
 ARG INDEX=
 COPY requirements/serve.txt /build/
 RUN --mount=type=cache,target=/cache \
-    uv pip install --target /opt/packages ${INDEX:+--default-index "$INDEX"} --require-hashes -r /build/serve.txt
+    uv pip install --target /opt/packages ${INDEX:+--default-index "$INDEX"} --require-hashes -r /build/serve.txt \
+    && rm -f /opt/packages/.lock # uv's, which anybody could write
 
 # Compiles the network, with the only compiler there is, and makes the model archive.
 FROM tools AS model
@@ -56,7 +57,7 @@ RUN --mount=type=bind,from=torch,source=/opt/torch,target=/opt/torch \
 # link but loads when it finds a GPU. That is 1.4 GB.
 FROM torch AS slim
 ARG ACCELERATOR=cpu
-RUN cd /opt/torch && rm -rf torch/include torch/test bin \
+RUN cd /opt/torch && rm -rf torch/include torch/test bin .lock \
     && if [ "$ACCELERATOR" = cpu ]; then \
       rm -rf triton triton-*; \
       if [ -d nvidia ]; then \

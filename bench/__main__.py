@@ -22,7 +22,7 @@ import numpy as np
 from bench.pipelines import CPU, PIPELINES, Pipeline, Stages, median_stages
 from bench.served import CONCURRENCY, Served
 from headcount.data import fetch, labelled_people
-from serving.launcher import ALLOCATOR
+from serving.torchserve import ALLOCATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

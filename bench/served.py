@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 
 from bench.pipelines import CORES
-from serving.launcher import free_ports
+from serving.torchserve import free_ports
 
 CONCURRENCY = 4
 

@@ -28,11 +28,13 @@ STATUS = {
     405: "UNIMPLEMENTED",
     408: "DEADLINE_EXCEEDED",
     413: "INVALID_ARGUMENT",
+    431: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
+PREDICT_ROUTE = "/predictions/people"
 COUNT_HEADER = "X-Headcount-Count"
 MAX_REGION_POINTS = 100
 
@@ -52,13 +54,13 @@ def error_json(code: int, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "status": STATUS.get(code, "UNKNOWN"), "message": message}}
 
 
-def setting(name: str, default: int) -> int:
-    """A whole positive number from the environment. Raises ValueError naming the variable."""
+def setting(name: str, default: int, least: int = 1) -> int:
+    """A whole number from the environment. Raises ValueError naming the variable."""
     text = os.environ.get(name, "")
     if not text:
         return default
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{name} is {text!r}; set it to a whole number of at least 1, e.g. {default}")
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise ValueError(f"{name} is {text!r}; set it to a whole number of at least {least}, e.g. {default}")
     return int(text)
 
 
@@ -161,28 +163,41 @@ def _region(value: Any) -> tuple[Point, ...]:
         raise RequestError(f"region has {len(value)} points; {shape}")
     if len(value) > MAX_REGION_POINTS:
         raise RequestError(f"region has {len(value)} points; at most {MAX_REGION_POINTS} are accepted")
-    points = tuple((_number("a region's x", x, 0, 1), _number("a region's y", y, 0, 1)) for x, y in value)
+    given = [(_number("a region's x", x, 0, 1), _number("a region's y", y, 0, 1)) for x, y in value]
+    # Some programs write a polygon's first point a second time as its last.
+    points = tuple(given[i] for i in range(len(given)) if given[i] != given[(i + 1) % len(given)])
     sides = [(points[i], points[(i + 1) % len(points)]) for i in range(len(points))]
+    if all(abs(_turn(*side, points[(i + 2) % len(points)])) < 1e-9 for i, side in enumerate(sides)):
+        raise RequestError("region has no area; its points lie on a line")
     for i, side in enumerate(sides):
         for j in range(i + 1, len(sides)):
-            neighbours = j == i + 1 or (i == 0 and j == len(sides) - 1)
-            if not neighbours and _touch(*side, *sides[j]):
+            if j == i + 1 or (i == 0 and j == len(sides) - 1):
+                first, second = (side, sides[j]) if j == i + 1 else (sides[j], side)
+                meet = _turns_back(*first, second[1])
+            else:
+                meet = _touch(*side, *sides[j])
+            if meet:
                 raise RequestError(f"region crosses itself: side {i + 1} meets side {j + 1}; reorder its points")
-    if abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in sides)) < 1e-9:
-        raise RequestError("region has no area; its points lie on a line")
     return points
+
+
+def _turn(a: Point, b: Point, c: Point) -> float:
+    """Twice the area of the triangle abc: positive for a turn to the one side, negative to the other."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def _turns_back(a: Point, b: Point, c: Point) -> bool:
+    """Whether the segment bc runs along ab, back to where it came from."""
+    return _turn(a, b, c) == 0 and (a[0] - b[0]) * (c[0] - b[0]) + (a[1] - b[1]) * (c[1] - b[1]) > 0
 
 
 def _touch(a: Point, b: Point, c: Point, d: Point) -> bool:
     """Whether the closed segments ab and cd share a point."""
 
-    def side(p: Point, q: Point, r: Point) -> float:
-        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
-
     def within(p: Point, q: Point, r: Point) -> bool:
         return min(p[0], q[0]) <= r[0] <= max(p[0], q[0]) and min(p[1], q[1]) <= r[1] <= max(p[1], q[1])
 
-    d1, d2, d3, d4 = side(c, d, a), side(c, d, b), side(a, b, c), side(a, b, d)
+    d1, d2, d3, d4 = _turn(c, d, a), _turn(c, d, b), _turn(a, b, c), _turn(a, b, d)
     if d1 * d2 < 0 and d3 * d4 < 0:
         return True
     on_a_side = ((d1, c, d, a), (d2, c, d, b), (d3, a, b, c), (d4, a, b, d))

@@ -72,9 +72,7 @@ class Detector:
         self.model = {"name": checkpoint.stem, "version": digest[:12]}
         self.head = network.head
         self.stride = max(self.head.strides)
-        # The image for CPUs lacks what torch would load on a GPU.
-        cuda = os.environ.get("HEADCOUNT_ACCELERATOR") != "cpu" and torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{gpu}" if cuda else "cpu")
+        self.device = best_device(gpu)
         # A CPU gains nothing from batches, and the compiled network takes one picture.
         self.batches = self.device.type == "cuda"
         self.precision = best_precision(self.device)
@@ -128,6 +126,13 @@ class FromPictures(nn.Module):
     def forward(self, pictures: Tensor) -> list[Tensor]:
         logits: list[Tensor] = self.network(pictures.permute(0, 3, 1, 2))
         return logits
+
+
+def best_device(gpu: int) -> torch.device:
+    """The GPU of that number, or the CPU where there is none or HEADCOUNT_ACCELERATOR says so."""
+    # The image for CPUs lacks what torch would load on a GPU.
+    cuda = os.environ.get("HEADCOUNT_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    return torch.device(f"cuda:{gpu}" if cuda else "cpu")
 
 
 def best_precision(device: torch.device) -> torch.dtype:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from serving.connections import BODY, Answer, Upstream
-from serving.contract import COUNT_HEADER, RequestError
+from serving.contract import COUNT_HEADER, PREDICT_ROUTE, RequestError
+from serving.run_folder import RunFolder
 from serving.spool import Body, Spool
 
 Scope = MutableMapping[str, Any]
@@ -29,27 +28,31 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
-PREDICT_ROUTE = "/predictions/people"
+RETRY_AFTER = (b"retry-after", b"1")
 logger = logging.getLogger("headcount")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the front needs to know.
+    """The front's limits and addresses.
 
     torchserve: its port on loopback. request_bytes: largest body. spool_bytes: all bodies together. queue: admitted
-    requests, running ones included. body_seconds: to send a body. answer_seconds: to answer it. stuck_seconds:
-    without a sign of life from any worker until /ping says so.
+    requests, running ones included. head_bytes, head_seconds: the largest request line with headers, and the time to
+    send them. body_seconds: to send a body. slow_seconds: as in Spool. answer_seconds: to answer a request.
+    stuck_seconds: without a sign of life from any worker until /ping says so.
     """
 
-    run_folder: Path
+    run_folder: RunFolder
     torchserve: int
     predict_route: str = PREDICT_ROUTE
     health_route: str = "/ping"
     request_bytes: int = 32_000_000
     spool_bytes: int = 512_000_000
     queue: int = 64
+    head_bytes: int = 16_384
+    head_seconds: float = 10
     body_seconds: float = 60
+    slow_seconds: float = 5
     answer_seconds: float = 120
     stuck_seconds: float = 10
 
@@ -77,18 +80,26 @@ class Metrics:
         Gauge("headcount_queue", "Requests admitted and not answered", registry=registry).set_function(
             lambda: front.in_flight
         )
-        Gauge("headcount_workers", "Workers alive", registry=registry).set_function(lambda: len(front.workers()))
+        Gauge("headcount_workers", "Workers alive", registry=registry).set_function(
+            lambda: len(front.settings.run_folder.workers())
+        )
 
 
 class Front:
-    """The ASGI application."""
+    """The ASGI application.
+
+    leaving: /ping answers 503, and requests are still taken. draining: new requests are refused as well.
+    open: prediction requests that are not answered. in_flight: those of them that were admitted to the queue.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.draining = False
-        self.in_flight = 0
+        self.leaving = self.draining = False
+        self.open = self.in_flight = 0
         self.predict_routes = (settings.predict_route, PREDICT_ROUTE)
-        self.spool = Spool(settings.run_folder / "spool", settings.request_bytes, settings.spool_bytes)
+        self.spool = Spool(
+            settings.run_folder.spool, settings.request_bytes, settings.spool_bytes, settings.slow_seconds
+        )
         self.metrics = Metrics(self)
         self.upstream = Upstream("127.0.0.1", settings.torchserve, PREDICT_ROUTE)
         self._looked, self._had_worker = 0.0, False
@@ -104,7 +115,7 @@ class Front:
                 await _answer_error(send, RequestError(f"{path} takes POST with a picture, not {method}", 405))
         elif path in (self.settings.health_route, "/ping"):
             healthy = self.healthy()
-            word = "Healthy" if healthy else "Draining" if self.draining else "Unhealthy"
+            word = "Healthy" if healthy else "Draining" if self.leaving else "Unhealthy"
             await _answer(send, 200 if healthy else 503, _json({"status": word}))
         elif path == "/metrics":
             await _answer(send, 200, generate_latest(self.metrics.registry), b"text/plain; version=0.0.4")
@@ -113,40 +124,30 @@ class Front:
             await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
 
     def expect(self, scope: Mapping[str, Any]) -> Body | None:
-        """Where the body of a request goes, whose head has arrived; None if nobody wants it."""
+        """Returns the body to fill for a request whose headers were parsed, or None if its route takes none."""
         wanted = scope["method"] == "POST" and scope["path"] in self.predict_routes
         return self.spool.body(_declared(scope)) if wanted else None
 
     def close(self) -> None:
         self.upstream.close()
+        self.spool.close()
 
     # Health
-
-    def workers(self) -> dict[int, float]:
-        """Living workers' process ids and the seconds since their last sign of life."""
-        now = time.time()
-        alive = {}
-        for file in (self.settings.run_folder / "workers").iterdir():
-            try:
-                os.kill(int(file.name), 0)
-                alive[int(file.name)] = now - file.stat().st_mtime
-            except (ProcessLookupError, FileNotFoundError):
-                file.unlink(missing_ok=True)
-        return alive
 
     def _some_worker(self) -> bool:
         """Whether there was a worker a moment ago: looking costs more than it is worth for every request."""
         if time.monotonic() > self._looked + 0.2:
-            self._looked, self._had_worker = time.monotonic(), bool(self.workers())
+            self._looked, self._had_worker = time.monotonic(), bool(self.settings.run_folder.workers())
         return self._had_worker
 
     def healthy(self) -> bool:
         """Whether a worker that has run a picture is alive and was seen working lately."""
-        return not self.draining and any(age < self.settings.stuck_seconds for age in self.workers().values())
+        ages = self.settings.run_folder.workers().values()
+        return not self.leaving and any(age < self.settings.stuck_seconds for age in ages)
 
     async def probe(self, picture: bytes) -> None:
         """Run a picture through TorchServe if no worker gave a sign of life lately: an idle one gives none."""
-        if all(age > self.settings.stuck_seconds / 5 for age in self.workers().values()):
+        if all(age > self.settings.stuck_seconds / 5 for age in self.settings.run_folder.workers().values()):
             body = self.spool.body()
             try:
                 body.write(picture)
@@ -166,14 +167,15 @@ class Front:
             request_id = secrets.token_hex(8)
         arrived = time.time()
         record: dict[str, Any] = {"request_id": request_id, "status": 0}
+        self.open += 1
         try:
             await self._answer_prediction(scope, headers, receive, send, record)
         except RequestError as error:
             record["status"], record["message"] = error.code, str(error)
             extra: Headers = [(b"x-request-id", request_id.encode())]
             if error.code in (429, 503):
-                extra.append((b"retry-after", b"1"))
-            if error.code in (408, 413):
+                extra.append(RETRY_AFTER)
+            if error.code in (408, 413) or self.leaving:
                 extra.append((b"connection", b"close"))  # the rest of the body may never end
             await _answer_error(send, error, extra)
         except _ClientGoneError:
@@ -182,6 +184,8 @@ class Front:
             logger.exception("a request failed")
             record["status"], record["message"] = 500, str(error)
             await _answer_error(send, RequestError("the server failed; its log says why", 500))
+        finally:
+            self.open -= 1
         self.metrics.requests.labels(record["status"]).inc()
         if logger.isEnabledFor(logging.INFO):
             record["seconds"] = round(time.time() - arrived, 4)
@@ -215,6 +219,10 @@ class Front:
             if answer.status != 200:
                 record["message"] = json.loads(answer.body)["error"]["message"]
             extra: Headers = [(b"x-request-id", record["request_id"].encode())]
+            if answer.status in (429, 503):
+                extra.append(RETRY_AFTER)
+            if self.leaving:  # the client's next connection finds another server
+                extra.append((b"connection", b"close"))
             passed = {COUNT_HEADER.lower(), "server-timing"} & answer.headers.keys()
             extra += [(name.encode(), answer.headers[name].encode()) for name in passed]
             content_type = answer.headers.get("content-type", "application/json").encode()
@@ -228,7 +236,7 @@ class Front:
         if body.refused and "expect" in headers:
             body.finish()  # the client waits for leave to send: it is not given
         try:
-            async with asyncio.timeout(self.settings.body_seconds):
+            async with asyncio.timeout(self.settings.body_seconds) as body.deadline:
                 more = True
                 while more and body.failed is None:
                     message = await receive()
@@ -238,8 +246,9 @@ class Front:
                     if chunk := message.get("body", b""):
                         body.write(chunk)
         except TimeoutError:
-            seconds = self.settings.body_seconds
-            raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
+            if body.failed is None:
+                seconds = self.settings.body_seconds
+                raise RequestError(f"the body did not arrive within {seconds:g} s", 408) from None
         body.finish()
 
     async def _ask(

@@ -7,6 +7,7 @@ themselves. TorchServe gives both in batches; a batch is longer than one only wh
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -22,16 +23,19 @@ import cv2
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image
 
-from serving.contract import COUNT_HEADER, Instance, Limits, Parameters, Request, RequestError, parse_request
+from serving.contract import COUNT_HEADER, Limits, Parameters, Request, RequestError, parse_request
 from serving.detector import Count, Detector, word
 from serving.pictures import Letterbox, PictureError
+from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
 from serving.storage import StorageError, read_object
-from serving.work import Work, annotate_count
+from serving.work import Picture, Work, annotate_count
 
 logger = logging.getLogger("handler")
-READERS = 8  # objects of buckets that are read side by side
+READERS = 8  # pictures of one request that are in memory together, read side by side if they lie in buckets
+GPU_PICTURES = 16  # pictures that go through a GPU together
 
 
 class PeopleHandler:
@@ -41,11 +45,12 @@ class PeopleHandler:
         """Set up: load the network, run a picture through it, and only then report this worker as alive."""
         # TorchServe's worker logs a line for every request and metric.
         logging.getLogger().setLevel(logging.WARNING)
-        self.run_folder = Path(os.environ["HEADCOUNT_RUN_FOLDER"])
+        self.run_folder = RunFolder(Path(os.environ["HEADCOUNT_RUN_FOLDER"]))
         try:
             # One process a core beats threads: README.md, Why it is so.
             torch.set_num_threads(1)
             cv2.setNumThreads(1)
+            Image.MAX_IMAGE_PIXELS = None  # HEADCOUNT_MAX_PIXELS is checked instead, and this process is ours
             self.limits = Limits.from_environment()
             folder = Path(context.system_properties["model_dir"])
             self.detector = Detector(
@@ -54,66 +59,69 @@ class PeopleHandler:
                 folder,
                 context.system_properties.get("gpu_id") or 0,
             )
-            self.alive = self.run_folder / "workers" / str(os.getpid())
-            self.busy = self.run_folder / "busy" / str(os.getpid())
             self._warm_up()
+            self.run_folder.register({"precision": word(self.detector.precision), "compiled": self.detector.compiled})
         except Exception as error:
-            # The launcher ends the container with this as its last word. Whole at once: other workers fail too.
-            told = self.run_folder / f"{os.getpid()}.failed"
-            told.write_text(str(error) or repr(error))
-            told.rename(self.run_folder / "failed")
+            # The launcher ends the container with this as its last line.
+            self.run_folder.fail(str(error) or repr(error))
             raise
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """TorchServe's entry point: one answer for each row, whatever is wrong with the others."""
-        if any("data" in row for row in rows):  # over gRPC: the front does not know of it
-            self.busy.touch()
-        try:
+        over_grpc = any("data" in row for row in rows)
+        with self.run_folder.answering_grpc() if over_grpc else contextlib.nullcontext():
             return self._handle(rows, context)
-        finally:
-            self.busy.unlink(missing_ok=True)
 
     def _handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         works = [self._guarded(row) for row in rows]
-        try:
-            self.predict(works)
-        except Exception:
-            logger.exception("counting failed")
-            for work in works:
-                work.error = work.error or RequestError("the server failed to count in this request", 500)
+        self.predict(works)
         return [self.encode(work, context, i) for i, work in enumerate(works)]
 
     def decode(self, row: dict[str, Any]) -> Work:
-        """From a row to letterboxed pictures; a picture that fails leaves its error in its place."""
+        """From a row to a parsed request. Raises RequestError."""
         began = time.perf_counter()
-        request = self._request(row)
-        work = Work(request)
-        # Letterboxed before the next are read: the objects of one request may be larger than the memory.
-        for start in range(0, len(request.instances), READERS):
-            for picture in self._pictures(request.instances[start : start + READERS]):
-                where = "" if request.single else f"instances[{len(work.letterboxes)}]: "
-                work.letterboxes.append(self._letterbox(picture, where))
-        work.milliseconds["decode"] = (time.perf_counter() - began) * 1e3
+        work = Work.of(self._request(row))
+        work.spend("decode", (time.perf_counter() - began) * 1e3)
         return work
 
     def predict(self, works: list[Work]) -> None:
-        """Count in all pictures of a batch of requests."""
-        good = [
-            (work, i, box) for work in works for i, box in enumerate(work.letterboxes) if isinstance(box, Letterbox)
-        ]
-        # On a CPU one picture after the other, so that the sign of life stays fresh in long requests.
-        step = len(good) if self.detector.batches else 1
-        for start in range(0, len(good), step or 1):
-            part = good[start : start + step]
-            counts = self.detector.count([box for _, _, box in part], [work.parameters for work, _, _ in part])
-            for (work, _, _), count in zip(part, counts, strict=True):
-                work.counts.append(count)
-                for stage, spent in count.milliseconds.items():
-                    work.milliseconds[stage] = work.milliseconds.get(stage, 0) + spent
-            self._sign_of_life()
-        for work in works:
-            found = iter(work.counts)
-            work.counts = [box if isinstance(box, RequestError) else next(found) for box in work.letterboxes]
+        """Count in all pictures of a batch of requests.
+
+        A few pictures at a time are read, counted and drawn on before the next are read: the objects that one request
+        names may be larger than the memory, and none is read twice.
+        """
+        pictures = [(work, picture) for work in works for picture in work.pictures if picture.error is None]
+        step = GPU_PICTURES if self.detector.batches else READERS
+        for start in range(0, len(pictures), step):
+            part = [(work, picture) for work, picture in pictures[start : start + step] if work.error is None]
+            try:
+                self._count(part)
+            except Exception:
+                logger.exception("counting failed")
+                for work, _ in part:
+                    work.error = RequestError("the server failed to count in this request", 500)
+
+    def _count(self, part: list[tuple[Work, Picture]]) -> None:
+        self._read(part)
+        boxes = [self._letterbox(work, picture) for work, picture in part]
+        ready = [(work, picture, box) for (work, picture), box in zip(part, boxes, strict=True) if box is not None]
+        # On a CPU one picture after the other, so that the sign of life stays fresh.
+        for some in [ready] if self.detector.batches else [[one] for one in ready]:
+            counts = self.detector.count([box for _, _, box in some], [work.parameters for work, _, _ in some])
+            for (work, picture, _), count in zip(some, counts, strict=True):
+                picture.count = count
+                for step, milliseconds in count.milliseconds.items():
+                    work.spend(step, milliseconds)
+                if work.annotated:
+                    self._annotate(picture, count, work.parameters)
+                picture.content = b""
+                self.run_folder.sign_of_life()
+
+    def _annotate(self, picture: Picture, count: Count, parameters: Parameters) -> None:
+        try:
+            picture.annotated = annotate_count(picture.content, count, parameters, self.limits)
+        except PictureError as error:  # it could be read at a fraction of its size, but not whole
+            picture.count, picture.error = None, error
 
     def encode(self, work: Work, context: Any, row: int) -> bytes:
         """The answer's bytes; status and headers go into TorchServe's context."""
@@ -122,7 +130,8 @@ class PeopleHandler:
             if work.error is None:
                 body, content_type = self._answer(work)
                 context.set_response_content_type(row, content_type)
-                people = sum(len(count.people) for count in work.counts if isinstance(count, Count))
+                counts = (work.pictures[place].count for place in work.places)
+                people = sum(len(count.people) for count in counts if count is not None)
                 context.set_response_header(row, COUNT_HEADER, str(people))
         except RequestError as error:
             work.error = error
@@ -140,39 +149,30 @@ class PeopleHandler:
 
     def _answer(self, work: Work) -> tuple[bytes, str]:
         assert work.request is not None
-        if work.request.single:
-            (count,) = work.counts
-            if isinstance(count, RequestError):
-                raise count
-            if work.request.picture_wanted:
-                return self._annotated(work, 0), "image/jpeg"
-            return _json(self._prediction(work, 0)), "application/json"
-        errors = [count for count in work.counts if isinstance(count, RequestError)]
-        if len(errors) == len(work.counts):
+        answers = [self._prediction(work, i) for i in range(len(work.places))]
+        errors = [answer for answer in answers if isinstance(answer, RequestError)]
+        if len(errors) == len(answers):
             raise errors[0]
-        predictions = [
-            count.as_json() if isinstance(count, RequestError) else self._prediction(work, i)
-            for i, count in enumerate(work.counts)
-        ]
+        if work.request.picture_wanted:
+            return work.pictures[0].annotated or b"", "image/jpeg"
+        if work.request.single:
+            return _json(answers[0]), "application/json"
+        predictions = [answer.as_json() if isinstance(answer, RequestError) else answer for answer in answers]
         return _json({"predictions": predictions}), "application/json"
 
-    def _prediction(self, work: Work, i: int) -> dict[str, Any]:
-        count = work.counts[i]
-        assert isinstance(count, Count)
-        prediction = count.as_json(work.parameters, self.detector.model)
-        if work.parameters.annotate:
-            prediction["annotated"] = {"b64": base64.b64encode(self._annotated(work, i)).decode()}
-        return prediction
-
-    def _annotated(self, work: Work, i: int) -> bytes:
-        count = work.counts[i]
-        assert isinstance(count, Count)
+    def _prediction(self, work: Work, i: int) -> dict[str, Any] | RequestError:
+        """The answer to one instance."""
         assert work.request is not None
-        self._sign_of_life()
-        (data,) = self._pictures(work.request.instances[i : i + 1])
-        if isinstance(data, RequestError):
-            raise data
-        return annotate_count(data, count, work.parameters, self.limits)
+        picture = work.pictures[work.places[i]]
+        if isinstance(picture.error, PictureError):
+            return RequestError(str(picture.error) if work.request.single else f"instances[{i}]: {picture.error}")
+        if picture.error is not None:
+            return picture.error
+        assert picture.count is not None
+        prediction = picture.count.as_json(work.parameters, self.detector.model)
+        if work.parameters.annotate:
+            prediction["annotated"] = {"b64": base64.b64encode(picture.annotated or b"").decode()}
+        return prediction
 
     def _request(self, row: dict[str, Any]) -> Request:
         body = row.get("body")
@@ -186,7 +186,7 @@ class PeopleHandler:
             except (ValueError, KeyError, TypeError):
                 raise RequestError("over gRPC, send the picture's bytes, or JSON with instances, as 'data'") from None
             try:
-                with (self.run_folder / "spool" / name).open("rb", 0) as file:
+                with (self.run_folder.spool / name).open("rb", 0) as file:
                     data = file.read(size)
             except FileNotFoundError:
                 raise RequestError("the front gave this request up before a worker was free", 503) from None
@@ -196,34 +196,44 @@ class PeopleHandler:
         request = parse_request(bytes(row.get("data", b"")), "", "", accept, self.limits)
         return replace(request, parameters=Parameters.parse(texts)) if texts else request
 
-    def _pictures(self, instances: list[Instance]) -> list[bytes | memoryview | RequestError]:
-        """The instances' bytes; those in buckets are read side by side."""
-        remote = [i.uri for i in instances if i.uri]
-        read: dict[str, bytes | RequestError] = {}
-        if remote:
-            with ThreadPoolExecutor(READERS) as pool:
-                read = dict(zip(remote, pool.map(self._read, remote), strict=True))
-        return [
-            instance.error or (read[instance.uri] if instance.uri else instance.data or b"") for instance in instances
-        ]
+    def _read(self, part: list[tuple[Work, Picture]]) -> None:
+        """Fetch the pictures that lie in buckets, side by side."""
+        began = time.perf_counter()
+        remote = [(work, picture, picture.instance.uri) for work, picture in part if picture.instance.uri is not None]
+        if not remote:
+            return
+        uris = list({uri for _, _, uri in remote})
+        with ThreadPoolExecutor(READERS) as pool:
+            read = dict(zip(uris, pool.map(self._read_object, uris), strict=True))
+        for _, picture, uri in remote:
+            content = read[uri]
+            if isinstance(content, RequestError):
+                picture.error = content
+            else:
+                picture.content = content
+        for work in {id(work): work for work, _, _ in remote}.values():
+            work.spend("decode", (time.perf_counter() - began) * 1e3)
 
-    def _read(self, uri: str) -> bytes | RequestError:
+    def _read_object(self, uri: str) -> bytes | RequestError:
         try:
             return read_object(uri, self.limits.request_bytes)
         except StorageError as error:
             return RequestError(str(error), error.code)
         finally:
-            self._sign_of_life()
+            self.run_folder.sign_of_life()
 
-    def _letterbox(self, picture: bytes | memoryview | RequestError, where: str) -> Letterbox | RequestError:
-        if isinstance(picture, RequestError):
-            return picture
+    def _letterbox(self, work: Work, picture: Picture) -> Letterbox | None:
+        if picture.error is not None:
+            return None
+        began = time.perf_counter()
         try:
-            return self.detector.prepare(picture, self.limits)
+            return self.detector.prepare(picture.content, self.limits)
         except PictureError as error:
-            return RequestError(f"{where}{error}")
+            picture.error = error
+            return None
         finally:
-            self._sign_of_life()
+            work.spend("decode", (time.perf_counter() - began) * 1e3)
+            self.run_folder.sign_of_life()
 
     def _guarded(self, row: dict[str, Any]) -> Work:
         try:
@@ -234,19 +244,12 @@ class PeopleHandler:
             logger.exception("decoding failed")
             return Work(error=RequestError("the server failed to read this request", 500))
 
-    def _sign_of_life(self) -> None:
-        self.alive.touch()
-
     def _warm_up(self) -> None:
         for height, width in ((640, 480), (480, 640)):
             noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
             picture = self.detector.prepare(simplejpeg.encode_jpeg(noise), self.limits)
             for _ in range(2):
                 self.detector.count([picture], [Parameters()])
-        # The first sign of life, whole at once: the launcher logs what is in it.
-        told = self.run_folder / f"{os.getpid()}.json"
-        told.write_text(json.dumps({"precision": word(self.detector.precision), "compiled": self.detector.compiled}))
-        told.rename(self.alive)
 
 
 def _json(value: Any) -> bytes:

@@ -12,13 +12,24 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFile, ImageFont
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from serving.contract import Limits
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what is opened at all; each further one is a parser to attack
+# The formats that are opened at all, by their first bytes; each further one is a parser to attack. Image.open is not
+# used, because its limit of pixels holds for a whole process, which may be a program that imports this.
+FORMATS: dict[bytes, type[ImageFile.ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"GIF8": GifImageFile,
+    b"RIFF": WebPImageFile,
+}
 LONGEST_SIDE = 640  # pixels of the letterboxed picture's longer side, as YOLOv5 was trained
 PADDING = 114  # YOLOv5's letterbox grey
 
@@ -34,9 +45,6 @@ _ORIENTATIONS = {
     8: (False, 1),
 }
 _EXIF_ORIENTATION = 0x0112
-
-
-Image.MAX_IMAGE_PIXELS = None  # ours is checked before anything is decoded, and says what to do
 
 
 class PictureError(ValueError):
@@ -160,12 +168,16 @@ def _open(data: bytes | memoryview, max_pixels: int) -> _Opened:
                 orientation = _orientation(_open_with_pillow(data, max_pixels))
             return _Opened(data, None, width, height, orientation)
     image = _open_with_pillow(data, max_pixels)
+    # Before the EXIF is read: that decodes a PNG too, and a picture that could not be decoded raises only once.
+    _load(image)
     return _Opened(data, image, image.width, image.height, _orientation(image))
 
 
 def _open_with_pillow(data: bytes | memoryview, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = next(kind for magic, kind in FORMATS.items() if bytes(data[: len(magic)]) == magic)(io.BytesIO(data))
+    except Image.DecompressionBombError as error:  # Pillow applies its limit to WebP before anybody knows the size
+        raise PictureError(f"the picture is larger than PIL.Image.MAX_IMAGE_PIXELS allows here: {error}") from None
     except Exception:
         raise PictureError(
             "this is not a picture that can be read; send the bytes of a JPEG, PNG, WebP or GIF file"
@@ -189,9 +201,16 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _pillow_pixels(image: Image.Image) -> Pixels:
+def _load(image: Image.Image) -> None:
     try:
         image.load()
+    except Exception as error:
+        raise PictureError(f"the picture is damaged or cut short ({error}); send it again") from None
+
+
+def _pillow_pixels(image: Image.Image) -> Pixels:
+    _load(image)
+    try:
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
             values = np.asarray(image).astype(np.uint32)
             image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
@@ -202,7 +221,7 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
             image.paste(above, mask=above.getchannel("A"))
         return np.asarray(image.convert("RGB"))
     except Exception as error:
-        raise PictureError(f"the picture is damaged or cut short ({error}); send it again") from None
+        raise PictureError(f"the picture cannot be converted to RGB ({error}); send it as JPEG or PNG") from None
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

@@ -4,32 +4,65 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from serving.contract import Limits, Parameters, Request, RequestError
+from serving.contract import Instance, Limits, Parameters, Request, RequestError
 from serving.detector import Count
-from serving.pictures import Letterbox, annotate
+from serving.pictures import PictureError, annotate
+
+
+@dataclass
+class Picture:
+    """One picture of a request, and what was made of it.
+
+    content: its bytes, while they are needed. annotated: a JPEG. error: why it could not be counted.
+    """
+
+    instance: Instance
+    content: bytes | memoryview = b""
+    count: Count | None = None
+    annotated: bytes | None = None
+    error: RequestError | PictureError | None = None
 
 
 @dataclass
 class Work:
-    """A request, what each step made of it, and the milliseconds that took.
+    """A request, its pictures, and the milliseconds that each step took.
 
-    The lists have one entry an instance; an instance that failed has its error there, from the step on where it did.
-    error: the request failed as a whole.
+    pictures: an object of a bucket that the request names several times is one picture. places: for each instance, the
+    index of its picture. error: the request failed as a whole.
     """
 
     request: Request | None = None
-    letterboxes: list[Letterbox | RequestError] = field(default_factory=list)
-    counts: list[Count | RequestError] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     error: RequestError | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: Request) -> Work:
+        work = cls(request)
+        first: dict[str, int] = {}
+        for instance in request.instances:
+            place = len(work.pictures) if instance.uri is None else first.setdefault(instance.uri, len(work.pictures))
+            if place == len(work.pictures):
+                work.pictures.append(Picture(instance, instance.data or b"", error=instance.error))
+            work.places.append(place)
+        return work
 
     @property
     def parameters(self) -> Parameters:
         return self.request.parameters if self.request else Parameters()
 
+    @property
+    def annotated(self) -> bool:
+        """Whether the answer has pictures with boxes."""
+        return self.request is not None and (self.request.picture_wanted or self.parameters.annotate)
+
+    def spend(self, step: str, milliseconds: float) -> None:
+        self.milliseconds[step] = self.milliseconds.get(step, 0) + milliseconds
+
 
 def annotate_count(data: bytes | memoryview, count: Count, parameters: Parameters, limits: Limits) -> bytes:
-    """The picture as JPEG with what was counted drawn on it."""
+    """The picture as JPEG with what was counted drawn on it. Raises PictureError."""
     listed = count.people[: parameters.max_people]
     labels = [f"{person.confidence:.2f}" for person in listed]
     return annotate(data, [p.box for p in listed], labels, parameters.region, limits.max_pixels)

@@ -194,6 +194,7 @@ class Server:
         self.predict = f"{self.url}/predictions/people"
         environment = {
             "HEADCOUNT_WORKERS": "2", "AIP_HTTP_PORT": str(self.port), "HEADCOUNT_GRPC": f"127.0.0.1:{self.grpc}",
+            "HEADCOUNT_GRACE_SECONDS": "0",
         }  # fmt: skip
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

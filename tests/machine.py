@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,18 @@ def engine() -> str | None:
     return shutil.which("pulumi") or shutil.which("pulumi", path=str(ENGINE_HOME))
 
 
+def _no_command(name: str) -> str:
+    return "" if shutil.which(name) else f"there is no command `{name}`"
+
+
+def _no_ipv6() -> str:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _no_compiler() -> str:
     from serving.detector import cpu_flags
 
@@ -139,6 +152,9 @@ PARTS: dict[str, Part] = {
         lambda: "" if shutil.which("crane") else "there is no command `crane`",
     ),
     "engine": Part("Pulumi's command line", "`make up` installs it, or see pulumi.com/docs/install", _no_engine),
+    "ipv6": Part("IPv6 on loopback", "enable it", _no_ipv6),
+    "curl": Part("curl", "install the package curl", lambda: _no_command("curl")),
+    "promtool": Part("Prometheus' promtool", "install the package prometheus", lambda: _no_command("promtool")),
     "compiler": Part("a C++ compiler for AVX2", "install the package g++", _no_compiler),
 }
 

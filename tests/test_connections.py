@@ -69,7 +69,8 @@ def test_a_connection_that_the_server_closed_is_replaced() -> None:
 
     async def later(upstream: Upstream) -> None:
         await twice(upstream)
-        await asyncio.sleep(0.05)  # the client has seen the end
+        while upstream._idle:  # until the client has seen the end
+            await asyncio.sleep(0)
         await twice(upstream)
 
     assert run(serve, later) == 4

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
+import types
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers import ROOT, free_port
+import yolo_checkpoint
+from helpers import ROOT, free_port, instance
 from images import RUN, docker
 from machine import docker_client
 from PIL import Image
@@ -67,41 +71,42 @@ class Container:
 
 
 @pytest.fixture(scope="module")
-def container(serving_image: str, bus: bytes) -> Iterator[tuple[Container, float]]:
-    """A container on two CPUs that counted four, and the seconds until then."""
+def container(serving_image: str, bus: bytes) -> Iterator[Container]:
+    """A container on two CPUs that counted four."""
     one = Container("--cpus", "2")
     try:
         assert one.count(bus) == 4
-        yield one, time.monotonic() - one.began
+        yield one
     finally:
         one.remove()
 
 
-def test_first_good_prediction_within_ten_seconds(container: tuple[Container, float]) -> None:
-    assert container[1] <= 10
-
-
-def test_rest_and_grpc(container: tuple[Container, float], bus: bytes) -> None:
-    one, _ = container
-    assert httpx.get(f"{one.url}/ping").status_code == 200
-    with Client(one.url) as rest, Client(grpc=one.grpc) as remote:
+def test_rest_and_grpc(container: Container, bus: bytes) -> None:
+    assert httpx.get(f"{container.url}/ping").status_code == 200
+    with Client(container.url) as rest, Client(grpc=container.grpc) as remote:
         assert rest.count(bus).count == remote.count(bus).count == 4
 
 
-def test_it_is_nobody_and_can_write_nowhere(container: tuple[Container, float]) -> None:
-    script = "id -u; for d in / /opt/headcount /var /etc /home; do [ -w $d ] && echo $d; done; echo end"
-    uid, *writable = docker("exec", container[0].name, "sh", "-c", script).split()
-    assert uid != "0"
-    assert writable == ["end"]
+def test_it_is_nobody_who_owns_nothing(serving_image: str) -> None:
+    """The image's own permissions: not on a read-only file system, where nobody can write."""
+    script = """
+    id -u
+    find / -xdev -path /proc -prune -o -path /sys -prune -o -type l -o -writable -print 2>/dev/null
+    true
+    """
+    uid, *writable = docker("run", "--rm", "--entrypoint", "sh", serving_image, "-c", script).split()
+    assert uid == "65532"
+    beside_temporary = [path for path in writable if not path.startswith(("/tmp", "/var/tmp", "/dev", "/run/lock"))]
+    assert beside_temporary == []
 
 
-def test_there_is_no_compiler(container: tuple[Container, float]) -> None:
+def test_there_is_no_compiler(container: Container) -> None:
     script = """
     for c in gcc g++ cc c++ clang ld as make; do command -v $c; done
     find / -xdev '(' -name 'cc1*' -o -name ptxas ')' 2>/dev/null
     echo end
     """
-    assert docker("exec", container[0].name, "sh", "-c", script) == "end"
+    assert docker("exec", container.name, "sh", "-c", script) == "end"
 
 
 def test_labels_say_what_it_is(serving_image: str) -> None:
@@ -111,23 +116,21 @@ def test_labels_say_what_it_is(serving_image: str) -> None:
 
 
 @pytest.mark.skipif("avx2" not in cpu_flags(), reason="compiled for x86-64-v3 or better")
-def test_the_compiled_network_is_used(container: tuple[Container, float]) -> None:
-    ready = next(line for line in container[0].log_lines() if line["message"] == "ready")
+def test_the_compiled_network_is_used(container: Container) -> None:
+    ready = next(line for line in container.log_lines() if line["message"] == "ready")
     bfloat16 = {"avx512_bf16", "amx_bf16"} & cpu_flags()
     assert ready["compiled"] is True
     assert ready["precision"] == ("bfloat16" if bfloat16 else "float32")
     assert ready["workers"] == 2
 
 
-def test_one_cpu_has_one_worker_and_stops_at_once(serving_image: str, bus: bytes) -> None:
+def test_one_cpu_has_one_worker_and_it_stops_in_time(serving_image: str, bus: bytes) -> None:
     one = Container("--cpus", "1")
     try:
         assert one.count(bus) == 4
         assert next(line for line in one.log_lines() if line["message"] == "ready")["workers"] == 1
-        began = time.monotonic()
-        docker("stop", "--time", "20", one.name)
-        assert time.monotonic() - began < 10
-        assert one.exit_code() == 0
+        docker("stop", "--time", "10", one.name)  # as long as Vertex AI waits
+        assert one.exit_code() == 0, "it was not killed"
     finally:
         one.remove()
 
@@ -194,3 +197,35 @@ def test_the_readme_s_docker_line_serves(serving_image: str, bus: bytes) -> None
     finally:
         docker("rm", "-f", name, check=False)
         typed.wait(20)
+
+
+def test_google_s_own_harness_serves_it(serving_image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LocalModel runs an image as Vertex AI does: routes, port, and a folder of artifacts."""
+    # Google's package imports FastAPI and parts of Starlette for a model server of its own, which is not used here.
+    importlib.import_module("starlette.datastructures")
+    fastapi = types.ModuleType("fastapi")
+    fastapi.__dict__.update(HTTPException=Exception, Request=object, Response=object)
+    monkeypatch.setitem(sys.modules, "fastapi", fastapi)
+    from google.cloud.aiplatform.prediction import LocalModel
+
+    yolo_checkpoint.write(tmp_path / "own.pt", yolo_checkpoint.make_seeing(["cat", "person"], "person"))
+    model = LocalModel(
+        serving_container_image_uri=serving_image,
+        serving_container_predict_route="/v1/people",
+        serving_container_health_route="/v1/health",
+        serving_container_ports=[8123],
+    )
+    endpoint: Any = model.deploy_to_local_endpoint(artifact_uri=str(tmp_path), container_ready_timeout=120)
+    try:
+        endpoint.serve()
+        assert endpoint.run_health_check().json() == {"status": "Healthy"}
+        instances = {"instances": [instance(yolo_checkpoint.squares(n)) for n in (3, 0, 9)]}
+        answer = endpoint.predict(json.dumps(instances), headers={"Content-Type": "application/json"})
+        assert [prediction["count"] for prediction in answer.json()["predictions"]] == [3, 0, 9]
+        assert answer.json()["predictions"][0]["model"]["name"] == "own"
+        assert endpoint.predict(yolo_checkpoint.squares(5)).json()["count"] == 5
+    finally:
+        if endpoint.container is not None:
+            endpoint.container.remove(force=True)
+            endpoint.container.client.close()
+            endpoint.container = None  # its __del__ would stop it once more

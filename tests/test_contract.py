@@ -8,8 +8,9 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapely import Polygon
 
 from serving.contract import Limits, Parameters, Request, RequestError, parse_request, setting
 
@@ -39,6 +40,8 @@ def b64(data: bytes) -> dict[str, Any]:
         ("region", {"x": 1}, "a list of at least three points"), ("region", [[0, 0, 0]] * 3, "at least three points"),
         ("region", [[0, 0], [1, 0], [1, 1.5]], "region's y"), ("region", [[0, 0], [math.inf, 0], [1, 1]], "region's x"),
         ("region", [[0, 0], [1, 1], [1, 0], [0, 1]], "crosses itself: side 1 meets side 3"),
+        ("region", [[0, 0], [1, 0], [0.5, 0], [0.5, 1]], "crosses itself: side 1 meets side 2"),
+        ("region", [[0.5, 0], [0.5, 1], [0, 0], [1, 0]], "crosses itself: side 1 meets side 3"),
         ("region", [[0, 0], [0.5, 0.5], [1, 1]], "no area"), ("region", [[0.5, 0.5]] * 101, "at most 100"),
     ],
 )  # fmt: skip
@@ -97,6 +100,24 @@ def test_a_region_that_crosses_itself_is_refused(points: list[tuple[float, float
     convex[i], convex[i + 1] = convex[i + 1], convex[i]
     with pytest.raises(RequestError, match="crosses itself"):
         Parameters.parse({"region": convex})
+
+
+GRID = st.tuples(*[st.integers(0, 8).map(lambda i: i / 8)] * 2)  # exact in binary, and often on one line
+
+
+@settings(max_examples=500)
+@given(st.lists(GRID, min_size=3, max_size=7))
+def test_a_region_is_accepted_where_shapely_calls_it_valid(points: list[tuple[float, float]]) -> None:
+    try:
+        region = Parameters.parse({"region": points}).region
+    except RequestError:
+        region = None
+    assert (region is not None) == Polygon(points).is_valid
+    assert region is None or Polygon(region).equals(Polygon(points))
+
+
+def test_a_region_may_be_closed_as_geojson_closes_it() -> None:
+    assert Parameters.parse({"region": [*SQUARE, SQUARE[0]]}) == Parameters.parse({"region": SQUARE})
 
 
 ANYTHING = st.recursive(

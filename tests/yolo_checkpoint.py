@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from helpers import encode
+from PIL import Image
 from torch import nn
 
 
@@ -82,15 +86,73 @@ def make(names: list[str], era: str = "v7.0", extra: Any = None, strange_layer: 
     }
 
 
+def make_seeing(names: list[str], seen: str, era: str = "v7.0") -> dict[str, Any]:
+    """A checkpoint whose network sees white squares on black, as instances of the class `seen`.
+
+    Every convolution passes the mean brightness of its centre on in one channel; the head's first anchor fires at the
+    first level wherever it is bright.
+    """
+    checkpoint = make(names, era)
+    model = checkpoint["model"].float()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.zero_()
+    layers = model.model
+    layers[0].conv.weight.data[0, :, 2:4, 2:4] = 8 / 12  # SiLU leaves 8 nearly as it is
+    for layer in (1, 2):
+        layers[layer].conv.weight.data[0, 0, 1:3, 1:3] = 1 / 4
+    for conv in (layers[3].cv1, layers[3].cv3):
+        conv.conv.weight.data[0, 0] = 1
+    layers[8].conv.weight.data[0, 16] = 1  # the second half of what Concat joins: layer 3
+    detect, outputs = layers[9], 5 + len(names)
+    for level, head in enumerate(detect.m):
+        bias = torch.zeros(3, outputs)
+        bias[:, 4] = -16
+        bias[:, 5:] = -10
+        bias[:, 5 + names.index(seen)] = 10
+        head.bias.data = bias.flatten()
+        if level == 0:
+            head.weight.data[4, 0] = 4  # objectness of the first anchor
+    detect.anchors[:] = 8  # cells of the first level: 64 pixels
+    return {**checkpoint, "model": model.half()}
+
+
+def centre(i: int) -> tuple[float, float]:
+    """The centre of a square in a picture of 640 pixels."""
+    return 88 + i % 3 * 200, 88 + i // 3 * 200
+
+
+def squares(count: int, size: int = 640) -> bytes:
+    """A picture with up to nine white squares on black, which make_seeing() counts at any size."""
+    pixels = np.zeros((640, 640), np.uint8)
+    for x, y in map(centre, range(count)):
+        pixels[int(y) - 8 : int(y) + 8, int(x) - 8 : int(x) + 8] = 255
+    return encode(Image.fromarray(pixels).convert("RGB").resize((size, size)))
+
+
 def save(path: Path, *arguments: Any, **options: Any) -> Path:
-    """Write a checkpoint as YOLOv5 does, its modules importable only meanwhile."""
+    """Write a checkpoint of make() as YOLOv5 does."""
+    return write(path, make(*arguments, **options))
+
+
+def write(path: Path, checkpoint: dict[str, Any]) -> Path:
+    """Write a checkpoint as YOLOv5 does."""
+    with importable():
+        torch.save(checkpoint, path)
+    return path
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """YOLOv5's modules can be imported meanwhile."""
     modules = {name: types.ModuleType(name) for name in ("models", "models.yolo", "models.common")}
     for kind in CLASSES.values():
         setattr(modules[kind.__module__], kind.__name__, kind)
     sys.modules.update(modules)
     try:
-        torch.save(make(*arguments, **options), path)
+        yield
     finally:
         for name in modules:
             del sys.modules[name]
-    return path

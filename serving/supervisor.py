@@ -1,0 +1,161 @@
+"""Starts TorchServe and the front, watches both, and ends both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from serving import connections
+from serving.front import Front, Settings
+from serving.logs import log
+from serving.run_folder import RunFolder
+from serving.storage import StorageError, download_checkpoint
+from serving.torchserve import Plan, StartError, TorchServe, listen
+
+START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
+DRAIN_SECONDS = 5  # for the requests that are left after the grace; Vertex AI kills 10 s after SIGTERM
+FETCH_PAUSES = (1, 3, 9, None)  # seconds between attempts to fetch the model
+CLOSE_SECONDS = 1  # for connections to send the rest of their answers
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to start. checkpoint: folder with the weights to use instead of the archive's, local or gs://.
+
+    sample: a picture for the line that is printed for people. grace: seconds after SIGTERM in which requests are taken.
+    """
+
+    host: str
+    port: int
+    front: Settings
+    torchserve: Plan
+    checkpoint: str = ""
+    sample: str = ""
+    grace: float = 3
+
+
+class Supervisor:
+    """Runs both and stops both.
+
+    SIGTERM: /ping answers 503 at once, so that a load balancer looks for another server; requests are taken for the
+    grace, because it takes a while until it has; then they are refused, and those in flight are finished. SIGINT is
+    somebody at a terminal: no grace, and the second one waits for nothing.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.folder: RunFolder = options.torchserve.folder
+        self.torchserve: TorchServe | None = None
+        self.ready, self.url = False, ""
+        self._stop, self._grace_over, self._at_once = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or Ctrl-C. Raises StartError, StorageError and OSError."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        public = listen(self.options.host, self.options.port)
+        host = f"[{self.options.host.strip('[]')}]" if ":" in self.options.host else self.options.host
+        self.url = f"http://{host}:{public.getsockname()[1]}"
+        log("starting", url=self.url, grpc=self.options.torchserve.grpc)
+        front = Front(self.options.front)
+        server = connections.server(front)
+        serving = asyncio.create_task(server.serve([public]))
+        watching = asyncio.create_task(self._serve_model(front))
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait((serving, watching, stopping), return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()  # raises what ended it
+            await self._finish(front, watching)
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+            if self.torchserve is not None:
+                self.torchserve.end()  # requests that did not end in time are answered 503 now
+            server.should_exit = True
+            await asyncio.wait([serving], timeout=CLOSE_SECONDS)
+            server.force_exit = True
+            front.close()
+
+    def _interrupt(self) -> None:
+        if self._grace_over.is_set():
+            self._at_once.set()
+        self._stop.set()
+        self._grace_over.set()
+
+    async def _finish(self, front: Front, watching: asyncio.Task[None]) -> None:
+        """Let others notice that this server leaves, and finish the requests that it has."""
+        front.leaving = True
+        log("leaving", open_requests=front.open)
+        if self.ready:  # else there was nothing to send a request for
+            grace = asyncio.create_task(self._grace_over.wait())
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait((grace, watching), timeout=self.options.grace, return_when=first)
+            grace.cancel()
+        front.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._until_quiet(front), DRAIN_SECONDS)
+
+    async def _until_quiet(self, front: Front) -> None:
+        """Wait for requests in flight. The front does not know of those over gRPC, so their workers say it."""
+        quiet = 0
+        while quiet < 5 and not self._at_once.is_set() and self.torchserve is not None and self.torchserve.running():
+            # Between two requests over gRPC no worker is busy for a moment, hence several looks.
+            quiet = 0 if front.open or self.folder.answers_grpc() else quiet + 1
+            await asyncio.sleep(0.02)
+
+    async def _serve_model(self, front: Front) -> None:
+        """Start TorchServe and keep the sign of life fresh; return never. Raises StartError when there is nothing
+        left to serve with, and StorageError."""
+        self.torchserve = self.options.torchserve.start(await self._checkpoint())
+        began = time.monotonic()
+        picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
+        probes: set[asyncio.Task[None]] = set()
+        workers = self.options.torchserve.workers
+        while True:
+            if not self.torchserve.running():
+                raise StartError(f"TorchServe ended by itself with status {self.torchserve.end()}")
+            if front.healthy() and not self.ready:
+                self.ready = True
+                self._report(time.monotonic() - began)
+            elif not self.ready and time.monotonic() > began + START_SECONDS:
+                raise StartError(f"no worker was ready within {START_SECONDS} s; the log above says why")
+            if reason := self.folder.failure():
+                if not self.ready:
+                    raise StartError(reason)
+                log("a worker could not be set up again", logging.ERROR, reason=reason)
+            # One a worker: a stuck worker keeps one of them, and the next must find a worker that is not.
+            probes = {probe for probe in probes if not probe.done()}
+            if self.ready and len(probes) < workers:
+                probes.add(asyncio.create_task(front.probe(picture)))
+            await asyncio.sleep(front.settings.stuck_seconds / 10 if self.ready else 0.1)
+
+    async def _checkpoint(self) -> Path | None:
+        """The weights to use instead of the archive's. A failure that may pass does not end the start at once: on
+        Vertex AI it would be the end of a deployment that took twenty minutes."""
+        for pause in FETCH_PAUSES if self.options.checkpoint else ():
+            log("fetching the model", uri=self.options.checkpoint)
+            try:
+                return await asyncio.to_thread(download_checkpoint, self.options.checkpoint, self.folder.path)
+            except StorageError as error:
+                if error.code != 503 or pause is None:
+                    raise
+                log("the model could not be fetched, trying again", logging.WARNING, reason=str(error))
+                await asyncio.sleep(pause)
+        return None
+
+    def _report(self, seconds: float) -> None:
+        workers, sample, facts = self.options.torchserve.workers, self.options.sample, self.folder.worker_facts()
+        log("ready", seconds=round(seconds, 1), workers=workers, url=self.url, sample=sample, **facts)
+
+
+__all__ = ["Options", "StartError", "Supervisor"]
