@@ -1,4 +1,4 @@
-"""IAM: service accounts, and the policies of every resource that has one.
+"""IAM: service accounts, custom roles, and the policies of every resource that has one.
 
 https://cloud.google.com/iam/docs/reference/rest/v1/projects.serviceAccounts
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 from sandbox import clock
 from sandbox.context import Call, Cloud
-from sandbox.conventions import cut
-from sandbox.errors import GoogleError, invalid, not_found
+from sandbox.conventions import cut, update_mask
+from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.store import JSON
 
 ACCOUNT_ID = re.compile(r"[a-z](?:[-a-z0-9]{4,28}[a-z0-9])")
@@ -57,6 +57,8 @@ def set_policy(
         role = binding.get("role", "")
         if not re.fullmatch(r"(roles|(projects|organizations)/[^/]+/roles)/[\w.]+", role):
             raise invalid(f"Role {role or '(empty)'} is not supported for this resource.")
+        if role.startswith("projects/") and (cloud.store.get("role", role) or {"deleted": True}).get("deleted"):
+            raise invalid(f"Role ({role}) does not exist in the resource's hierarchy.")
         for member in binding.get("members", []):
             _check_member(cloud, member)
         if binding.get("members"):
@@ -251,7 +253,77 @@ async def delete(call: Call) -> JSON:
     return {}
 
 
+# ---------------------------------------------------------------------------------------- custom roles
+
+
+def _find_role(call: Call) -> JSON:
+    if role := call.cloud.store.get("role", call.name):
+        return role
+    raise not_found(f"The role named {call.name} was not found.")
+
+
+def _save_role(call: Call, role: JSON) -> JSON:
+    """Stores a role with a new etag, and returns it."""
+    role["etag"] = _new_etag()
+    with call.cloud.store.transaction():
+        call.cloud.store.put("role", role["name"], role)
+    return role
+
+
+async def create_role(call: Call) -> JSON:
+    role_id, given = call.body.get("roleId", ""), call.body.get("role", {})
+    if not re.fullmatch(r"[a-zA-Z0-9_.]{3,64}", role_id):
+        raise invalid(f'The role_id "{role_id}" must be 3 to 64 of a-z, A-Z, 0-9, _ and the full stop.')
+    name = f"projects/{call.project}/roles/{role_id}"
+    if held := call.cloud.store.get("role", name):
+        if held.get("deleted"):
+            raise precondition(f"You can't create a role_id ({role_id}) which has been marked for deletion.")
+        raise GoogleError("ALREADY_EXISTS", f"A role named {role_id} in projects/{call.project} already exists.")
+    return _save_role(call, {"stage": "ALPHA"} | given | {"name": name})
+
+
+async def get_role(call: Call) -> JSON:
+    return _find_role(call)
+
+
+async def list_roles(call: Call) -> JSON:
+    of_project = f"projects/{call.project}/roles/"
+    shown = [r for name, r in call.cloud.store.list("role") if name.startswith(of_project)]
+    if call.query.get("showDeleted") != "true":
+        shown = [r for r in shown if not r.get("deleted")]
+    if call.query.get("view") != "FULL":
+        shown = [{k: v for k, v in r.items() if k != "includedPermissions"} for r in shown]
+    return cut(call, "roles", shown, usual=300, most=1000)
+
+
+async def patch_role(call: Call) -> JSON:
+    role = _find_role(call)
+    if (sent := call.body.get("etag")) and sent != role["etag"]:
+        raise GoogleError("ABORTED", "There were concurrent role changes. Please retry the whole read-modify-write.")
+    changed = update_mask(call.query) if call.query.get("updateMask") else [*call.body]
+    changes = {f: call.body[f] for f in changed if f in call.body and f not in ("name", "etag")}
+    return _save_role(call, {k: v for k, v in role.items() if k not in changed} | changes | {"name": call.name})
+
+
+async def delete_role(call: Call) -> JSON:
+    """Marks a role as deleted. Google keeps its id for 44 days, during which it can be undeleted and not created."""
+    return _save_role(call, _find_role(call) | {"deleted": True})
+
+
+async def undelete_role(call: Call) -> JSON:
+    role = _find_role(call)
+    if not role.pop("deleted", False):
+        raise precondition(f"The role named {call.name} is not deleted.")
+    return _save_role(call, role)
+
+
 METHODS = {
+    "iam.projects.roles.create": create_role,
+    "iam.projects.roles.get": get_role,
+    "iam.projects.roles.list": list_roles,
+    "iam.projects.roles.patch": patch_role,
+    "iam.projects.roles.delete": delete_role,
+    "iam.projects.roles.undelete": undelete_role,
     "iam.projects.serviceAccounts.create": create,
     "iam.projects.serviceAccounts.get": get,
     "iam.projects.serviceAccounts.list": list_,

@@ -14,6 +14,7 @@ from sandbox.clock import now
 from sandbox.context import Call, Cloud
 from sandbox.conventions import check_display_name, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
+from sandbox.iam import policy_methods
 from sandbox.operations import Kind
 from sandbox.serving import Serving, serving
 from sandbox.store import JSON
@@ -261,6 +262,7 @@ def _delete_kind(cloud: Cloud) -> Kind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
             cloud.store.delete("endpoint", operation["target"])
+            cloud.store.delete("policy", operation["target"])
             return {}
 
         return finish
@@ -275,4 +277,4 @@ def kinds(cloud: Cloud) -> dict[str, Kind]:
 METHODS = {
     f"aiplatform.projects.locations.endpoints.{name}": handler
     for name, handler in {"create": create, "get": get, "list": list_, "patch": patch, "delete": delete}.items()
-}
+} | policy_methods("aiplatform.projects.locations.endpoints", lambda call: find(call.cloud, call.name))

@@ -47,6 +47,12 @@ def number(projects: Any, project: str) -> str:
     return str(projects.get(projectId=project).execute()["projectNumber"])
 
 
+@pytest.fixture
+def roles(stub_sandbox: RunningSandbox) -> Iterator[Any]:
+    with service(stub_sandbox, "iam", "v1") as client:
+        yield client.projects().roles()
+
+
 def make_account(accounts: Any, project: str, name: str = "serving") -> Any:
     return accounts.create(name=f"projects/{project}", body={"accountId": name}).execute()
 
@@ -389,7 +395,7 @@ def test_compute_lists_regions(stub_sandbox: RunningSandbox, project: str) -> No
     [
         ("GET", "compute/v1/projects/p/zones", "compute.zones.list"),
         ("POST", "storage/v1/b/x/lockRetentionPolicy", "storage.buckets.lockRetentionPolicy"),
-        ("GET", "iam/v1/projects/p/roles", "iam.projects.roles.list"),
+        ("GET", "iam/v1/roles", "iam.roles.list"),
         ("GET", "cloudresourcemanager/v3/folders", "cloudresourcemanager.folders.list"),
         ("GET", "artifactregistry/v1/projects/p/locations/l", "artifactregistry.projects.locations.get"),
     ],
@@ -398,3 +404,54 @@ def test_what_is_not_implemented_says_so(stub_sandbox: RunningSandbox, http: str
     answer = httpx.request(http, f"{stub_sandbox.url}/{path}", trust_env=False)
     assert answer.status_code == 501
     assert f"does not implement {method}" in answer.json()["error"]["message"]
+
+
+# ------------------------------------------------------------------------------ custom roles and endpoints
+
+PREDICTOR = {"title": "Predictor", "includedPermissions": ["aiplatform.endpoints.predict"], "stage": "GA"}
+
+
+def test_a_custom_role_can_be_changed_deleted_and_undeleted(roles: Any, project: str) -> None:
+    parent, name = f"projects/{project}", f"projects/{project}/roles/predictor"
+    made = roles.create(parent=parent, body={"roleId": "predictor", "role": PREDICTOR}).execute()
+    assert made == PREDICTOR | {"name": name, "etag": made["etag"]}
+    renamed = roles.patch(name=name, updateMask="title", body={"title": "Asks", "stage": "BETA"}).execute()
+    assert (renamed["title"], renamed["stage"]) == ("Asks", "GA")
+    with pytest.raises(HttpError, match="concurrent"):
+        roles.patch(name=name, body={"title": "x", "etag": made["etag"]}).execute()
+    with pytest.raises(HttpError, match="already exists"):
+        roles.create(parent=parent, body={"roleId": "predictor", "role": PREDICTOR}).execute()
+    assert set(roles.list(parent=parent).execute()["roles"][0]) == {"title", "stage", "name", "etag"}
+    assert roles.delete(name=name).execute()["deleted"]
+    assert roles.list(parent=parent).execute() == {}
+    with pytest.raises(HttpError, match="marked for deletion"):
+        roles.create(parent=parent, body={"roleId": "predictor", "role": PREDICTOR}).execute()
+    assert "deleted" not in roles.undelete(name=name, body={}).execute()
+    assert roles.get(name=name).execute()["title"] == "Asks"
+    with pytest.raises(HttpError, match="was not found"):
+        roles.get(name=name + "s").execute()
+
+
+def test_who_may_predict_is_granted_on_an_endpoint_alone(
+    stub_sandbox: RunningSandbox, roles: Any, project: str
+) -> None:
+    parent, member = f"projects/{project}/locations/europe-west4", "user:analyst@example.com"
+    role = f"projects/{project}/roles/predictor"
+    with service(stub_sandbox, "aiplatform", "v1beta1") as client:
+        endpoints = client.projects().locations().endpoints()
+        wanted = {"policy": {"bindings": [{"role": role, "members": [member]}]}}
+        with pytest.raises(HttpError, match="is not found"):
+            endpoints.getIamPolicy(resource=f"{parent}/endpoints/people").execute()
+        endpoints.create(parent=parent, endpointId="people", body={"displayName": "people"}).execute()
+        with pytest.raises(HttpError, match="does not exist in the resource's hierarchy"):
+            endpoints.setIamPolicy(resource=f"{parent}/endpoints/people", body=wanted).execute()
+        roles.create(parent=f"projects/{project}", body={"roleId": "predictor", "role": PREDICTOR}).execute()
+        endpoints.setIamPolicy(resource=f"{parent}/endpoints/people", body=wanted).execute()
+        policy = endpoints.getIamPolicy(resource=f"{parent}/endpoints/people").execute()
+        assert policy["bindings"] == wanted["policy"]["bindings"]
+
+
+def test_a_projects_number_is_listed_by_its_id(projects: Any, project: str, number: str) -> None:
+    assert projects.list(filter=f"id:{project}").execute()["projects"][0]["projectNumber"] == number
+    with pytest.raises(HttpError, match="does not implement listing projects"):
+        projects.list(filter="name:x").execute()
