@@ -29,6 +29,7 @@ class Api:
     probe: str
 
 
+RESOURCE_MANAGER: Final = "https://cloudresourcemanager.googleapis.com/v1/"
 # Service Usage and Resource Manager, which enable and describe the others, have to be there first.
 APIS: Final = (
     Api(
@@ -99,13 +100,44 @@ async def until_usable(
         pause = min(pause * 1.5, 10)
 
 
-def _disabled_for(url: str, token: str) -> str | None:
-    """The consumer project for which Google answers that the API is disabled, "" if it names none; else None."""
+async def project_number(project: str, token: str) -> str:
+    """Returns the number of a project, as Google's host names have it. Raises pulumi.RunError.
+
+    The google provider's function for one project reads the billing account too, for which a deployer needs no role
+    otherwise; its function for many ignores the address that is set for Resource Manager.
+    https://cloud.google.com/resource-manager/reference/rest/v1/projects/get
+    """
+    base = pulumi.Config("gcp").get("resourceManagerCustomEndpoint") or RESOURCE_MANAGER
+
+    def ask() -> str:
+        try:
+            with _get(f"{base}projects/{project}", token) as answer:
+                return str(json.load(answer)["projectNumber"])
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+        except OSError as error:
+            text = str(error)
+        raise pulumi.RunError(
+            f"Google does not tell the number of project {project}. The id of the project has to be right, the "
+            "credentials need resourcemanager.projects.get (role Viewer), and the API has to be enabled:\n"
+            f"    gcloud services enable cloudresourcemanager.googleapis.com --project {project}\n{text}"
+        )
+
+    return await asyncio.to_thread(ask)
+
+
+def _get(url: str, token: str) -> Any:
+    """The response to a GET, as urllib's. Raises OSError."""
     headers = {"Authorization": f"Bearer {token}"}
     if quota := _quota_project():
         headers["x-goog-user-project"] = quota
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+
+
+def _disabled_for(url: str, token: str) -> str | None:
+    """The consumer project for which Google answers that the API is disabled, "" if it names none; else None."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30):
+        with _get(url, token):
             return None
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")

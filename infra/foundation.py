@@ -5,7 +5,7 @@ from typing import Final
 import pulumi
 import pulumi_gcp as gcp
 
-from infra.apis import APIS, SCANNING, Api, until_usable
+from infra.apis import APIS, SCANNING, Api, project_number, until_usable
 from infra.settings import Settings
 
 READER: Final = "roles/artifactregistry.reader"
@@ -28,9 +28,8 @@ class Foundation(pulumi.ComponentResource):
         self._settings = settings
         self._parent = pulumi.ResourceOptions(parent=self)
         self._token = gcp.organizations.get_client_config_output().access_token
-        #: The project's number, as Google's host names have it. Listed, because reading one project reads its billing
-        #: account too, for which a deployer needs no role otherwise.
-        self.project_number = gcp.projects.get_project_output(filter=f"id:{settings.project}").projects[0].number
+        #: The project's number, as Google's host names have it.
+        self.project_number: pulumi.Output[str] = self._token.apply(lambda token: project_number(settings.project, token))
         apis = (*APIS, SCANNING) if settings.scan_images else APIS
         self._usable = {api.service: self._enable(api) for api in apis}
         #: Vertex AI's service agent, which pulls the images. It exists as soon as this resource does.

@@ -103,3 +103,27 @@ def test_the_sandbox_refuses_as_google_does() -> None:
         url = f"{running.url}/v1/{LOCATION}/endpoints?pageSize=1"
         with pytest.raises(pulumi.RunError, match=r"Run `pulumi up` again|is not the project"):
             asyncio.run(apis.until_usable(SERVICE, url, "token", ("a-project", "0"), seconds=0))
+
+
+def test_the_number_of_a_project_is_read_without_its_billing_account(
+    stub_sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = f"{stub_sandbox.url}/cloudresourcemanager/v1/"
+    monkeypatch.setenv("PULUMI_CONFIG", json.dumps({"gcp:resourceManagerCustomEndpoint": base}))
+    monkeypatch.setattr(apis, "_quota_project", lambda: None)
+    stub_sandbox.admin("DELETE", "requests")
+    number = asyncio.run(apis.project_number("my-project", "token"))
+    assert number.isdigit()
+    assert [r["method"] for r in stub_sandbox.requests()] == ["cloudresourcemanager.projects.get"]
+
+
+def test_a_project_that_google_does_not_show_is_said_with_the_repair(
+    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PULUMI_CONFIG", json.dumps({"gcp:resourceManagerCustomEndpoint": httpserver.url_for("/")}))
+    monkeypatch.setattr(apis, "_quota_project", lambda: None)
+    httpserver.expect_request("/projects/my-project").respond_with_data("no such project", 403)
+    with pytest.raises(
+        pulumi.RunError, match=r"(?s)enable cloudresourcemanager.*--project my-project.*no such project"
+    ):
+        asyncio.run(apis.project_number("my-project", "token"))

@@ -55,7 +55,6 @@ class Recorder(pulumi.runtime.Mocks):
     def call(self, args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
         answers: dict[str, dict[Any, Any]] = {
             "gcp:organizations/getClientConfig:getClientConfig": {"accessToken": "ya29.token"},
-            "gcp:projects/getProject:getProject": {"projects": [{"projectId": "my-project", "number": "42"}]},
             "gcp:storage/getProjectServiceAccount:getProjectServiceAccount": {
                 "emailAddress": "service-42@gs-project-accounts.iam.gserviceaccount.com"
             },
@@ -96,7 +95,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     async def usable(service: str, *_: object) -> None:
         waited.append(service)
 
+    async def number(*_: object) -> str:
+        return "42"
+
     monkeypatch.setattr("infra.foundation.until_usable", usable)
+    monkeypatch.setattr("infra.foundation.project_number", number)
     monkeypatch.setattr(image, "fetch_weights", lambda root, weights: weights)
     monkeypatch.setattr(image, "torch_source", lambda root, say: "cpu")
     monkeypatch.setattr(image, "stage", lambda root, to, weights: "0123456789abcdef")

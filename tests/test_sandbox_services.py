@@ -449,9 +449,3 @@ def test_who_may_predict_is_granted_on_an_endpoint_alone(
         endpoints.setIamPolicy(resource=f"{parent}/endpoints/people", body=wanted).execute()
         policy = endpoints.getIamPolicy(resource=f"{parent}/endpoints/people").execute()
         assert policy["bindings"] == wanted["policy"]["bindings"]
-
-
-def test_a_projects_number_is_listed_by_its_id(projects: Any, project: str, number: str) -> None:
-    assert projects.list(filter=f"id:{project}").execute()["projects"][0]["projectNumber"] == number
-    with pytest.raises(HttpError, match="does not implement listing projects"):
-        projects.list(filter="name:x").execute()
