@@ -29,7 +29,9 @@ class Foundation(pulumi.ComponentResource):
         self._parent = pulumi.ResourceOptions(parent=self)
         self._token = gcp.organizations.get_client_config_output().access_token
         #: The project's number, as Google's host names have it.
-        self.project_number: pulumi.Output[str] = self._token.apply(lambda token: project_number(settings.project, token))
+        self.project_number: pulumi.Output[str] = self._token.apply(
+            lambda token: project_number(settings.project, token)
+        )
         apis = (*APIS, SCANNING) if settings.scan_images else APIS
         self._usable = {api.service: self._enable(api) for api in apis}
         #: Vertex AI's service agent, which pulls the images. It exists as soon as this resource does.

@@ -104,8 +104,8 @@ def test_a_picture_over_the_limit_is_sent_smaller_and_says_so(stack: HTTPServer,
     assert "the endpoint takes 0.2 MB a request" in run.stderr
     assert "small.jpg" not in run.stderr
     assert all(len(request.data) <= LIMIT for request, _ in stack.log)
-    drawn = Image.open(pictures / "out" / "large.counted.jpg")
-    assert drawn.size == (1200, 900), "the original, drawn on here"
+    with Image.open(pictures / "out" / "large.counted.jpg") as drawn:
+        assert drawn.size == (1200, 900), "the original, drawn on here"
 
 
 def test_parameters_reach_the_endpoint(stack: HTTPServer, pictures: Path) -> None:

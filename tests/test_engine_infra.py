@@ -314,9 +314,7 @@ def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deplo
 def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(deployed: Project) -> None:
     proved = deployed.outputs()
     config = deployed.stack_file + (
-        "  headcount:production: true\n"
-        "  headcount:releases: {}\n"
-        f"  headcount:imageSource: {proved['repository']}\n"
+        f"  headcount:production: true\n  headcount:releases: {{}}\n  headcount:imageSource: {proved['repository']}\n"
     )
     lines = [line for line in config.splitlines(True) if not line.startswith(("encryptionsalt", "#"))]
     (deployed.folder / "Pulumi.prod.yaml").write_text("".join(lines))

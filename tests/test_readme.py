@@ -55,7 +55,8 @@ def test_curl_lines_answer_as_shown(server: Server, folder: Path) -> None:
     shown = re.search(r'\{"count":4,"people":\[\{"box":\[', README)
     assert shown
     assert said[0].startswith(shown[0])
-    assert Image.open(folder / "counted.jpg").format == "JPEG"
+    with Image.open(folder / "counted.jpg") as drawn:
+        assert drawn.format == "JPEG"
 
 
 def test_command_lines_count_as_shown(server: Server, folder: Path) -> None:
