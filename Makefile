@@ -20,7 +20,7 @@ COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 
-.PHONY: help serve test check lint samples install test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help serve test check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ samples: .venv/.dev $(CHECKPOINT) # without them the tests say which ones did no
 	@$(BIN)/python -m headcount.data bus.jpg zidane.jpg coco128 > /dev/null || true
 
 install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; then: source .venv/bin/activate
+
+coverage: lint samples ## the fast tests, and the lines that they do not reach
+	$(BIN)/pytest -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
 	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)

@@ -129,8 +129,8 @@ class Plugin:
     def close(self) -> None:
         if self._channel:
             self._channel.close()
-        self.process.kill()
-        _, errors = self.process.communicate(timeout=10)
+        self.process.terminate()  # not killed, because a process that measures coverage writes its figures now
+        _, errors = self.process.communicate(timeout=60)
         self._server.stop(None)
         assert "Traceback" not in errors, errors
 
