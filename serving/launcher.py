@@ -68,12 +68,12 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
     """What to start, from the command line and the environment. Raises StartError and ValueError."""
     from serving.capacity import available_cpus, available_memory, gpus, workers_that_fit
     from serving.contract import PREDICT_ROUTE, Limits, setting
-    from serving.front import Settings
+    from serving.front import FrontSettings
     from serving.supervisor import Options, StartError
     from serving.torchserve import Plan, free_ports
 
     limits = Limits.from_environment()  # the workers read it; a mistake there is better known now
-    spool_bytes = setting("HEADCOUNT_SPOOL_BYTES", Settings.spool_bytes)
+    spool_bytes = setting("HEADCOUNT_SPOOL_BYTES", FrontSettings.spool_bytes)
     if spool_bytes < limits.request_bytes:
         raise ValueError(
             f"HEADCOUNT_SPOOL_BYTES is {spool_bytes}, less than one request of HEADCOUNT_MAX_REQUEST_BYTES "
@@ -81,8 +81,8 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
         )
     fitting = workers_that_fit(available_cpus(), available_memory(), gpus(), spool_bytes)
     workers = setting("HEADCOUNT_WORKERS", fitting)
-    answer_seconds = setting("HEADCOUNT_TIMEOUT", int(Settings.answer_seconds))
-    front = Settings(
+    answer_seconds = setting("HEADCOUNT_TIMEOUT", int(FrontSettings.answer_seconds))
+    front = FrontSettings(
         run_folder=folder,
         torchserve=free_ports(1)[0],
         predict_route=os.environ.get("AIP_PREDICT_ROUTE") or PREDICT_ROUTE,
@@ -91,8 +91,8 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
         spool_bytes=spool_bytes,
         queue=setting("HEADCOUNT_QUEUE", 32 * workers),
         answer_seconds=answer_seconds,
-        body_seconds=setting("HEADCOUNT_BODY_TIMEOUT", int(Settings.body_seconds)),
-        stuck_seconds=setting("HEADCOUNT_STUCK_SECONDS", int(Settings.stuck_seconds)),
+        body_seconds=setting("HEADCOUNT_BODY_TIMEOUT", int(FrontSettings.body_seconds)),
+        stuck_seconds=setting("HEADCOUNT_STUCK_SECONDS", int(FrontSettings.stuck_seconds)),
     )
     port = setting("AIP_HTTP_PORT", 8080, least=0) if arguments.port is None else arguments.port
     grpc = re.fullmatch(r"(.+):(\d{1,5})", arguments.grpc)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from serving.contract import RequestError
 
+BODY = "headcount.body"  # the ASGI extension that holds the Body of a request
 SPOOLED_NAME = r"[0-9a-f]{32}"
 REUSED_BYTES, REUSED_FILES, REUSED_SECONDS = 4_000_000, 16, 1
 

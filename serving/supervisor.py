@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 
 from serving import connections
-from serving.front import Front, Settings
+from serving.front import Front, FrontSettings
 from serving.logs import log
 from serving.run_folder import RunFolder
 from serving.storage import StorageError, download_checkpoint
@@ -35,7 +35,7 @@ class Options:
 
     host: str
     port: int
-    front: Settings
+    front: FrontSettings
     torchserve: Plan
     checkpoint: str = ""
     sample: str = ""

@@ -22,7 +22,7 @@ import uvicorn
 
 from serving import connections
 from serving.contract import COUNT_HEADER
-from serving.front import Front, Settings
+from serving.front import Front, FrontSettings
 from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
 
@@ -207,7 +207,7 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[Rig]:
     try:
         plain = uvicorn.Server(uvicorn.Config(torchserve, lifespan="off", log_config=None, access_log=False))
         async with listening(plain) as inference:
-            front = Front(replace(Settings(run_folder, inference), **settings))
+            front = Front(replace(FrontSettings(run_folder, inference), **settings))
             server = connections.server(front)
             async with listening(server) as port:
                 one = Rig(front, torchserve, server, port, worker)
