@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import http.client
+import io
 import json
 import os
 import re
@@ -12,12 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 from serving import connections
@@ -345,3 +348,68 @@ class Launched:
         """Send a signal and wait for the exit code."""
         self.process.send_signal(number)
         return self.process.wait()
+
+
+Start = Callable[..., Awaitable[Rig]]
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts a front with these settings."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield lambda **settings: stack.enter_async_context(running(tmp_path, **settings))
+
+
+@pytest.fixture
+async def rig(start: Start) -> Rig:
+    return await start()
+
+
+def refused(answer: httpx.Response, status: int, says: str) -> None:
+    """The answer is the error that the contract describes."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error_is(answer.content, status, says)
+
+
+def error_is(body: bytes, status: int, says: str) -> None:
+    error = json.loads(body)["error"]
+    assert error["code"] == status
+    assert re.fullmatch("[A-Z_]+", error["status"])
+    assert error["status"] != "UNKNOWN"
+    assert says in error["message"]
+
+
+class _Said(io.BytesIO):
+    """What a server said on a connection, for http.client to read one answer after the other from."""
+
+    def makefile(self, _: str) -> _Said:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def answers(said: bytes) -> list[tuple[int, bytes]]:
+    """Status and body of each answer in what a server said."""
+    found, file = [], _Said(said)
+    while file.tell() < len(said):
+        one = http.client.HTTPResponse(file)  # type: ignore[arg-type]
+        one.begin()
+        found.append((one.status, one.read()))
+    return found
+
+
+def always(answer: Answered) -> Callable[[dict[str, Any], bytes], Answered]:
+    return lambda told, body: answer
+
+
+async def flood(connection: Any, data: bytes, pause: float = 0) -> None:
+    while True:
+        await connection.send(data)
+        await asyncio.sleep(pause)

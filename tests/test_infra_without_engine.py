@@ -24,7 +24,7 @@ from googleapiclient import discovery
 from helpers import ROOT, free_port
 from images import forget_images, write_tiny_sources
 from pulumi.runtime.proto import provider_pb2
-from vertex_harness import Plugin, struct, unstruct
+from vertex_plugin import Plugin, struct, unstruct
 
 from infra import image
 from infra.apis import APIS

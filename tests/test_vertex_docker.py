@@ -12,18 +12,8 @@ import httpx
 import images
 import pytest
 from helpers import Load
-from vertex_harness import (
-    ROLLOUT_URN,
-    VERSION_URN,
-    CallFailed,
-    Cloud,
-    Plugin,
-    Stack,
-    plugin,
-    release,
-    rollout_inputs,
-    version_inputs,
-)
+from vertex_harness import Cloud, plugin, release, rollout_inputs, version_inputs
+from vertex_plugin import ROLLOUT_URN, VERSION_URN, CallFailed, Plugin, Stack
 
 from headcount import Client
 from sandbox.testing import RunningSandbox

@@ -7,19 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vertex_harness import (
-    OTHER_IMAGE,
-    ROLLOUT_URN,
-    CallFailed,
-    Plugin,
-    Stack,
-    World,
-    options,
-    plugin,
-    release,
-    sandbox,
-    world,
-)
+from vertex_harness import World, options, plugin, release, sandbox, world
+from vertex_plugin import OTHER_IMAGE, ROLLOUT_URN, CallFailed, Plugin, Stack
 
 from pulumi_vertex.access import Access
 from pulumi_vertex.engine_call import EngineCall

@@ -11,24 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from vertex_harness import (
-    IMAGE,
-    OTHER_IMAGE,
-    ROLLOUT_URN,
-    VERSION_URN,
-    CallFailed,
-    Cloud,
-    Plugin,
-    Plugins,
-    Proxy,
-    Stack,
-    Wire,
-    plugin,
-    release,
-    rollout_inputs,
-    sandbox,
-    version_inputs,
-)
+from vertex_harness import Cloud, Proxy, plugin, release, rollout_inputs, sandbox, version_inputs
+from vertex_plugin import IMAGE, OTHER_IMAGE, ROLLOUT_URN, VERSION_URN, CallFailed, Plugin, Plugins, Stack, Wire
 
 from pulumi_vertex.ownership import without_claims
 from sandbox.testing import RunningSandbox

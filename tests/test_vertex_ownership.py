@@ -9,20 +9,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from vertex_harness import (
-    OTHER_IMAGE,
-    CallFailed,
-    Plugin,
-    Stack,
-    Wire,
-    World,
-    options,
-    plugin,
-    release,
-    sandbox,
-    version_inputs,
-    world,
-)
+from vertex_harness import World, options, plugin, release, sandbox, version_inputs, world
+from vertex_plugin import OTHER_IMAGE, CallFailed, Plugin, Stack, Wire
 
 __all__ = ["options", "plugin", "sandbox", "world"]  # fixtures
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pulumi
 import pytest
-from vertex_harness import IMAGE, PROJECT
+from vertex_plugin import IMAGE, PROJECT
 
 import pulumi_vertex as vertex
 from sandbox.testing import RunningSandbox

@@ -9,21 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from pulumi.runtime.proto import provider_pb2
-from vertex_harness import (
-    IMAGE,
-    ROLLOUT_URN,
-    VERSION_URN,
-    Cloud,
-    Plugin,
-    Stack,
-    Wire,
-    World,
-    options,
-    plugin,
-    sandbox,
-    struct,
-    unstruct,
-)
+from vertex_harness import Cloud, World, options, plugin, sandbox
+from vertex_plugin import IMAGE, ROLLOUT_URN, VERSION_URN, Plugin, Stack, Wire, struct, unstruct
 
 from pulumi_vertex.definition import Field, Kind, Property
 from pulumi_vertex.model_version.inputs import DEFINITION as VERSION

@@ -9,22 +9,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from vertex_harness import (
-    OTHER_IMAGE,
-    PARENT,
-    ROLLOUT_URN,
-    CallFailed,
-    Plugin,
-    Proxy,
-    Stack,
-    World,
-    options,
-    plugin,
-    release,
-    rollout_inputs,
-    sandbox,
-    world,
-)
+from vertex_harness import Proxy, World, options, plugin, release, rollout_inputs, sandbox, world
+from vertex_plugin import OTHER_IMAGE, PARENT, ROLLOUT_URN, CallFailed, Plugin, Stack
 
 from pulumi_vertex.rollout.plan import Spec, deployed_id
 
