@@ -309,7 +309,7 @@ def test_without_a_server_it_fetches_the_weights_and_counts_here(data: Path, che
     assert content["total"] == {"pictures": 3, "failed": 1, "people": 6}
     assert done.returncode == 1
     assert "bad.jpg: the picture is damaged or cut short" in done.stderr.decode()
-    assert (tmp_path / "home" / "weights" / "yolov5n.pt").is_file()
+    assert (tmp_path / "home" / "weights" / checkpoint.name).is_file()
     # The boxes are drawn: green on the edges of the first one.
     with Image.open(tmp_path / "out" / "bus.counted.jpg") as copy:
         assert copy.size == (810, 1080)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from stub_sandbox import MODEL, SPEC, deploy, deployment, make_endpoint, sandbox, upload_models
+from sandbox_with_models import MODEL, SPEC, deploy, deployment, make_endpoint, sandbox, upload_models
 
 from sandbox.serving import serving
 from sandbox.testing import LOCATION, RunningSandbox

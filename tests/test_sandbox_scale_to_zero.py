@@ -3,7 +3,7 @@
 from typing import Any
 
 from helpers import eventually
-from stub_sandbox import MODEL, deployment, make_endpoint, sandbox
+from sandbox_with_models import MODEL, deployment, make_endpoint, sandbox
 
 from sandbox.testing import LOCATION, RunningSandbox
 
