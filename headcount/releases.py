@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from headcount.stacks import StackError, outputs, project_folder
 
@@ -88,26 +88,35 @@ def pause(stack: str, paused: bool) -> str:
 
 def read(stack: str) -> Releases:
     """The releases in the stack's file. Raises StackError."""
-    found = _loaded(stack)[2].get("config", {}).get("headcount:releases")
+    found = _loaded(stack).document.get("config", {}).get("headcount:releases")
     return {name: dict(release) for name, release in (_DEFAULT if found is None else found).items()}
 
 
 def _rewrite(stack: str, edit: Callable[[dict[str, Any]], None]) -> str:
-    path, before, document = _loaded(stack)
-    edit(document.setdefault("config", {}))
-    text = StringIO()
-    _yaml().dump(document, text)
-    path.write_text(text.getvalue())
-    lines = difflib.unified_diff(before.splitlines(True), text.getvalue().splitlines(True), path.name, path.name, n=2)
+    file = _loaded(stack)
+    edit(file.document.setdefault("config", {}))
+    after = StringIO()
+    _yaml().dump(file.document, after)
+    file.path.write_text(after.getvalue())
+    name = file.path.name
+    lines = difflib.unified_diff(file.text.splitlines(True), after.getvalue().splitlines(True), name, name, n=2)
     return "".join(lines) or "nothing to change\n"
 
 
-def _loaded(stack: str) -> tuple[Path, str, Any]:
+class _StackFile(NamedTuple):
+    """A stack's file: its text, and the YAML document that keeps the text's comments."""
+
+    path: Path
+    text: str
+    document: Any
+
+
+def _loaded(stack: str) -> _StackFile:
     path = project_folder() / f"Pulumi.{stack}.yaml"
     if not path.exists():
         raise StackError(f"There is no {path.name}: `pulumi stack init {stack}` makes a stack.")
     text = path.read_text()
-    return path, text, _yaml().load(text) or {}
+    return _StackFile(path, text, _yaml().load(text) or {})
 
 
 def _yaml() -> Any:

@@ -113,7 +113,7 @@ class Front:
                 await self._predict(scope, receive, send)
             else:
                 await _answer_error(send, RequestError(f"{path} takes POST with a picture, not {method}", 405))
-        elif path in (self.settings.health_route, "/ping"):
+        elif path in (self.settings.health_route, FrontSettings.health_route):
             healthy = self.healthy()
             word = "Healthy" if healthy else "Draining" if self.leaving else "Unhealthy"
             await _answer(send, 200 if healthy else 503, _json({"status": word}))

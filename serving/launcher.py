@@ -67,7 +67,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
     """What to start, from the command line and the environment. Raises StartError and ValueError."""
     from serving.capacity import available_cpus, available_memory, gpus, workers_that_fit
-    from serving.contract import PREDICT_ROUTE, Limits, setting
+    from serving.contract import Limits, setting
     from serving.front import FrontSettings
     from serving.supervisor import Options, StartError
     from serving.torchserve import Plan, free_ports
@@ -85,8 +85,8 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
     front = FrontSettings(
         run_folder=folder,
         torchserve=free_ports(1)[0],
-        predict_route=os.environ.get("AIP_PREDICT_ROUTE") or PREDICT_ROUTE,
-        health_route=os.environ.get("AIP_HEALTH_ROUTE") or "/ping",
+        predict_route=os.environ.get("AIP_PREDICT_ROUTE") or FrontSettings.predict_route,
+        health_route=os.environ.get("AIP_HEALTH_ROUTE") or FrontSettings.health_route,
         request_bytes=limits.request_bytes,
         spool_bytes=spool_bytes,
         queue=setting("HEADCOUNT_QUEUE", 32 * workers),

@@ -11,6 +11,12 @@ import grimp
 import pytest
 from helpers import ROOT
 
+from headcount import counters, stacks
+from headcount.data import FILES
+from infra import prediction, settings
+from serving import contract, logs
+from serving.front import FrontSettings
+
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 # The third-party packages that a package must not import, with the reason in the page.
 FORBIDDEN = {
@@ -78,3 +84,10 @@ def test_the_page_names_files_that_exist() -> None:
     names = set(re.findall(r"\b((?:headcount|infra|laptop|pulumi_vertex|sandbox|serving)/[\w/]+\.py)\b", PAGE))
     assert len(names) > 15
     assert not [name for name in names if not (ROOT / name).is_file()]
+
+
+def test_facts_that_two_packages_state_are_the_same() -> None:
+    assert contract.PREDICT_ROUTE == counters.ROUTE == prediction.PREDICT_ROUTE
+    assert FrontSettings.health_route == prediction.HEALTH_ROUTE
+    assert FILES["bus.jpg"].home == logs.SAMPLE_URL
+    assert stacks.PROJECT == settings.PROJECT
