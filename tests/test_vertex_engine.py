@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import eventually
+from helpers import ROOT, eventually
 from vertex_harness import Cloud
-from vertex_plugin import IMAGE, OTHER_IMAGE, PARENT
+from vertex_plugin import IMAGE, LOCATION, OTHER_IMAGE, PARENT, PROJECT
 from vertex_project import ENDPOINT, Project
 
+from pulumi_vertex.definition import VERSION
 from sandbox.testing import RunningSandbox
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("engine"), pytest.mark.timeout(900)]
@@ -294,6 +295,22 @@ def test_a_provider_on_the_path_needs_no_entry_in_the_project(
     project = Project(tmp_path, sandbox.url, plugin_on_path=True)
     project.want(ONE, releases=MAIN)
     assert project.counts(project.up()) == {"created": 4}
+    project.destroy()
+    nothing_is_left(cloud)
+
+
+def test_the_readme_s_program_in_yaml_is_deployed(sandbox: RunningSandbox, cloud: Cloud, tmp_path: Path) -> None:
+    project = Project(tmp_path, sandbox.url, plugin_on_path=True)
+    (program,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "pulumi_vertex" / "README.md").read_text(), re.DOTALL)
+    program = re.sub(r"image: \S+", f"image: {IMAGE}", re.sub(r"endpoint: \S+", f"endpoint: {ENDPOINT}", program))
+    written = f"packages:\n  vertex: vertex@{VERSION} # written by `pulumi package add`\n"
+    assert written in program
+    (project.folder / "Pulumi.yaml").write_text(program.replace(written, ""))
+    for setting, value in ("project", PROJECT), ("location", LOCATION), ("endpoint", sandbox.url), ("accessToken", "x"):
+        project.pulumi("config", "set", f"vertex:{setting}", value)
+    project.pulumi("package", "add", str(project.folder / "bin" / "pulumi-resource-vertex"))
+    assert written.partition(" #")[0] in (project.folder / "Pulumi.yaml").read_text()
+    assert project.counts(project.up()) == {"created": 3}
     project.destroy()
     nothing_is_left(cloud)
 
