@@ -1,4 +1,4 @@
-"""What runs where: canary, promotion, rollback, pause. Edits a stack's file; `pulumi up` deploys the change."""
+"""The releases of a stack: canary, promotion, rollback, pause. Edits a stack's file; `pulumi up` deploys it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BUILD: Final = "build"  # the `image` of a release that is built from the source
 _DEFAULT: Final[Releases] = {"main": {"image": BUILD, "traffic": 100}}
 
 
-# ----------------------------------------------------------------------------------------- what changes
+# ------------------------------------------------------------------------------------ changes of releases
 
 
 def canary(releases: Releases, name: str, image: str, percent: int, running: dict[str, str]) -> Releases:
-    """`name` gets `percent` of the traffic, the others share the rest as they did.
+    """Gives `name` `percent` of the traffic; the others share the rest in the same proportions.
 
-    A release that is built from the sources is pinned to the digest that runs (`running`, by release): the sources
-    are the canary's now. Raises StackError.
+    Pins another release that is built from the sources to its running digest (`running`, by release), because the
+    sources are the canary's from now on. Raises StackError.
     """
     if not 0 <= percent <= 100:
         raise StackError(f"A canary's share is 0 to 100 percent, not {percent}.")
@@ -37,13 +37,13 @@ def canary(releases: Releases, name: str, image: str, percent: int, running: dic
 
 
 def promote(releases: Releases, name: str) -> Releases:
-    """All traffic to `name`; the others stay, without any. Raises StackError."""
+    """Gives all traffic to `name`; the others stay, without traffic. Raises StackError."""
     _known(releases, name)
     return {n: {**r, "traffic": 100 if n == name else 0} for n, r in releases.items()}
 
 
 def remove(releases: Releases, name: str) -> Releases:
-    """Without `name`. Raises StackError while it has traffic and is not the last."""
+    """Returns the releases without `name`. Raises StackError while it has traffic and is not the last."""
     _known(releases, name)
     if releases[name]["traffic"] and len(releases) > 1:
         raise StackError(f"{name} has {releases[name]['traffic']} % of the traffic. Promote another first.")
@@ -56,7 +56,7 @@ def _known(releases: Releases, name: str) -> None:
 
 
 def _share(releases: Releases, total: int) -> None:
-    """Scales the traffic to `total`, whole numbers, the largest taking what rounding leaves."""
+    """Scales the traffic to `total` in whole numbers; the largest share takes the rounding error."""
     before = sum(r["traffic"] for r in releases.values())
     if not releases:
         return
@@ -128,7 +128,7 @@ def _yaml() -> Any:
 
 
 def proved(stack: str) -> str:
-    """The digest that serves most of a stack's traffic, asked of its endpoint. Raises StackError."""
+    """Returns the digest that has most of the traffic of a stack's endpoint. Raises StackError."""
     from headcount.counters import CountError
     from headcount.endpoint import describe
 

@@ -3,7 +3,7 @@
     python -m laptop up [PICTURE]
     python -m laptop down
 
-Both look first at what is there, so they may be repeated, interrupted and killed.
+Both first look at the existing resources, so they may be repeated, interrupted and killed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def up(picture: Path | None) -> None:
 
 
 def down() -> None:
-    """Destroys stack `local`, stops the sandbox, and removes what both left. Raises StackError."""
+    """Destroys stack `local`, stops the sandbox, and removes their files. Raises StackError."""
     if stacks.installed() and stacks.state_folder().is_dir() and stacks.exists(LOCAL):
         sandbox.start()
         force = []
@@ -65,7 +65,7 @@ def down() -> None:
 
 
 def _recover() -> bool:
-    """Repairs what a killed run left, and returns whether there was anything. Waits for a Pulumi that still runs."""
+    """Repairs the stack after a killed run, and returns whether that was needed. Waits for a Pulumi that still runs."""
     told = False
     while True:
         try:

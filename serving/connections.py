@@ -36,7 +36,7 @@ def server(front: Front) -> uvicorn.Server:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: draining comes first."""
+    """uvicorn without its signal handlers, because the launcher drains the front first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -105,7 +105,7 @@ class SpoolingProtocol(HttpToolsProtocol):
     # httptools calls these.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_body:  # else a trailer, which nobody asked for
+        if not self._in_body:  # else it is a trailer, which the front does not use
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -138,7 +138,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         self._part += 1
 
     def _head_without_upgrade(self) -> bytes:
-        """The head that was just parsed, without its wish for another protocol, which a server may ignore (RFC 9110,
+        """Returns the parsed head without its request for another protocol, which a server may ignore (RFC 9110,
         section 7.8)."""
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
@@ -159,7 +159,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, code: int, message: str) -> None:
-        """Answer what is no request that the front could answer, and close the connection."""
+        """Answers an invalid request with an error, and closes the connection."""
         if self._broken or self.transport.is_closing():
             return
         self._broken = True
@@ -168,7 +168,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         elif self._in_body and self.cycle.response_started:
             self.transport.close()
         else:
-            if self._in_body:  # nobody waits for the rest of it
+            if self._in_body:  # the rest of the body is not read
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
             body = json.dumps(error_json(code, message)).encode()
@@ -179,7 +179,7 @@ class SpoolingProtocol(HttpToolsProtocol):
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
     def _limit_time(self) -> None:
-        """Start the time limit of the head or body that is not complete, unless it runs or something else limits it."""
+        """Starts the time limit of an incomplete head or body, unless it runs or another limit applies."""
         if self._timed_part == self._part:
             return
         self._stop_timer()
@@ -203,7 +203,7 @@ class SpoolingProtocol(HttpToolsProtocol):
             self._refuse(408, f"the headers did not arrive within {self.settings.head_seconds:g} s")
 
     def _watch_reading(self, unsent: int = 0) -> None:
-        """Give a client up that does not read its answer. unsent: bytes of it that waited when this last looked."""
+        """Closes the connection of a client that does not read its answer. unsent: bytes left at the last look."""
         left = self.transport.get_write_buffer_size()
         if left and left == unsent:
             self.transport.abort()

@@ -1,4 +1,4 @@
-"""Process 1 of the container, and what `make serve` starts: TorchServe on loopback, the front before it.
+"""Process 1 of the container, also started by `make serve`: TorchServe on loopback, the front before it.
 
 `python -m serving.launcher --archive FOLDER`. Environment: AIP_HTTP_PORT, AIP_HEALTH_ROUTE, AIP_PREDICT_ROUTE and
 AIP_STORAGE_URI as Vertex AI sets them, and the HEADCOUNT_ variables of serving/README.md.
@@ -65,14 +65,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
-    """What to start, from the command line and the environment. Raises StartError and ValueError."""
+    """Reads the options from the command line and the environment. Raises StartError and ValueError."""
     from serving.capacity import available_cpus, available_memory, gpus, workers_that_fit
     from serving.contract import Limits, setting
     from serving.front import FrontSettings
     from serving.supervisor import Options, StartError
     from serving.torchserve import Plan, free_ports
 
-    limits = Limits.from_environment()  # the workers read it; a mistake there is better known now
+    limits = Limits.from_environment()  # the workers read it too; this reports a mistake before they start
     spool_bytes = setting("HEADCOUNT_SPOOL_BYTES", FrontSettings.spool_bytes)
     if spool_bytes < limits.request_bytes:
         raise ValueError(

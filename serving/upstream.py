@@ -20,10 +20,10 @@ class Upstream:
         self._idle: list[_Connection] = []
 
     async def post(self, body: bytes, request_id: str) -> UpstreamAnswer:
-        """What the server answers to this body. Raises OSError where there is no answer.
+        """Returns the server's answer to this body. Raises OSError if there is none.
 
-        Asked again, on a new connection, where the server closed an idle one at that moment: counting twice is
-        harmless.
+        The request is repeated on a new connection if the server closed an idle one at that moment, because counting
+        twice is harmless.
         """
         head = f"{self._head}x-request-id: {request_id}\r\nContent-Length: {len(body)}\r\n\r\n"
         message = head.encode() + body
