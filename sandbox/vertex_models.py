@@ -24,7 +24,7 @@ MODEL_MUTABLE = ("displayName", "description", "labels")
 VERSION_MUTABLE = ("versionDescription", "labels")
 MODEL_FIELDS = ("displayName", "description", "createTime", "updateTime")
 
-# What the sandbox can not serve is refused at upload, where Vertex AI would take it.
+# Fields that the sandbox cannot serve are refused at upload, although Vertex AI would take them.
 UNSUPPORTED = ("encryptionSpec", "explanationSpec", "baseModelSource")
 
 
@@ -175,7 +175,7 @@ def _upload_work(cloud: Cloud) -> Kind:
 
 
 def _give_aliases(cloud: Cloud, model: str, aliases: set[str]) -> None:
-    """Takes aliases from whichever version holds them: each names one version."""
+    """Removes aliases from the versions that hold them, because each alias names one version."""
     for key, version in versions(cloud, model):
         held = version["resource"]["versionAliases"]
         if aliases & set(held):

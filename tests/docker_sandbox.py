@@ -1,4 +1,4 @@
-"""A sandbox that runs real containers, and what its tests do with it."""
+"""A sandbox that runs real containers, and the steps that its tests share."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def sandbox(docker_engine: docker.DockerClient, tiny_image: str, state: Path) ->
 
 @pytest.fixture(autouse=True)
 def tidy(sandbox: RunningSandbox) -> Iterator[None]:
-    """Undeploys what a test left, so that one that fails does not make the next ones fail."""
+    """Undeploys the models that a test left, so that a failed test does not make the next ones fail."""
     yield
     assert sandbox.process is not None
     if sandbox.process.poll() is not None:

@@ -38,7 +38,7 @@ HEADER = COUNT_HEADER.lower()
 
 @dataclass
 class Answered:
-    """What the stand-in answers; by default it is all that identifies a request."""
+    """The stand-in's answer; by default, everything that identifies the request."""
 
     status: int = 200
     body: bytes = b""
@@ -112,7 +112,7 @@ async def listening(server: uvicorn.Server, port: int = 0) -> AsyncIterator[int]
 
 @dataclass
 class Rig:
-    """A front that serves on a port of its own, and what is behind it."""
+    """A front that serves on a port of its own, and the stand-in behind it."""
 
     front: Front
     torchserve: StandIn
@@ -180,7 +180,7 @@ class Connection:
             await self.writer.drain()
 
     async def rest(self) -> bytes:
-        """What comes until the connection ends, however it ends."""
+        """Returns the bytes that come until the connection ends, in whatever way."""
         said = b""
         with contextlib.suppress(ConnectionError):
             async with asyncio.timeout(LONG):
@@ -189,7 +189,7 @@ class Connection:
         return said
 
     async def to(self, end: bytes) -> bytes:
-        """What comes up to these bytes."""
+        """Returns the received bytes up to these."""
         async with asyncio.timeout(LONG):
             return await self.reader.readuntil(end)
 
@@ -386,7 +386,7 @@ def error_is(body: bytes, status: int, says: str) -> None:
 
 
 class _Said(io.BytesIO):
-    """What a server said on a connection, for http.client to read one answer after the other from."""
+    """The bytes of a server on a connection, from which http.client reads one answer after the other."""
 
     def makefile(self, _: str) -> _Said:
         return self
@@ -396,7 +396,7 @@ class _Said(io.BytesIO):
 
 
 def answers(said: bytes) -> list[tuple[int, bytes]]:
-    """Status and body of each answer in what a server said."""
+    """Status and body of each answer in a server's bytes."""
     found, file = [], _Said(said)
     while file.tell() < len(said):
         one = http.client.HTTPResponse(file)  # type: ignore[arg-type]

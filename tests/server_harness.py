@@ -1,4 +1,4 @@
-"""What the tests of the real server ask it, and see of its processes."""
+"""Requests to the real server, and looks at its processes and files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_folder(server: Server) -> Path:
 
 
 def living(pids: list[int]) -> list[str]:
-    """State and name of those that still run. A process that has ended and waits to be reaped does not run."""
+    """State and name of the processes that still run. A process that has ended and waits to be reaped does not run."""
     stats = []
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""docs/architecture.md draws what the imports say, and files stay readable."""
+"""docs/architecture.md agrees with the imports, and files stay short."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, timeout=60, env=os.environ | environment)
 
 
-# What is printed, and the exit code
+# Output and exit code
 
 
 def test_a_table_has_every_picture_the_total_and_nothing_else(stub: Stub, pictures: Path) -> None:

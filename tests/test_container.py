@@ -1,4 +1,4 @@
-"""The image as it is run in production: read-only, two CPUs, somebody without rights, nothing but Docker around it."""
+"""The image as it is run in production: read-only, with two CPUs, as a user without rights, with Docker alone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_rest_and_grpc(container: Container, bus: bytes) -> None:
 
 
 def test_it_is_nobody_who_owns_nothing(serving_image: str) -> None:
-    """The image's own permissions: not on a read-only file system, where nobody can write."""
+    """The image's own permissions, on a file system that can be written: on a read-only one no test could fail."""
     script = """
     id -u
     find / -xdev -path /proc -prune -o -path /sys -prune -o -type l -o -writable -print 2>/dev/null

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.anyio
 __all__ = ["anyio_backend", "rig", "start"]  # fixtures
 
 
-# What passes through
+# Requests that pass through
 
 
 async def test_a_body_arrives_whole_with_what_was_said_of_it(rig: Rig) -> None:

@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("docker", "registry", "build")
 
 
 class Maker(pulumi.runtime.Mocks):
-    """Makes what the program asks for."""
+    """Creates the resources that the program registers."""
 
     def __init__(self, url: str, plugin: Plugin) -> None:
         self.url, self.plugin = url, plugin

@@ -1,4 +1,4 @@
-"""`make up` and `make down`: what they start, find again and remove on this machine."""
+"""`make up` and `make down`: the processes and files that they start, find again and remove on this machine."""
 
 import fcntl
 import re

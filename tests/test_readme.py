@@ -1,4 +1,4 @@
-"""What the README tells people to type is typed here, so that it cannot rot."""
+"""The commands of the documents are typed here, and their paths and settings checked, so that they stay right."""
 
 from __future__ import annotations
 

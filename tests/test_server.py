@@ -1,7 +1,7 @@
-"""The real server, TorchServe and all: what it answers over REST and gRPC, what it survives, and how it ends.
+"""The real server, TorchServe included: its answers over REST and gRPC, its logs, and its workers.
 
-What the front and the launcher do by themselves is tested without Java in test_front.py and test_launcher.py, what the
-handler does in test_handler.py.
+Front and launcher are tested without Java in test_front.py, test_connections.py and test_launcher.py, the handler in
+test_handler.py, the server's start and end in test_server_end.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("samples")]
 MANAGEMENT = "org.pytorch.serve.grpc.management"
 
 
-# What is answered
+# Answers
 
 
 def test_raw_picture(server: Server, bus: bytes) -> None:
@@ -213,7 +213,7 @@ def test_where_there_is_a_gpu_requests_are_answered_together(
         server.stop()
 
 
-# Metrics, logs, and who may listen
+# Metrics, logs and open ports
 
 
 def test_metrics_count(server: Server, bus: bytes) -> None:
@@ -251,7 +251,7 @@ def test_logs_name_requests_and_hold_no_pictures(server: Server, bus: bytes) -> 
 
 
 def test_models_cannot_be_registered(server: Server, archive: Path) -> None:
-    """Neither over HTTP nor over gRPC, by nobody: TorchServe's CVE-2023-43654 was that."""
+    """Neither over HTTP nor over gRPC (TorchServe's CVE-2023-43654)."""
     assert server.process is not None
     settings = properties(server)
     urls = ("https://127.0.0.1/a.mar", f"file://{archive}", "people")

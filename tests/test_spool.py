@@ -1,4 +1,4 @@
-"""The spool by itself: whatever arrives, leaves and is read, no file has two owners and no byte is counted twice."""
+"""The spool by itself: in any sequence of operations no file has two owners and no byte is counted twice."""
 
 from __future__ import annotations
 

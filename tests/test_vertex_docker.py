@@ -1,4 +1,4 @@
-"""The provider rolls real containers out: of a tiny image for what needs many, and of the serving image once."""
+"""The provider rolls out real containers: many of a tiny image, and one of the serving image."""
 
 from __future__ import annotations
 

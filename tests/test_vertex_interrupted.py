@@ -1,4 +1,4 @@
-"""Ctrl-C, `pulumi cancel`, a timeout: what was started is in the state, and destroyed or continued by the next run."""
+"""Ctrl-C, `pulumi cancel`, a timeout: started work is in the state, and the next run destroys or continues it."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ class Rollouts(RuleBasedStateMachine):
         type(self).plugin = self.plugins.take()
 
     def check(self) -> None:
-        """The endpoint is what was wanted, and its way there was sound."""
+        """The endpoint is in the wanted state, and its traffic was right at every moment."""
         if self.wanted is None:
             return
         there = self.cloud.look(self.endpoint)

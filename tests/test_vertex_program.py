@@ -1,4 +1,4 @@
-"""What a program sees: the README's example, settings taken from the google provider, and the live check's steps."""
+"""The README's program, settings taken from the google provider, and the steps of the live check."""
 
 from __future__ import annotations
 

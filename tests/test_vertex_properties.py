@@ -1,4 +1,4 @@
-"""What holds for any inputs that the schema allows, and for any sequence of requests to the sandbox's registry."""
+"""Properties of all inputs that the schema allows, and of all sequences of requests to the sandbox's registry."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from sandbox.testing import RunningSandbox
 
 
 class Cloud:
-    """The sandbox seen through Google's own clients: what is really there."""
+    """The sandbox seen through Google's own clients, which show its real state."""
 
     _made: ClassVar[dict[str, Cloud]] = {}  # each has connections, which are kept open for the next test
 
@@ -225,7 +225,7 @@ _names = itertools.count(1)
 
 
 class World:
-    """One test's part of a sandbox: a model and an endpoint of its own, and what most tests do with them."""
+    """One test's part of a sandbox: a model and an endpoint of its own, and the steps that most tests share."""
 
     def __init__(self, sandbox: RunningSandbox, plugin: Plugin) -> None:
         self.sandbox, self.plugin, self.cloud = sandbox, plugin, Cloud.of(sandbox)
@@ -318,7 +318,7 @@ def plugin(sandbox: RunningSandbox) -> Iterator[Plugin]:
 
 @pytest.fixture
 def world(sandbox: RunningSandbox, plugin: Plugin) -> Iterator[World]:
-    """Whatever faults the test ordered it has met, and callers noticed nothing."""
+    """A test's part of the sandbox. At its end every ordered fault must have been met."""
     world = World(sandbox, plugin)
     yield world
     unused = sandbox.unused_faults()

@@ -39,7 +39,7 @@ def unstruct(message: struct_pb2.Struct) -> Wire:
 
 
 class CallFailed(Exception):  # noqa: N818
-    """What the engine would print; `half` is the resource as it is, where it is half made."""
+    """An error with the text that the engine would print; `half` is the state of a half-made resource."""
 
     def __init__(self, error: grpc.RpcError) -> None:
         super().__init__(error.details())
@@ -162,7 +162,7 @@ class Replaced:
 
 @dataclass
 class Stack:
-    """One resource of a stack and what the engine remembers of it between runs.
+    """One resource of a stack, and its state as the engine keeps it between runs.
 
     The order of calls is that of the engine (pkg/resource/deploy/step.go and step_generator.go of pulumi/pulumi):
     a refresh reads and diffs each state, also one that waits for its deletion; a forced replacement is checked without
@@ -209,7 +209,7 @@ class Stack:
         force: bool = False,
         deletes: bool = True,
     ) -> str:
-        """What `pulumi up` does with one resource; returns create, update, replace or same.
+        """Does the steps of `pulumi up` for one resource; returns create, update, replace or same.
 
         `force` is `up --replace`. Without `deletes` the run ends, as if killed, before what was replaced is deleted.
         """
@@ -275,7 +275,7 @@ class Stack:
         self.inputs, self.outputs, self.init_errors = inputs, outputs, half
 
     def refresh(self, plugin: Plugin) -> bool:
-        """Reads the resource, and what waits for its deletion; True if inputs or outputs have changed."""
+        """Reads the resource and the states that wait for deletion; True if inputs or outputs have changed."""
         self.replaced = [found for state in self.replaced if (found := self._refreshed(plugin, state))]
         old = Replaced(self.id, self.inputs, self.outputs)
         new = self._refreshed(plugin, old)
@@ -303,7 +303,7 @@ class Stack:
             self.replaced.pop(0)
 
     def delete(self, plugin: Plugin) -> None:
-        """What `pulumi destroy` does: the resource, and what still waits for its deletion."""
+        """Does the steps of `pulumi destroy`: deletes the resource and the states that wait for deletion."""
         self.delete_replaced(plugin)
         if self.id:
             self._delete(plugin, Replaced(self.id, self.inputs, self.outputs))

@@ -16,7 +16,7 @@ from helpers import ROOT
 from vertex_plugin import LOCATION, PARENT, PROJECT
 
 ENDPOINT = f"{PARENT}/endpoints/digits"
-# A stranger's program, for a model that is not ours. What changes between runs is in wanted.json.
+# A program for a model that is not Headcount's. The parts that change between runs are in wanted.json.
 PROGRAM = """
 import json
 import pulumi
@@ -117,7 +117,7 @@ class Project:
         return self.pulumi("destroy", "--yes", "--skip-preview", *more, fails=fails)
 
     def states(self, urn: str) -> list[dict[str, Any]]:
-        """Pulumi's states of a resource: one, and those that wait for their deletion."""
+        """Pulumi's states of a resource: the current one, and those that wait for deletion."""
         resources = json.loads(self.pulumi("stack", "export"))["deployment"].get("resources", [])
         return [resource for resource in resources if resource["urn"] == urn]
 
