@@ -49,7 +49,7 @@ def canary(
 def add(
     context: typer.Context,
     name: Name,
-    source: Annotated[str, typer.Option("--from", metavar="STACK", help="The stack that proved the image.")],
+    source: Annotated[str, typer.Option("--from", metavar="STACK", help="The stack whose endpoint serves the image.")],
     percent: Annotated[int, typer.Option(help="Its share of the traffic.")] = 100,
 ) -> None:
     """Add a release with the image that has most of another stack's traffic."""

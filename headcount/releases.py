@@ -30,7 +30,7 @@ def canary(releases: Releases, name: str, image: str, percent: int, running: dic
     for other, release in others.items():
         if image == BUILD and release["image"] == BUILD:
             if other not in running:
-                raise StackError(f"Nothing runs yet as {other}, so there is nothing to keep: pulumi up first.")
+                raise StackError(f"Release {other} was never deployed and has no image to keep: run `pulumi up` first.")
             release["image"] = running[other].partition("@")[2]
     _share(others, 100 - percent)
     return others | {name: {"image": image, "traffic": percent if others else 100}}

@@ -88,7 +88,7 @@ def pulumi(stack: str, *arguments: str) -> str:
     try:
         done = _command().run([*arguments, "--stack", stack], str(project_folder()), environment(stack))
     except StackNotFoundError:
-        raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the stacks that there are.") from None
+        raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the existing stacks.") from None
     except CommandError as error:
         said = str(error).partition("\n stderr: ")[2].strip() or str(error)
         if "PULUMI_ACCESS_TOKEN" in said:

@@ -119,8 +119,8 @@ async def project_number(project: str, token: str) -> str:
         except OSError as error:
             text = str(error)
         raise pulumi.RunError(
-            f"Google does not tell the number of project {project}. The id of the project has to be right, the "
-            "credentials need resourcemanager.projects.get (role Viewer), and the API has to be enabled:\n"
+            f"Google does not return the number of project {project}. Check that the id is right, that the credentials "
+            "have resourcemanager.projects.get (role Viewer), and that the API is enabled:\n"
             f"    gcloud services enable cloudresourcemanager.googleapis.com --project {project}\n{text}"
         )
 

@@ -37,7 +37,7 @@ def up(picture: Path | None) -> None:
         stacks.pulumi(LOCAL, "stack", "init")
     _recover()
     if stacks.run(LOCAL, "up", "--yes", "--skip-preview"):
-        raise StackError("`pulumi up` failed; its output is above. Repeat `make up` once it is repaired.")
+        raise StackError("`pulumi up` failed; its output is above. Repair the cause and repeat `make up`.")
     if picture:
         print(f"\n{_count(picture)}")
 
@@ -109,7 +109,7 @@ def _alone() -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StackError("Another `make up` or `make down` is at work here. Wait for it.") from None
+            raise StackError("Another `make up` or `make down` is running in this checkout. Wait for it.") from None
         yield
 
 
@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. Repeat it, and it goes on from here.", file=sys.stderr)
+        print("\nStopped. Repeat the command, and it continues from here.", file=sys.stderr)
         return 130
     return 0
 

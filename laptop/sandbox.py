@@ -71,7 +71,7 @@ def stop() -> None:
         return
     pid = _pid()
     if pid is None:
-        raise StackError("The sandbox was started by hand: stop it there, then repeat `make down`.")
+        raise StackError("The sandbox was started by hand: stop it in its terminal, then repeat `make down`.")
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     for _ in range(600):

@@ -25,7 +25,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, required=True, help="what serving.archive made")
+    parser.add_argument("--archive", type=Path, required=True, help="folder that serving.archive made")
     parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
     parser.add_argument("--port", type=int, help="default: AIP_HTTP_PORT, or 8080; 0: a free one")
     parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")

@@ -33,7 +33,7 @@ def test_a_canary_pins_what_runs_and_builds_the_sources() -> None:
 
 
 def test_a_canary_needs_something_that_runs() -> None:
-    with pytest.raises(StackError, match="Nothing runs yet as main"):
+    with pytest.raises(StackError, match="Release main was never deployed"):
         releases.canary(MAIN, "next", BUILD, 10, {})
 
 
