@@ -26,8 +26,10 @@ from infra.settings import read as read_settings
 
 README = (ROOT / "README.md").read_text()
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "serving/README.md",
-             "pulumi_vertex/README.md")  # fmt: skip
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "docs/unverified.md",
+    "serving/README.md", "pulumi_vertex/README.md",
+)  # fmt: skip
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
 

@@ -166,7 +166,7 @@ class Destroy(Scenario):
         assert self.cloud.versions(self.model) == []
 
 
-class Replaced(Scenario):
+class ForcedReplacement(Scenario):
     """Everything is replaced by force, with the same content: `up --replace`."""
 
     def prepare(self, plugin: Plugin) -> None:
@@ -191,7 +191,7 @@ class Replaced(Scenario):
 @pytest.mark.parametrize(
     ("kind", "when", "reads"),
     [
-        *((kind, "after", False) for kind in (NewVersion, BrokenVersion, Destroy, Replaced)),
+        *((kind, "after", False) for kind in (NewVersion, BrokenVersion, Destroy, ForcedReplacement)),
         *((kind, "before", False) for kind in (FirstUp, NewVersion, Destroy)),
         # Reads change nothing, so a kill beside one is a kill after the last write, only later: once is enough.
         (FirstUp, "after", True),

@@ -150,7 +150,7 @@ def test_any_rollout_is_read_as_it_was_created(
 # --- the sandbox's registry and traffic, against a model of them --------------------------------------------
 
 
-class Registry(RuleBasedStateMachine):
+class ModelRegistry(RuleBasedStateMachine):
     """Versions, aliases and traffic of one model and one endpoint, beside a dictionary of each."""
 
     sandbox: RunningSandbox
@@ -244,5 +244,5 @@ class Registry(RuleBasedStateMachine):
 
 
 def test_the_sandbox_agrees_with_a_model_of_it(sandbox: RunningSandbox) -> None:
-    Registry.sandbox = sandbox
-    run_state_machine_as_test(Registry, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))
+    ModelRegistry.sandbox = sandbox
+    run_state_machine_as_test(ModelRegistry, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))
