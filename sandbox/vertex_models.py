@@ -24,7 +24,7 @@ MODEL_MUTABLE = ("displayName", "description", "labels")
 VERSION_MUTABLE = ("versionDescription", "labels")
 MODEL_FIELDS = ("displayName", "description", "createTime", "updateTime")
 
-# Fields that the sandbox cannot serve are refused at upload, although Vertex AI would take them.
+# What the sandbox can not serve is refused at upload, where Vertex AI would take it.
 UNSUPPORTED = ("encryptionSpec", "explanationSpec", "baseModelSource")
 
 
