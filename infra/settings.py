@@ -143,7 +143,7 @@ class Settings(_Model):
         Field(description="undeploys everything and keeps the model versions: costs nothing", examples=[True]),
     ] = False
     # C3 is Sapphire Rapids, whose AMX multiplies bf16, which the compiled network is; N1 and E2 have
-    # neither. Its smallest has 4 vCPUs and 8 GB: room for a worker of 0.8 GB on each, and the JVM.
+    # neither. Its smallest has 4 vCPUs and 8 GB: room for a worker of 1.6 GB on each, the spool and the JVM.
     # https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
     machine_type: Annotated[
         str,
