@@ -87,7 +87,7 @@ def containers(docker_engine: docker.DockerClient, where: str = "") -> list[Cont
 
 
 def asleep(docker_engine: docker.DockerClient, where: str) -> bool:
-    """Whether a container of an endpoint has a request that makes it sleep."""
+    """Whether a container of an endpoint is in a request that makes it sleep."""
     found = containers(docker_engine, where)
     return any(one.exec_run(["test", "-f", "/tmp/asleep"]).exit_code == 0 for one in found)
 

@@ -71,7 +71,7 @@ class Recorder(pulumi.runtime.Mocks):
 
 @dataclass
 class Program:
-    """One run: what was asked for, what was exported, the engine's registrations, the APIs waited for."""
+    """One run: its requests, its outputs, the engine's registrations, and the APIs that it waited for."""
 
     recorder: Recorder
     outputs: dict[str, Any]

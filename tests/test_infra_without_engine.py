@@ -140,7 +140,7 @@ class Maker(pulumi.runtime.Mocks):
         return self._vertex("Rollout", args.name, inputs)
 
     def _vertex(self, kind: str, name: str, inputs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """As the engine does: Check, then Create with what Check answered."""
+        """As the engine does: Check, then Create with Check's answer."""
         urn = f"urn:pulumi:local::headcount::vertex:index:{kind}::{name}"
         checked = self.plugin.call("Check", provider_pb2.CheckRequest(urn=urn, news=struct(inputs)))
         assert not checked.failures, checked.failures

@@ -223,7 +223,7 @@ def test_machines_read_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """Starts launchers with the stand-in behind them; none survives the test."""
+    """Starts launchers with the stand-in behind them, and ends them after the test."""
     started: list[Launched] = []
 
     def begin(*arguments: str, **options: str) -> Launched:

@@ -114,7 +114,7 @@ def test_release_lines_write_the_stack_s_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_pulumi_lines_name_stacks_and_settings_that_there_are() -> None:
-    """tests/test_engine_infra.py types them where there is an engine."""
+    """tests/test_engine_infra.py runs them where Pulumi's engine is installed."""
     known = {name.removeprefix("headcount:") for name in yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]}
     typed = re.findall(r"pulumi config set (\S+) .*-s (\w+)", README + DEPLOY)
     assert len(typed) >= 5

@@ -1,4 +1,4 @@
-"""`headcount release` changes a stack's file as its verbs say, and nothing else."""
+"""`headcount release` changes the releases in a stack's file, and nothing else."""
 
 import json
 import shutil

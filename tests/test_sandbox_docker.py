@@ -80,7 +80,7 @@ def test_the_container_gets_what_its_model_says(
     }
     (container,) = containers(docker_engine, where)
     published = container.attrs["NetworkSettings"]["Ports"]["9001/tcp"]
-    assert [p["HostIp"] for p in published] == ["127.0.0.1"]  # nobody else reaches it
+    assert [p["HostIp"] for p in published] == ["127.0.0.1"]  # it is reached from this machine alone
     undeploy(sandbox, where, 7)
     assert containers(docker_engine, where) == []
 

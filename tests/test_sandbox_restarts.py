@@ -92,7 +92,7 @@ def test_replicas_that_are_being_brought_back_can_be_undeployed(
     sandbox.start()
     until(lambda: containers(docker_engine, where))
     undeploy(sandbox, where, 7)
-    time.sleep(2)  # what brings them back would start another one now
+    time.sleep(2)  # the task that brings replicas back would start another one now
     assert containers(docker_engine, where) == []
 
 

@@ -52,7 +52,7 @@ def test_an_idle_model_scales_to_zero_and_comes_back_when_it_is_asked(sandbox: R
         return int(read("v1")["status"].get("availableReplicaCount", 0))
 
     assert eventually(lambda: available() == 0)
-    # What v1 can not express it does not show; a count of zero is left out.
+    # v1 does not show fields that it lacks, and leaves out a count of zero.
     assert set(read("v1")["dedicatedResources"]) == {"maxReplicaCount", "machineSpec"}
     assert read("v1beta1")["dedicatedResources"]["scaleToZeroSpec"] == {
         "minScaleupPeriod": "300s",

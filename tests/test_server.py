@@ -128,7 +128,7 @@ def test_bad_requests_are_refused(server: Server, bus: bytes, body: bytes, kind:
 
 
 def test_mutated_pictures_cost_no_worker(server: Server, bus: bytes) -> None:
-    """test_pictures.py decodes ten thousand of them; these go through everything."""
+    """test_pictures.py decodes ten thousand such pictures; these pass through the whole server."""
     before = server.workers()
     rng = random.Random(1)
     strip = NOISE.resize((160, 8))  # flat, so that the network is done with it soon

@@ -53,7 +53,7 @@ def test_a_rollout_under_load_loses_no_request_and_a_canary_gets_its_share(
     with httpx.Client() as client:
 
         def asked(times: int) -> collections.Counter[str]:
-            """Who answered, by version."""
+            """The number of answers of each version."""
             by = {id_: model for id_, (model, _) in cloud.deployed(endpoint).items()}
             answers = [client.post(url, json={"instances": [1]}, timeout=30) for _ in range(times)]
             return collections.Counter(by[answer.raise_for_status().json()["deployedModelId"]] for answer in answers)

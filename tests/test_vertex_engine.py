@@ -159,7 +159,7 @@ def test_a_killed_up_is_repaired_by_the_next_one(project: Project, cloud: Cloud,
 
 
 def interrupted(project: Project, cloud: Cloud, sandbox: RunningSandbox, method: str) -> str:
-    """What `pulumi up` says when Ctrl-C reaches it while an operation runs, which goes on."""
+    """Returns the output of a `pulumi up` that gets Ctrl-C while an operation runs. The operation goes on."""
     before = cloud.requests(method)
     sandbox.fault(method, "hold")
     process = project.start("up", "--yes", "--skip-preview")

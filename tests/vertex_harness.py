@@ -90,7 +90,7 @@ class Cloud:
             return []
 
     def requests(self, method: str, name: str = "") -> int:
-        """How many calls of one method went well, such as endpoints.deployModel; of one resource, or of all."""
+        """Counts the successful calls of one method, such as endpoints.deployModel, on one resource or on all."""
         return sum(r["status"] < 400 for r in self._asked(method, name))
 
     def refused(self, method: str, name: str) -> int:
@@ -105,7 +105,7 @@ class Cloud:
         return sum(r["http"] != "GET" for r in self.sandbox.requests())
 
     def check_history(self, endpoint: str) -> None:
-        """Traffic has always summed to 100 (or 0), and never pointed at what was not serving."""
+        """Asserts that traffic has always summed to 100 or 0, and never went to a model without replicas."""
         for entry in self.sandbox.history():
             if not entry["endpoint"].endswith("/" + endpoint.rsplit("/", 1)[-1]):
                 continue

@@ -130,7 +130,7 @@ class Plugin:
 
 
 class Plugins:
-    """Processes of the provider for tests that end them: the next one starts while the current one is used."""
+    """Processes of the provider for tests that kill them. The next one starts while the current one is used."""
 
     def __init__(self, url: str) -> None:
         self.url = url
