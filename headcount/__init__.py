@@ -1,4 +1,4 @@
-"""Headcount's callers' side: the Python client and the `headcount` command."""
+"""The client side of Headcount: the Python client and the `headcount` command."""
 
 from headcount.client import Client
 from headcount.counters import Answer, CountError, Person

@@ -29,7 +29,7 @@ def _headcount(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Counts the people in pictures, and says what runs where."""
+    """Counts the people in pictures, and manages the releases of a stack."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Which pictures a user means, and what their annotated copies are called."""
+"""The pictures that a user names, and the names of their annotated copies."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ SUFFIXES = (
     ".png",
     ".webp",
     ".gif",
-)  # looked for in folders; a file that is named may have any
-ANNOTATED = ".counted"  # set apart from the pictures people have: no copy ever replaces an original
+)  # of the files that are found in folders; a named file may have any suffix
+ANNOTATED = ".counted"  # part of the name of a copy, so that no copy replaces an original
 
 
 @dataclass(frozen=True)
 class Input:
-    """A picture to count, or what the user named and why there is no picture there."""
+    """A picture to count, or a name without a picture, and the reason."""
 
     name: str
     error: str = ""
 
 
 def find_inputs(arguments: Iterable[str], annotated: Path | None = None) -> list[Input]:
-    """The pictures that files, folders (with all below them) and glob patterns mean, each once, in order.
+    """Returns the pictures of files, folders (with all below them) and glob patterns, each once, in order.
 
     annotated: the folder of annotated copies; a search does not find those of an earlier run again.
     """
@@ -43,7 +43,7 @@ def _expand(argument: str, annotated: Path | None) -> list[Input]:
     if os.path.isdir(argument):  # noqa: PTH112  # Path would drop a leading "./"
         return _in_folder(argument, annotated) or [Input(argument, f"holds no picture ({', '.join(SUFFIXES)})")]
     if os.path.lexists(argument) or not glob.has_magic(argument):
-        return [Input(argument)]  # reading it says what is wrong with it
+        return [Input(argument)]  # the error comes when it is read
     matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  # keeps the pattern's own spelling
     if not matches:
         return [Input(argument, "matches nothing")]
@@ -68,7 +68,7 @@ def _in_folder(folder: str, annotated: Path | None) -> list[Input]:
 
 
 def annotated_paths(names: Sequence[str], folder: Path) -> list[Path]:
-    """A path in the folder for the annotated copy of each picture: none twice, and none of the pictures' own.
+    """Returns a path in the folder for the annotated copy of each picture: no path twice, and no original's path.
 
     Names that differ in case only count as the same: on some file systems they are.
     """

@@ -1,4 +1,4 @@
-"""Repairs a stack after its Pulumi process was killed: its lock, its state file, and what it was creating."""
+"""Repairs a stack after its Pulumi process was killed: its lock, its state file, and its pending resources."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from headcount.stacks import PROJECT, BusyError
 
 
 def recover(stack: str) -> list[str]:
-    """Repairs what a killed Pulumi left, and returns a line for each repair. Raises StackError.
+    """Repairs a stack whose Pulumi was killed, and returns a line for each repair. Raises StackError.
 
     Pulumi keeps a list of the resources that it was creating. Without this repair the next `up` would meet names that
     are taken. `pulumi refresh --import-pending-creates` does not do it, because it fails for a resource that Google
-    never made; here every pending resource is put into the state, and a refresh forgets those that are not there.
+    never made; here every pending resource is put into the state, and a refresh removes those that do not exist.
     """
     said = [line for line in (clear_lock(stack), restore_state_file(stack)) if line]
     state = json.loads(stacks.pulumi(stack, "stack", "export"))
@@ -40,10 +40,10 @@ def recover(stack: str) -> list[str]:
 
 
 def clear_lock(stack: str) -> str:
-    """Removes the lock of a Pulumi process that was killed on this machine. Returns what it did, or "".
+    """Removes the lock of a Pulumi process that was killed on this machine. Returns a line about the repair, or "".
 
-    Only a state in local files has its locks there. Raises BusyError while the process lives, and for a lock of another
-    machine, whose processes cannot be seen from here.
+    Only a state in local files has locks that can be read here. Raises BusyError while the process lives, and for a
+    lock of another machine, because its processes cannot be seen from here.
     """
     backend = stacks.environment(stack).get("PULUMI_BACKEND_URL", "")
     if not backend.startswith("file://"):
@@ -101,7 +101,7 @@ def _end_orphans() -> None:
 
 
 def restore_state_file(stack: str) -> str:
-    """Restores the backup of a state file that Pulumi was writing when it was killed. Returns what it did, or ""."""
+    """Restores the backup of a state file that a killed Pulumi left incomplete. Returns a line about it, or ""."""
     backend = stacks.environment(stack).get("PULUMI_BACKEND_URL", "")
     file = Path(backend.removeprefix("file://")) / ".pulumi" / "stacks" / PROJECT / f"{stack}.json"
     if not backend.startswith("file://") or not file.exists():

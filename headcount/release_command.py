@@ -1,4 +1,4 @@
-"""`headcount release` says in a stack's file what runs where; `headcount recover` repairs a stack after a kill."""
+"""`headcount release` changes the releases in a stack's file; `headcount recover` repairs a stack after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ release = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 def _release(
     context: typer.Context, stack: Annotated[str, typer.Option("-s", "--stack", metavar="STACK", help="The stack.")]
 ) -> None:
-    """Say in a stack's file what runs where, and print the diff. Nothing is deployed before `pulumi up`."""
+    """Change the releases in a stack's file, and print the diff. Nothing is deployed before `pulumi up`."""
     context.obj = stack
 
 
@@ -34,7 +34,7 @@ def canary(
         str, typer.Option(metavar="DIGEST", help="An image by digest (sha256:…) instead of the one that is built.")
     ] = releases.BUILD,
 ) -> None:
-    """Give a new release a share of the traffic, beside what runs."""
+    """Give a new release a share of the traffic, beside the other releases."""
     stack = context.obj
 
     def edit(current: releases.Releases) -> releases.Releases:
@@ -49,7 +49,7 @@ def canary(
 def add(
     context: typer.Context,
     name: Name,
-    source: Annotated[str, typer.Option("--from", metavar="STACK", help="The stack that proved the image.")],
+    source: Annotated[str, typer.Option("--from", metavar="STACK", help="The stack whose endpoint serves the image.")],
     percent: Annotated[int, typer.Option(help="Its share of the traffic.")] = 100,
 ) -> None:
     """Add a release with the image that has most of another stack's traffic."""
@@ -81,13 +81,13 @@ def pause(context: typer.Context) -> None:
 
 @release.command()
 def resume(context: typer.Context) -> None:
-    """Deploy again what was paused."""
+    """Deploy the releases again after a pause."""
     with _said(context.obj):
         print(releases.pause(context.obj, False), end="")
 
 
 def recover(stack: Annotated[str, typer.Argument(help="The stack.")]) -> None:
-    """Repair a stack after its `pulumi` was killed: its lock, its state file, and what it was creating."""
+    """Repair a stack after its `pulumi` was killed: its lock, its state file, and its pending resources."""
     from headcount.recovery import recover as repair
 
     with _said():

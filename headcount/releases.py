@@ -1,4 +1,4 @@
-"""What runs where: canary, promotion, rollback, pause. Edits a stack's file; `pulumi up` deploys the change."""
+"""The releases of a stack: canary, promotion, rollback, pause. Edits a stack's file; `pulumi up` deploys it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from headcount.stacks import StackError, outputs, project_folder
 
@@ -15,14 +15,14 @@ BUILD: Final = "build"  # the `image` of a release that is built from the source
 _DEFAULT: Final[Releases] = {"main": {"image": BUILD, "traffic": 100}}
 
 
-# ----------------------------------------------------------------------------------------- what changes
+# ------------------------------------------------------------------------------------ changes of releases
 
 
 def canary(releases: Releases, name: str, image: str, percent: int, running: dict[str, str]) -> Releases:
-    """`name` gets `percent` of the traffic, the others share the rest as they did.
+    """Gives `name` `percent` of the traffic; the others share the rest in the same proportions.
 
-    A release that is built from the sources is pinned to the digest that runs (`running`, by release): the sources
-    are the canary's now. Raises StackError.
+    Pins another release that is built from the sources to its running digest (`running`, by release), because the
+    sources are the canary's from now on. Raises StackError.
     """
     if not 0 <= percent <= 100:
         raise StackError(f"A canary's share is 0 to 100 percent, not {percent}.")
@@ -30,20 +30,20 @@ def canary(releases: Releases, name: str, image: str, percent: int, running: dic
     for other, release in others.items():
         if image == BUILD and release["image"] == BUILD:
             if other not in running:
-                raise StackError(f"Nothing runs yet as {other}, so there is nothing to keep: pulumi up first.")
+                raise StackError(f"Release {other} was never deployed and has no image to keep: run `pulumi up` first.")
             release["image"] = running[other].partition("@")[2]
     _share(others, 100 - percent)
     return others | {name: {"image": image, "traffic": percent if others else 100}}
 
 
 def promote(releases: Releases, name: str) -> Releases:
-    """All traffic to `name`; the others stay, without any. Raises StackError."""
+    """Gives all traffic to `name`; the others stay, without traffic. Raises StackError."""
     _known(releases, name)
     return {n: {**r, "traffic": 100 if n == name else 0} for n, r in releases.items()}
 
 
 def remove(releases: Releases, name: str) -> Releases:
-    """Without `name`. Raises StackError while it has traffic and is not the last."""
+    """Returns the releases without `name`. Raises StackError while it has traffic and is not the last."""
     _known(releases, name)
     if releases[name]["traffic"] and len(releases) > 1:
         raise StackError(f"{name} has {releases[name]['traffic']} % of the traffic. Promote another first.")
@@ -56,7 +56,7 @@ def _known(releases: Releases, name: str) -> None:
 
 
 def _share(releases: Releases, total: int) -> None:
-    """Scales the traffic to `total`, whole numbers, the largest taking what rounding leaves."""
+    """Scales the traffic to `total` in whole numbers; the largest share takes the rounding error."""
     before = sum(r["traffic"] for r in releases.values())
     if not releases:
         return
@@ -88,26 +88,35 @@ def pause(stack: str, paused: bool) -> str:
 
 def read(stack: str) -> Releases:
     """The releases in the stack's file. Raises StackError."""
-    found = _loaded(stack)[2].get("config", {}).get("headcount:releases")
+    found = _loaded(stack).document.get("config", {}).get("headcount:releases")
     return {name: dict(release) for name, release in (_DEFAULT if found is None else found).items()}
 
 
 def _rewrite(stack: str, edit: Callable[[dict[str, Any]], None]) -> str:
-    path, before, document = _loaded(stack)
-    edit(document.setdefault("config", {}))
-    text = StringIO()
-    _yaml().dump(document, text)
-    path.write_text(text.getvalue())
-    lines = difflib.unified_diff(before.splitlines(True), text.getvalue().splitlines(True), path.name, path.name, n=2)
+    file = _loaded(stack)
+    edit(file.document.setdefault("config", {}))
+    after = StringIO()
+    _yaml().dump(file.document, after)
+    file.path.write_text(after.getvalue())
+    name = file.path.name
+    lines = difflib.unified_diff(file.text.splitlines(True), after.getvalue().splitlines(True), name, name, n=2)
     return "".join(lines) or "nothing to change\n"
 
 
-def _loaded(stack: str) -> tuple[Path, str, Any]:
+class _StackFile(NamedTuple):
+    """A stack's file: its text, and the YAML document that keeps the text's comments."""
+
+    path: Path
+    text: str
+    document: Any
+
+
+def _loaded(stack: str) -> _StackFile:
     path = project_folder() / f"Pulumi.{stack}.yaml"
     if not path.exists():
         raise StackError(f"There is no {path.name}: `pulumi stack init {stack}` makes a stack.")
     text = path.read_text()
-    return path, text, _yaml().load(text) or {}
+    return _StackFile(path, text, _yaml().load(text) or {})
 
 
 def _yaml() -> Any:
@@ -119,7 +128,7 @@ def _yaml() -> Any:
 
 
 def proved(stack: str) -> str:
-    """The digest that serves most of a stack's traffic, asked of its endpoint. Raises StackError."""
+    """Returns the digest that has most of the traffic of a stack's endpoint. Raises StackError."""
     from headcount.counters import CountError
     from headcount.endpoint import describe
 

@@ -1,4 +1,4 @@
-"""What the command prints: results as a table, as JSON, as CSV. Pure: results in, text out."""
+"""The output of `headcount count`: results as a table, as JSON, as CSV. Pure: results in, text out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CSV_COLUMNS = ("file", "count", "width", "height", "annotated", "error")
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one picture: an answer, or why there is none. annotated: where its copy is."""
+    """The result for one picture: an answer, or the reason why there is none. annotated: path of its copy."""
 
     name: str
     answer: Answer | None = None
@@ -89,6 +89,6 @@ def table_text(results: Sequence[Result], terminal: bool) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name on one line, without what would move the cursor or cannot be encoded."""
+    """Returns a file name on one line, without characters that move the cursor or cannot be encoded."""
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -23,7 +23,7 @@ INSTALL: Final = (
 
 
 class StackError(Exception):
-    """A stack cannot do what was asked; the message says how to repair it."""
+    """An operation on a stack failed; the message says how to repair it."""
 
 
 class BusyError(StackError):
@@ -82,13 +82,13 @@ def installed() -> bool:
 
 
 def pulumi(stack: str, *arguments: str) -> str:
-    """What Pulumi prints for a command on a stack. Raises StackError with Pulumi's own words."""
+    """Returns the output of a Pulumi command on a stack. Raises StackError with Pulumi's message."""
     from pulumi.automation.errors import CommandError, StackNotFoundError
 
     try:
         done = _command().run([*arguments, "--stack", stack], str(project_folder()), environment(stack))
     except StackNotFoundError:
-        raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the stacks that there are.") from None
+        raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the existing stacks.") from None
     except CommandError as error:
         said = str(error).partition("\n stderr: ")[2].strip() or str(error)
         if "PULUMI_ACCESS_TOKEN" in said:
@@ -149,7 +149,7 @@ def exists(stack: str) -> bool:
 
 
 def outputs(stack: str) -> dict[str, Any]:
-    """What the stack exports. Raises StackError where it was never deployed."""
+    """Returns the stack's outputs. Raises StackError if it was never deployed."""
     how = "make up" if stack == LOCAL else f"pulumi up -s {stack}"
     missing = StackError(f"Stack {stack} is not deployed. Deploy it: {how}")
     if stack == LOCAL and not state_folder().is_dir():

@@ -11,7 +11,7 @@ from infra.image import Image
 from infra.prediction import MAX_REQUEST_BYTES, Prediction
 
 if __name__ == "__main__":
-    # The engine interrupts the program when a resource has failed. It says what failed; a traceback would bury that.
+    # The engine interrupts the program when a resource has failed. A traceback would hide its message.
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
 config = settings.load()

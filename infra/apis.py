@@ -71,7 +71,8 @@ async def until_usable(
     """Returns when `url` no longer answers that `service` is disabled. Raises pulumi.RunError.
 
     Google answers SERVICE_DISABLED for a while after an API was enabled, and its provider does not wait for that.
-    Single refusals after a first good answer were reported, hence a second one is waited for.
+    Single refusals after a first good answer were reported, so this waits for a second good answer. The loop is our
+    own, because it ends on two answers in a row, and google.api_core's ends on the first.
     https://cloud.google.com/apis/docs/troubleshooting#service_disabled
     Any other answer is left to the resource that needs the API, whose error says more. ours: the project's id and
     number.
@@ -118,8 +119,8 @@ async def project_number(project: str, token: str) -> str:
         except OSError as error:
             text = str(error)
         raise pulumi.RunError(
-            f"Google does not tell the number of project {project}. The id of the project has to be right, the "
-            "credentials need resourcemanager.projects.get (role Viewer), and the API has to be enabled:\n"
+            f"Google does not return the number of project {project}. Check that the id is right, that the credentials "
+            "have resourcemanager.projects.get (role Viewer), and that the API is enabled:\n"
             f"    gcloud services enable cloudresourcemanager.googleapis.com --project {project}\n{text}"
         )
 

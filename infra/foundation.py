@@ -1,4 +1,4 @@
-"""What everything else stands on: enabled APIs, the bucket, the image repository, the serving account."""
+"""The foundation of a stack: enabled APIs, the bucket, the image repository, the serving account."""
 
 from typing import Final
 
@@ -47,7 +47,7 @@ class Foundation(pulumi.ComponentResource):
             public_access_prevention="enforced",
             versioning={"enabled": settings.keep_deleted_days > 0},
             lifecycle_rules=_lifecycle(settings),
-            # Soft delete keeps, and charges for, what was deleted.
+            # With soft delete Google keeps deleted objects, and charges for them.
             soft_delete_policy={"retention_duration_seconds": 0},
             encryption={"default_kms_key_name": settings.kms_key} if settings.kms_key else None,
             force_destroy=not settings.production,
@@ -78,7 +78,7 @@ class Foundation(pulumi.ComponentResource):
             opts=self._after("artifactregistry.googleapis.com", encrypted.get("artifactregistry")),
         )
         readers: dict[str, pulumi.Input[str]] = {"agent": self.agent.member, **{m: m for m in settings.image_readers}}
-        #: Whatever pulls an image of the repository depends on these.
+        #: Permissions to pull images; resources that pull one depend on them.
         self.image_readers = [
             gcp.artifactregistry.RepositoryIamMember(
                 f"images-{name}",
@@ -90,14 +90,14 @@ class Foundation(pulumi.ComponentResource):
             )
             for name, member in readers.items()
         ]
-        #: What the container runs as.
+        #: The account that the container runs as.
         self.service_account = gcp.serviceaccount.Account(
             "serving",
             account_id=names.service_account,
             display_name=f"Headcount serving, stack {settings.stack}"[:100],
             opts=self._after("iam.googleapis.com"),
         )
-        #: Whatever runs as the serving account depends on these.
+        #: Permissions of the serving account; resources that run as it depend on them.
         self.grants = [
             gcp.storage.BucketIAMMember(
                 "serving-reads-pictures",
@@ -111,7 +111,7 @@ class Foundation(pulumi.ComponentResource):
 
     @property
     def token(self) -> pulumi.Output[str]:
-        """The deployer's access token, a secret: what the registry takes as a password."""
+        """The deployer's access token, which the registry takes as a password. A secret."""
         return pulumi.Output.secret(self._token)
 
     def after(self, service: str) -> pulumi.ResourceOptions:

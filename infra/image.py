@@ -27,8 +27,8 @@ BFLOAT16_FAMILIES: Final = {"c3", "c3d", "c4", "c4d", "n4"}
 class Image(pulumi.ComponentResource):
     """The image of these sources, in the stack's repository.
 
-    It is not built in previews. Unchanged sources are not built again, on any machine: what the builder sees
-    is a copy without the times and modes that differ from checkout to checkout. It stays in the repository
+    It is not built in previews. Unchanged sources are not built again, on any machine, because the builder
+    gets a copy without the times and modes that differ between checkouts. It stays in the repository
     when it leaves the stack, because releases may be pinned to it; the cleanup policy removes it.
     """
 
@@ -44,7 +44,7 @@ class Image(pulumi.ComponentResource):
             # Relative to this program's folder: the state is the same in every checkout.
             context={"location": os.path.relpath(context)},
             dockerfile={"location": os.path.relpath(context / "Dockerfile")},
-            platforms=[docker_build.Platform.LINUX_AMD64],  # what Vertex AI runs, also from Apple silicon
+            platforms=[docker_build.Platform.LINUX_AMD64],  # Vertex AI's platform, also on Apple silicon
             build_args={
                 "BASE": settings.base_image,
                 "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
@@ -59,7 +59,7 @@ class Image(pulumi.ComponentResource):
             build_on_preview=False,
             builder={"name": settings.builder} if settings.builder else None,
             cache_from=[{"registry": {"ref": cache}}],
-            # What the image contains, not the stages before it: these hold gigabytes that another machine fetches
+            # The image's own layers, not those of earlier stages: these hold gigabytes that another machine fetches
             # faster than a registry stores them. Artifact Registry takes a cache as an OCI image only.
             cache_to=[
                 {
@@ -93,9 +93,9 @@ def required_precision(settings: Settings) -> str:
 
 
 def fetch_weights(root: Path, weights: str) -> str:
-    """Returns the name of the weights in `.headcount/weights`: those asked for, or the ones that serve instead of them.
+    """Returns the name of the weights in `.headcount/weights`: the requested ones, or their substitute.
 
-    Fetches them if need be. Raises pulumi.RunError, which says what to do.
+    Fetches missing weights. Raises pulumi.RunError with the remedy.
     """
     if (root / WEIGHTS / f"{weights}.pt").exists():
         return weights
@@ -112,10 +112,10 @@ def fetch_weights(root: Path, weights: str) -> str:
 
 
 def stage(root: Path, to: Path, weights: str) -> str:
-    """Copies what `.dockerignore` lets into the image from `root` to the folder `to`; returns its hash.
+    """Copies the files that `.dockerignore` lets into the image from `root` to the folder `to`; returns their hash.
 
-    Of the weights only the chosen ones are taken. Modes and times do not depend on the checkout: they count in a
-    layer's digest. Times depend on the content, because BuildKit takes a file of the same size and time for
+    Of the weights only the chosen ones are copied. Modes and times do not depend on the checkout, because a layer's
+    digest depends on them. Times depend on the content, because BuildKit treats a file of the same size and time as
     unchanged.
     """
     ignore = (root / ".dockerignore").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""The settings of a stack, typed; and the names of what it makes.
+"""The settings of a stack, typed, and the names of its resources.
 
-`Pulumi.<stack>.yaml` gives them, `pulumi config set` writes them. Whatever is wrong is said at once, each
-with the command that repairs it.
+`Pulumi.<stack>.yaml` holds the settings, `pulumi config set` writes them. All wrong settings are reported together,
+each with the command that repairs it.
 """
 
 import difflib
@@ -76,7 +76,7 @@ Metric = Literal["cpu", "accelerator", "requests"]  # as pulumi_vertex names the
 
 
 class Settings(_Model):
-    """What may differ between stacks. Every field is a key of `headcount:`, but those in `KEYS`."""
+    """The differences between stacks. Every field is a key of `headcount:`, except those in `KEYS`."""
 
     stack: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
     project: Annotated[
@@ -143,7 +143,7 @@ class Settings(_Model):
         Field(description="undeploys everything and keeps the model versions: costs nothing", examples=[True]),
     ] = False
     # C3 is Sapphire Rapids, whose AMX multiplies bf16, which the compiled network is; N1 and E2 have
-    # neither. Its smallest has 4 vCPUs and 8 GB: room for a worker of 0.8 GB on each, and the JVM.
+    # neither. Its smallest has 4 vCPUs and 8 GB: room for a worker of 1.6 GB on each, the spool and the JVM.
     # https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
     machine_type: Annotated[
         str,
@@ -279,7 +279,7 @@ class Settings(_Model):
     @field_validator("releases")
     @classmethod
     def _consistent(cls, releases: dict[str, Release], info: ValidationInfo) -> dict[str, Release]:
-        wrong: list[tuple[str, str]] = []  # what is wrong, and the end of the command that repairs it
+        wrong: list[tuple[str, str]] = []  # each mistake, and the end of the command that repairs it
         if releases and (total := sum(r.traffic for r in releases.values())) != 100:
             shares = ", ".join(f"{name} {r.traffic}" for name, r in releases.items())
             last = list(releases)[-1]
@@ -321,7 +321,7 @@ class Settings(_Model):
         return {**self.labels, **self.names.labels}
 
 
-# What the configuration calls differently: the settings that Pulumi's own providers read too.
+# Settings with another key in the configuration, because Pulumi's providers read them too.
 KEYS: Final = {"project": "gcp:project", "region": "gcp:region", "vertex_endpoint": "vertex:endpoint"}
 
 
@@ -351,7 +351,7 @@ def load() -> Settings:
 
 
 def _value(text: str) -> Any:
-    """Objects and lists arrive as JSON, everything else as its text."""
+    """Parses objects and lists, which arrive as JSON; other values stay text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -359,7 +359,7 @@ def _value(text: str) -> Any:
     return value if isinstance(value, dict | list) else text
 
 
-# What is wrong with a key of a map, by the setting.
+# The message about a wrong key of a map, keyed by setting.
 _NO_KEY: Final = {
     "releases": "is no name for a release: 2 to 63 of a-z, 0-9 and -, beginning with a letter, not ending in -",
     "labels": "is no name for a label: 1 to 63 of a-z, 0-9, - and _, beginning with a letter",
@@ -369,7 +369,7 @@ _NO_KEY: Final = {
 
 
 def _problem(error: ErrorDetails, stack: str) -> str:
-    """One wrong setting: its name, its value, what is wrong with it and the command that repairs it."""
+    """Describes one wrong setting: its name, its value, the mistake, and the command that repairs it."""
     steps = [str(step) for step in error["loc"] if step != "[key]"]
     first = next((n for n, f in Settings.model_fields.items() if f.alias == steps[0]), "")
     model: type[BaseModel] = Settings
@@ -426,7 +426,7 @@ class Names:
         #: Model, at most 63 of a-z, 0-9, - and _: REST reference of models.upload
         self.model = f"{PROJECT}-{_slug(stack, 50)}"
         #: Endpoint: digits without a leading zero, at most 10 for the google provider and 9 for Vertex AI's
-        # REST reference. Made from the stack, so that whoever lost the state finds it again.
+        # REST reference. Derived from the stack's name, so that it can be found again without the state.
         number = int.from_bytes(hashlib.sha256(f"{project}/{region}/{stack}".encode()).digest()[:8])
         self.endpoint = str(10**8 + number % (9 * 10**8))
         #: https://cloud.google.com/resource-manager/docs/labels-overview#requirements

@@ -11,7 +11,8 @@ from pathlib import Path
 def torch_source(root: Path, say: Callable[[str], object]) -> str:
     """`cpu` where PyTorch's CPU index answers, else `index`, the package index.
 
-    Decided once for a checkout, because another answer is another image. A team says `torch` in the stack's file.
+    The decision is kept for the checkout, because another answer makes another image. A team sets `torch` in the
+    stack's file instead.
     """
     decided = root / ".headcount" / "torch-source"
     if decided.exists():

@@ -3,7 +3,7 @@
     python -m laptop up [PICTURE]
     python -m laptop down
 
-Both look first at what is there, so they may be repeated, interrupted and killed.
+Both first look at the existing resources, so they may be repeated, interrupted and killed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def up(picture: Path | None) -> None:
         stacks.pulumi(LOCAL, "stack", "init")
     _recover()
     if stacks.run(LOCAL, "up", "--yes", "--skip-preview"):
-        raise StackError("`pulumi up` failed; its output is above. Repeat `make up` once it is repaired.")
+        raise StackError("`pulumi up` failed; its output is above. Repair the cause and repeat `make up`.")
     if picture:
         print(f"\n{_count(picture)}")
 
 
 def down() -> None:
-    """Destroys stack `local`, stops the sandbox, and removes what both left. Raises StackError."""
+    """Destroys stack `local`, stops the sandbox, and removes their files. Raises StackError."""
     if stacks.installed() and stacks.state_folder().is_dir() and stacks.exists(LOCAL):
         sandbox.start()
         force = []
@@ -65,7 +65,7 @@ def down() -> None:
 
 
 def _recover() -> bool:
-    """Repairs what a killed run left, and returns whether there was anything. Waits for a Pulumi that still runs."""
+    """Repairs the stack after a killed run, and returns whether that was needed. Waits for a Pulumi that still runs."""
     told = False
     while True:
         try:
@@ -109,7 +109,7 @@ def _alone() -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StackError("Another `make up` or `make down` is at work here. Wait for it.") from None
+            raise StackError("Another `make up` or `make down` is running in this checkout. Wait for it.") from None
         yield
 
 
@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. Repeat it, and it goes on from here.", file=sys.stderr)
+        print("\nStopped. Repeat the command, and it continues from here.", file=sys.stderr)
         return 130
     return 0
 

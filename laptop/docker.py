@@ -53,13 +53,13 @@ def remove_builder() -> None:
 
 
 def forget_images(registry_port: int) -> None:
-    """Removes what Docker pulled from the sandbox's registry."""
+    """Removes the images that Docker pulled from the sandbox's registry."""
     for id_ in _listed("images", "{{.Repository}}", registry_port):
         subprocess.run(["docker", "rmi", "-f", id_], capture_output=True)
 
 
 def left(registry_port: int) -> list[str]:
-    """What is left of stack `local`: a line for each container, volume and image, with the command that removes it."""
+    """Returns the commands that remove the leftovers of stack `local`: containers, volumes and images."""
     if not shutil.which("docker"):
         return []
     found = [f"docker rm -f {id_}" for id_ in _listed("ps", "{{.Image}}", registry_port)]
@@ -72,7 +72,7 @@ def left(registry_port: int) -> list[str]:
 
 
 def _listed(what: str, image: str, registry_port: int) -> list[str]:
-    """Ids of the containers (`ps`) or images whose image is of the sandbox's registry."""
+    """Returns the ids of containers (`ps`) or images (`images`) from the sandbox's registry."""
     every = ["-a"] if what == "ps" else []
     listed = subprocess.run(
         ["docker", what, *every, "--format", f"{{{{.ID}}}} {image}"], capture_output=True, text=True

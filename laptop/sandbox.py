@@ -18,7 +18,7 @@ from pathlib import Path
 from headcount import stacks
 from headcount.stacks import StackError
 
-#: Sandboxes that this process started. They are to outlive it, of which Popen would warn.
+#: Sandboxes that this process started. They outlive it; a Popen that is collected before its process ends would warn.
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -71,7 +71,7 @@ def stop() -> None:
         return
     pid = _pid()
     if pid is None:
-        raise StackError("The sandbox was started by hand: stop it there, then repeat `make down`.")
+        raise StackError("The sandbox was started by hand: stop it in its terminal, then repeat `make down`.")
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     for _ in range(600):
@@ -85,7 +85,7 @@ def stop() -> None:
 
 
 def left() -> list[str]:
-    """What is left of a stopped sandbox: a line for each port that something listens on."""
+    """Returns a line for each port of a stopped sandbox on which a process still listens."""
     found = []
     for number in (port(), registry_port()):
         with socket.socket() as one:

@@ -1,4 +1,4 @@
-"""What tests order and ask of the sandbox itself, under /_sandbox. Only with --admin.
+"""Orders and questions of tests to the sandbox itself, under /_sandbox. Only with --admin.
 
 POST   /_sandbox/faults      orders a fault: {"method", "count", "kind", …}, see `Fault`
 GET    /_sandbox/faults      those not used up
@@ -9,7 +9,7 @@ DELETE /_sandbox/requests    forgets them
 GET    /_sandbox/history     every state of an endpoint's traffic: trafficSplit, and available replicas by
                              deployed model, after each change of either
 POST   /_sandbox/clock       {"seconds"}: puts the sandbox's clock forward, so that delays and tokens end
-GET    /_sandbox/violations  what departed from the discovery documents (with --validate)
+GET    /_sandbox/violations  departures from the discovery documents (with --validate)
 """
 
 import asyncio

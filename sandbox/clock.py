@@ -1,4 +1,4 @@
-"""The sandbox's clock. A test can put it forward: what ends after an hour ends at once then."""
+"""The sandbox's clock. A test can put it forward, so that a period of an hour ends at once."""
 
 import datetime
 import time as _time

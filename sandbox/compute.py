@@ -6,7 +6,7 @@ https://cloud.google.com/compute/docs/reference/rest/v1/regions
 from sandbox.context import Call
 from sandbox.store import JSON
 
-# Some that exist; the google provider only asks whether the one that is configured is among them.
+# Some existing regions; the google provider only asks whether the configured one is among them.
 REGIONS = (
     *("asia-east1", "asia-northeast1", "asia-south1", "asia-southeast1", "australia-southeast1", "me-west1"),
     *("europe-north1", "europe-west1", "europe-west2", "europe-west3", "europe-west4", "europe-west9"),

@@ -1,4 +1,4 @@
-"""Google's discovery documents: which method a request means, and what may stand in it.
+"""Google's discovery documents: the method of a request, and the fields that it may have.
 
 The documents are those that `google-api-python-client` ships, so names and shapes are Google's, not
 ours. Reading both of Vertex AI's takes about 40 ms; the others are read when they are first asked for.
@@ -35,7 +35,7 @@ PREFIXES = {name.partition(".")[0] for name in DOCUMENTS} - {"aiplatform"}
 # Query parameters of every Google API that the documents do not list.
 GLOBAL_QUERY = {"$alt", "$prettyPrint", "$fields", "$userProject", "$callback", "$unique"}
 
-# What Google's pages show and the documents lack.
+# Fields that Google's pages show and the documents lack.
 # https://docs.cloud.google.com/vertex-ai/docs/predictions/rolling-deployment
 MORE_QUERY = {"aiplatform.projects.locations.endpoints.get": {"allDeploymentStates"}}
 MORE_PROPERTIES = {"DeployedModel": {"state": {"type": "string"}}}
@@ -179,7 +179,7 @@ def _camel(name: str) -> str:
 
 
 class _Reader:
-    """Reads a JSON value by a schema; what does not fit is said in Google's words."""
+    """Reads a JSON value by a schema, and reports mismatches in Google's words."""
 
     def __init__(self, name: str, *, request: bool) -> None:
         self.schemas: dict[str, JSON] = document(name)["schemas"]
@@ -275,7 +275,7 @@ def read_request(method: Method, query: list[str], body: Any) -> JSON:
 
 
 def response_violations(method: Method, status: int, body: Any) -> list[str]:
-    """What in a response departs from the document; empty when it fits."""
+    """The departures of a response from the document; empty if it fits."""
     if status >= 400:
         return error_violations(method.api, status, body)
     if not method.response:

@@ -100,7 +100,7 @@ class GoogleError(Exception):
 
 
 def error_violations(api: str, status: int, body: Any) -> list[str]:
-    """What in the body of an error departs from the shape of an API's errors; empty when it fits."""
+    """The departures of an error's body from the shape of an API's errors; empty if it fits."""
     error = body.get("error") if isinstance(body, dict) else None
     wanted = {"code", "message"} | ({"errors"} if api in LISTED else set())
     wanted |= set() if api in WITHOUT_STATUS else {"status"}
@@ -128,5 +128,5 @@ def not_found(message: str) -> GoogleError:
 
 
 def unimplemented(what: str) -> GoogleError:
-    """501 for what Google has and the sandbox has not. It names the method, the field or the value."""
+    """501 for a method, field or value that Google supports and the sandbox does not. The message names it."""
     return GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {what}.")

@@ -24,7 +24,7 @@ log = logging.getLogger("sandbox")
 HEALTH_TIMEOUT = 10.0
 HEALTH_PERIOD = 10.0
 HEALTH_FAILURES = 4
-# Nobody gains from waiting ten seconds for a container that is ready after one.
+# Short, because a container may be ready after one second.
 START_PERIOD = 0.25
 # Kubernetes' terminationGracePeriodSeconds.
 STOP_GRACE = 30.0
@@ -66,7 +66,7 @@ class Fleet:
     #: Called with the endpoint's name after replicas became available or ceased to be.
     changed: Callable[[str], None] = lambda endpoint: None
     replicas: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
-    # What brings back replicas after a start, until it has, or until somebody else wants something of them.
+    # Tasks that bring replicas back after a start. Each ends when it has done so, or when another task needs them.
     _restoring: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
     _stopping: set[asyncio.Task[None]] = field(default_factory=set)
     _sleepers: dict[tuple[str, str], Sleeper] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Fleet:
         self._watch_idleness(what)
 
     async def _let_go(self, key: tuple[str, str]) -> None:
-        """Ends what works on a deployed model in the background."""
+        """Ends the background tasks of a deployed model."""
         if sleeper := self._sleepers.pop(key, None):
             await _cancelled(sleeper.watcher)
         if task := self._restoring.pop(key, None):
@@ -131,7 +131,7 @@ class Fleet:
             self._sleepers[what.key] = Sleeper(what, what.idle, now, now, watcher)
 
     async def _rest(self, key: tuple[str, str]) -> None:
-        """Stops a model's replicas each time that nobody has asked it for long enough."""
+        """Stops a model's replicas whenever it has had no request for the idle period."""
         while True:
             sleeper = self._sleepers[key]
             due = max(sleeper.up + sleeper.idle.up_at_least, sleeper.asked + sleeper.idle.idle)
@@ -195,7 +195,7 @@ class Fleet:
     async def bring_down(self, endpoint: str, deployed_id: str, keep: int = 0) -> None:
         """Stops all but `keep` replicas: out of the traffic, requests in flight answered, SIGTERM.
 
-        Cancelled, it stops them all the same, only nobody waits for it.
+        If it is cancelled, it stops them all the same, without a caller that waits.
         """
         key = (endpoint, deployed_id)
         sleeper = self._sleepers.get(key)
@@ -290,7 +290,7 @@ class Fleet:
     # ------------------------------------------------------------------------------ start and end of us
 
     async def adopt(self, wanted: list[tuple[Serving, int]], pending: set[tuple[str, str, str]]) -> None:
-        """Takes over what a killed sandbox left: picks up, restarts what is missing, removes the rest.
+        """Takes over the containers of a killed sandbox: keeps the right ones, starts missing ones, removes the rest.
 
         `pending` are (endpoint, deployed id, version) of deployments that run on.
         """
@@ -334,7 +334,7 @@ class Fleet:
             pause = min(pause * 2, 60)
 
     async def stop(self) -> None:
-        """Ends every container. What is deployed stays deployed in the state: the next start brings it up."""
+        """Ends every container. Models stay deployed in the state, and the next start brings them up."""
         for key in {*self._restoring, *self._sleepers}:
             await self._let_go(key)
         replicas = [r for group in self.replicas.values() for r in group]
@@ -345,7 +345,7 @@ class Fleet:
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:
-    """Cancels a task and waits for its end: what it was starting is then gone too."""
+    """Cancels a task and waits for its end, after which the containers that it was starting are gone too."""
     task.cancel()
     await asyncio.wait([task])
 

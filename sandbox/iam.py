@@ -35,7 +35,7 @@ UNSET_ETAG = "ACAB"
 
 
 def policy(cloud: Cloud, resource: str, bindings: list[JSON] | None = None) -> JSON:
-    """The policy of a resource; `bindings` are those that it is born with."""
+    """The policy of a resource; `bindings` are its initial ones."""
     held = cloud.store.get("policy", resource)
     if held is None:
         return {"etag": UNSET_ETAG, **({"version": 1, "bindings": bindings} if bindings else {})}

@@ -1,6 +1,6 @@
 """OAuth 2.0: the access tokens that callers present, and the endpoint that issues them.
 
-https://oauth2.googleapis.com/token is /oauth2/token here. Nobody is identified: whoever asks on loopback gets a token.
+https://oauth2.googleapis.com/token is /oauth2/token here. Every caller on loopback gets a token.
 The token `sandbox` never expires; `sandbox-expires-TIME` is accepted until that time, in seconds since 1970.
 """
 

@@ -21,7 +21,7 @@ OperationBody = Callable[[JSON], Awaitable[Callable[[], JSON]]]
 
 @dataclass(frozen=True)
 class Kind:
-    """What one kind of operation does, and the types that clients expect in it."""
+    """The work of one kind of operation, and the types that clients expect in it."""
 
     metadata: str
     response: str  # a message of google.cloud.aiplatform, or google.protobuf.Empty
@@ -60,7 +60,7 @@ class Operations:
         self._released = asyncio.Event()
 
     def resume(self) -> None:
-        """Takes up what ran when the sandbox last ended."""
+        """Resumes the operations that ran when the sandbox last ended."""
         for name, operation in self.store.list("operation"):
             if not operation.get("done"):
                 self.running[name] = operation
@@ -169,7 +169,7 @@ class Operations:
             await self._fail(operation, kind, GoogleError("INTERNAL", f"Internal error encountered: {error}"))
         del self.running[operation["name"]]
         del self._tasks[operation["name"]]
-        # Wakes those who wait for it.
+        # Wakes the callers that wait for it.
         async with self._changed:
             self._changed.notify_all()
 
@@ -177,7 +177,7 @@ class Operations:
         if kind.undo:
             try:
                 await kind.undo(operation)
-            except Exception:  # the operation ends all the same; the next start removes what is nobody's
+            except Exception:  # the operation ends all the same; the next start removes containers without an owner
                 log.exception("undoing operation %s", operation["name"])
         operation.pop("response", None)
         operation["error"] = error.rpc_status()

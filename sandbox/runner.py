@@ -43,7 +43,7 @@ class Launch:
     port: int
     shared_memory_mb: int
     labels: dict[str, str]
-    name: str  # begins the container's name, for whoever reads `docker ps`
+    name: str  # begins the container's name, for readers of `docker ps`
     accelerators: int = 0
 
 
@@ -171,7 +171,7 @@ class DockerRunner:
         try:
             handle = await asyncio.shield(task)
         except asyncio.CancelledError:
-            # The thread can not be stopped: wait for it, or its container would be nobody's.
+            # The thread cannot be stopped; without waiting for it, its container would have no owner.
             with contextlib.suppress(GoogleError):
                 orphan = await task
                 await asyncio.to_thread(orphan.remove, force=True, v=True)
@@ -357,7 +357,7 @@ class DockerContainer:
         def work() -> None:
             with contextlib.suppress(docker.errors.NotFound):
                 self._handle.stop(timeout=int(grace))
-            # A removal that somebody else has begun answers 409.
+            # A removal that another process has begun answers 409.
             with contextlib.suppress(docker.errors.NotFound, docker.errors.APIError):
                 self._handle.remove(force=True, v=True)
 
@@ -370,7 +370,7 @@ class DockerContainer:
 class StubRunner:
     """No container at all: answers at once, for tests of the protocol.
 
-    What it does is said by the container spec's environment:
+    The container spec's environment sets its behaviour:
     STUB_HEALTH=never  the health route answers 503 for ever
     STUB_HEALTH=exit   the container exits with status 1 as soon as it is started
     STUB_LOG=…         its log lines

@@ -62,7 +62,7 @@ METHODS: dict[str, Handler] = {
 # Handlers that read the body themselves: it is a container's or a file's, or its nulls count.
 RAW = {*vertex_predictions.METHODS, *buckets.RAW, *objects.RAW}
 RUNNERS: dict[str, Callable[[int], Runner]] = {"docker": DockerRunner, "stub": StubRunner}
-# Larger than any payload limit, so that those limits are what a caller meets.
+# Larger than any payload limit, so that a caller meets those limits first.
 MAX_BODY = 64 * 2**20
 
 
@@ -123,7 +123,7 @@ class Server:
                 # ASGI has no word for it. Both of uvicorn's protocols give `receive` as a method of
                 # the request's cycle, which knows its connection.
                 receive.__self__.transport.abort()  # type: ignore[attr-defined]
-                await receive()  # until uvicorn knows, else it reports a forgotten answer
+                await receive()  # until uvicorn knows of the disconnection; otherwise it reports a missing answer
                 return
             except ClientDisconnect:
                 return
@@ -275,7 +275,7 @@ class Server:
 
 
 def _renamed(value: Any, change: Callable[[str], str]) -> Any:
-    """A body with its resource names changed, and nothing else: what users wrote stays."""
+    """Returns a body with changed resource names; texts of users stay as they are."""
     if isinstance(value, list):
         return [_renamed(v, change) for v in value]
     if not isinstance(value, dict):

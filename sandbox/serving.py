@@ -1,4 +1,4 @@
-"""How a deployed model is served: what its version's container spec and its own resources say, read as Vertex AI does.
+"""The settings with which a deployed model is served, read from its version's container spec and its own resources.
 
 https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 """

@@ -121,7 +121,7 @@ class RunningSandbox:
         self.admin("POST", "clock", {"seconds": seconds})
 
     def unused_faults(self) -> list[dict[str, Any]]:
-        """What was ordered and never met."""
+        """The ordered faults that no call has met."""
         return list(self.admin("GET", "faults")["faults"])
 
     def release(self) -> None:

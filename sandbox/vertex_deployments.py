@@ -54,7 +54,7 @@ IDLE_DEFAULT = "3600s"
 
 
 def _check_resources(call: Call, resources: JSON, endpoint: JSON, others: int) -> None:
-    """Raises for replica counts that Vertex AI refuses; sets what it defaults.
+    """Raises for replica counts that Vertex AI refuses; sets its defaults.
 
     `others` is the number of other models on the endpoint.
     """
@@ -78,7 +78,7 @@ def _check_resources(call: Call, resources: JSON, endpoint: JSON, others: int) -
 
 
 def _check_scale_to_zero(resources: JSON, endpoint: JSON, others: int) -> None:
-    """Raises where scale to zero is not offered (IDLE_DEFAULT has the source); sets what it defaults."""
+    """Raises where scale to zero is not offered (IDLE_DEFAULT has the source); sets its defaults."""
     if not endpoint.get("dedicatedEndpointEnabled"):
         raise invalid("Scale to zero can not be enabled on shared public endpoints.")
     if others:
@@ -300,7 +300,7 @@ def _mutate_kind(cloud: Cloud) -> Kind:
 async def adopt(cloud: Cloud) -> None:
     """At start: brings back the replicas of everything deployed, and removes containers of nothing.
 
-    What scales to zero stays there until it is asked.
+    A model that scales to zero stays there until a request comes.
     """
     wanted = [
         (serving_of(cloud, name, deployed), deployed["dedicatedResources"]["minReplicaCount"])

@@ -23,7 +23,7 @@ from sandbox.store import JSON
 # zero (discovery document, endpoints.create, endpointId).
 ENDPOINT_ID = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?|[1-9][0-9]{0,8}")
 # Where records of Vertex AI's own behaviour are thin, the sandbox can behave either way (`--suppose NAME`), so that
-# tests can show that the provider copes with both. docs/unverified.md has what is known of each.
+# tests can show that the provider copes with both. docs/unverified.md has the evidence for each.
 SUPPOSITIONS = {
     "no-first-traffic": "a first deployment without a traffic split gets no traffic",
     "split-required": "a first deployment without a traffic split is refused",
@@ -86,7 +86,7 @@ def render(cloud: Cloud, endpoint: JSON, version: str = "v1") -> JSON:
 
 
 def of_v1(deployed: JSON) -> JSON:
-    """A deployed model without what only v1beta1 can express."""
+    """A deployed model without the fields that only v1beta1 has."""
     resources = {key: value for key, value in deployed["dedicatedResources"].items() if key not in BETA_RESOURCES}
     return {**deployed, "dedicatedResources": resources}
 
@@ -114,13 +114,13 @@ def save(cloud: Cloud, endpoint: JSON, event: str) -> None:
     endpoint["updateTime"] = now()
     for name in ("deployedModels", "trafficSplit", "labels"):
         if not endpoint.get(name):
-            endpoint.pop(name, None)  # as JSON of a protocol buffer leaves out what is empty
+            endpoint.pop(name, None)  # because JSON of a protocol buffer leaves empty fields out
     cloud.store.put("endpoint", endpoint["name"], endpoint)
     snapshot(cloud, endpoint, event)
 
 
 def snapshot(cloud: Cloud, endpoint: JSON, event: str) -> None:
-    """Records the traffic and who could serve it, for the admin route's history."""
+    """Records the traffic and the available replicas, for the admin route's history."""
     name = endpoint["name"]
     cloud.store.record(
         {

@@ -175,7 +175,7 @@ def _upload_work(cloud: Cloud) -> Kind:
 
 
 def _give_aliases(cloud: Cloud, model: str, aliases: set[str]) -> None:
-    """Takes aliases from whichever version holds them: each names one version."""
+    """Removes aliases from the versions that hold them, because each alias names one version."""
     for key, version in versions(cloud, model):
         held = version["resource"]["versionAliases"]
         if aliases & set(held):

@@ -21,7 +21,7 @@ from sandbox.store import JSON
 # https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
 SHARED_BYTES, SHARED_SECONDS = 1_572_864, 60.0
 DEDICATED_BYTES, DEDICATED_SECONDS = 10 * 2**20, 600.0
-# What a model that is scaled to zero answers, as recorded from Vertex AI.
+# The answer of a model that is scaled to zero, as recorded from Vertex AI.
 COLD = (
     "Model is not yet ready for inference. Please wait while model completes scale-up from zero, then try your "
     "request again."
@@ -63,7 +63,7 @@ async def _ask(call: Call) -> tuple[JSON, ContainerResponse]:
 
 
 async def predict(call: Call) -> JSON:
-    if len(call.raw) <= DEDICATED_BYTES:  # else the size is what is wrong with it
+    if len(call.raw) <= DEDICATED_BYTES:  # otherwise its size is the error to report
         try:
             request = read_request(call.method, list(call.query), json.loads(call.raw or b"{}"))
         except ValueError as error:

@@ -17,7 +17,7 @@ from model_archiver.model_packaging import generate_model_archive
 
 
 def make_archive(checkpoint: Path, out: Path, compiled: Path | None = None) -> None:
-    """Put checkpoint, handler, and what `serving.compile` made of it into out, replacing it in one step."""
+    """Put checkpoint, handler and compiled packages into out, replacing it in one step."""
     extra = sorted(compiled.iterdir()) if compiled else []
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:

@@ -40,7 +40,7 @@ def compile_network(
 ) -> None:
     """Write a library for pictures of any shape and one for each of shapes (height, width) into out.
 
-    `<precision>.json`, written last, says what they fit.
+    `<precision>.json`, written last, says which processors and shapes they fit.
     """
     march, bits, needs = TARGETS[precision]
     network = load_network(checkpoint)

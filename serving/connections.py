@@ -1,4 +1,7 @@
-"""Both sides of the front, kept short because every picture passes here: clients before it, TorchServe behind it."""
+"""The connections of clients to the front: uvicorn's HTTP protocol with bodies that go to files, and with limits.
+
+serving/README.md says why the protocol is a subclass of uvicorn's own.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,16 @@ import contextlib
 import functools
 import json
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.contract import error_json
-from serving.spool import Body
+from serving.front import Front
+from serving.spool import BODY, Body
 
-if TYPE_CHECKING:
-    from serving.front import Front
-
-BODY = "headcount.body"  # the ASGI extension's name
 IDLE_SECONDS = 75  # that a connection without a request is kept
 LINGER_SECONDS = 2  # that a client has to read why it was refused, before the connection is closed
 
@@ -36,7 +36,7 @@ def server(front: Front) -> uvicorn.Server:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: draining comes first."""
+    """uvicorn without its signal handlers, because the launcher drains the front first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -105,7 +105,7 @@ class SpoolingProtocol(HttpToolsProtocol):
     # httptools calls these.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_body:  # else a trailer, which nobody asked for
+        if not self._in_body:  # else it is a trailer, which the front does not use
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -138,7 +138,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         self._part += 1
 
     def _head_without_upgrade(self) -> bytes:
-        """The head that was just parsed, without its wish for another protocol, which a server may ignore (RFC 9110,
+        """Returns the parsed head without its request for another protocol, which a server may ignore (RFC 9110,
         section 7.8)."""
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
@@ -159,7 +159,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, code: int, message: str) -> None:
-        """Answer what is no request that the front could answer, and close the connection."""
+        """Answers an invalid request with an error, and closes the connection."""
         if self._broken or self.transport.is_closing():
             return
         self._broken = True
@@ -168,7 +168,7 @@ class SpoolingProtocol(HttpToolsProtocol):
         elif self._in_body and self.cycle.response_started:
             self.transport.close()
         else:
-            if self._in_body:  # nobody waits for the rest of it
+            if self._in_body:  # the rest of the body is not read
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
             body = json.dumps(error_json(code, message)).encode()
@@ -179,7 +179,7 @@ class SpoolingProtocol(HttpToolsProtocol):
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
     def _limit_time(self) -> None:
-        """Start the time limit of the head or body that is not complete, unless it runs or something else limits it."""
+        """Starts the time limit of an incomplete head or body, unless it runs or another limit applies."""
         if self._timed_part == self._part:
             return
         self._stop_timer()
@@ -203,107 +203,9 @@ class SpoolingProtocol(HttpToolsProtocol):
             self._refuse(408, f"the headers did not arrive within {self.settings.head_seconds:g} s")
 
     def _watch_reading(self, unsent: int = 0) -> None:
-        """Give a client up that does not read its answer. unsent: bytes of it that waited when this last looked."""
+        """Closes the connection of a client that does not read its answer. unsent: bytes left at the last look."""
         left = self.transport.get_write_buffer_size()
         if left and left == unsent:
             self.transport.abort()
         elif left:
             self.loop.call_later(IDLE_SECONDS, self._watch_reading, left)
-
-
-class Upstream:
-    """A client of one HTTP/1.1 server on loopback that keeps its connections."""
-
-    def __init__(self, host: str, port: int, path: str) -> None:
-        self.host, self.port = host, port
-        self._head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/octet-stream\r\n"
-        self._idle: list[_Connection] = []
-
-    async def post(self, body: bytes, request_id: str) -> Answer:
-        """What the server answers to this body. Raises OSError where there is no answer.
-
-        Asked again, on a new connection, where the server closed an idle one at that moment: counting twice is
-        harmless.
-        """
-        head = f"{self._head}x-request-id: {request_id}\r\nContent-Length: {len(body)}\r\n\r\n"
-        message = head.encode() + body
-        while self._idle:
-            try:
-                return await self._idle.pop().ask(message)
-            except ConnectionError:
-                pass
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: _Connection(self._idle), self.host, self.port)
-        return await connection.ask(message)
-
-    def close(self) -> None:
-        for connection in self._idle.copy():
-            connection.transport.abort()
-
-
-class Answer:
-    """An HTTP answer. Header names are in lower case."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.body = b""
-
-
-class _Connection(asyncio.Protocol):
-    """One connection; a request at a time."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, idle: list[_Connection]) -> None:
-        self._idle = idle
-        self._parser = httptools.HttpResponseParser(self)
-        self._asked: asyncio.Future[Answer] | None = None
-        self._answer, self._parts = Answer(), list[bytes]()
-
-    async def ask(self, message: bytes) -> Answer:
-        self._asked = asyncio.get_running_loop().create_future()
-        self._answer, self._parts = Answer(), []
-        self.transport.write(message)
-        try:
-            return await self._asked
-        except BaseException:
-            self.transport.abort()
-            raise
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if self in self._idle:
-            self._idle.remove(self)
-        self._fail("TorchServe closed the connection")
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._fail(f"TorchServe's answer is not HTTP: {error}")
-            self.transport.abort()
-
-    def _fail(self, why: str) -> None:
-        if self._asked is not None and not self._asked.done():
-            self._asked.set_exception(ConnectionError(why))
-
-    # httptools calls these.
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_body(self, body: bytes) -> None:
-        self._parts.append(body)
-
-    def on_message_complete(self) -> None:
-        self._answer.status, self._answer.body = self._parser.get_status_code(), b"".join(self._parts)
-        if self._asked is None or self._asked.done():
-            return
-        self._asked.set_result(self._answer)
-        if self._parser.should_keep_alive():
-            self._idle.append(self)
-        else:
-            self.transport.close()

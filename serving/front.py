@@ -18,10 +18,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serving.connections import BODY, Answer, Upstream
 from serving.contract import COUNT_HEADER, PREDICT_ROUTE, RequestError
 from serving.run_folder import RunFolder
-from serving.spool import Body, Spool
+from serving.spool import BODY, Body, Spool
+from serving.upstream import Upstream, UpstreamAnswer
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -33,7 +33,7 @@ logger = logging.getLogger("headcount")
 
 
 @dataclass(frozen=True)
-class Settings:
+class FrontSettings:
     """The front's limits and addresses.
 
     torchserve: its port on loopback. request_bytes: largest body. spool_bytes: all bodies together. queue: admitted
@@ -92,7 +92,7 @@ class Front:
     open: prediction requests that are not answered. in_flight: those of them that were admitted to the queue.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: FrontSettings) -> None:
         self.settings = settings
         self.leaving = self.draining = False
         self.open = self.in_flight = 0
@@ -113,7 +113,7 @@ class Front:
                 await self._predict(scope, receive, send)
             else:
                 await _answer_error(send, RequestError(f"{path} takes POST with a picture, not {method}", 405))
-        elif path in (self.settings.health_route, "/ping"):
+        elif path in (self.settings.health_route, FrontSettings.health_route):
             healthy = self.healthy()
             word = "Healthy" if healthy else "Draining" if self.leaving else "Unhealthy"
             await _answer(send, 200 if healthy else 503, _json({"status": word}))
@@ -253,7 +253,7 @@ class Front:
 
     async def _ask(
         self, body: Body, request_id: str, content_type: str = "", query: str = "", accept: str = ""
-    ) -> Answer:
+    ) -> UpstreamAnswer:
         """TorchServe's answer to a body. Raises RequestError."""
         told = {"spooled": body.name, "size": body.size, "content_type": content_type, "query": query, "accept": accept}
         try:
@@ -268,7 +268,7 @@ class Front:
             raise RequestError("no worker could answer; the server's log says why. Try again", 503)
         return answer
 
-    def _observe(self, answer: Answer, began: float) -> None:
+    def _observe(self, answer: UpstreamAnswer, began: float) -> None:
         self.metrics.latency.observe(time.perf_counter() - began)
         if answer.status == 200:
             self.metrics.people.inc(int(answer.headers.get(COUNT_HEADER.lower(), 0)))

@@ -1,4 +1,4 @@
-"""Process 1 of the container, and what `make serve` starts: TorchServe on loopback, the front before it.
+"""Process 1 of the container, also started by `make serve`: TorchServe on loopback, the front before it.
 
 `python -m serving.launcher --archive FOLDER`. Environment: AIP_HTTP_PORT, AIP_HEALTH_ROUTE, AIP_PREDICT_ROUTE and
 AIP_STORAGE_URI as Vertex AI sets them, and the HEADCOUNT_ variables of serving/README.md.
@@ -25,7 +25,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, required=True, help="what serving.archive made")
+    parser.add_argument("--archive", type=Path, required=True, help="folder that serving.archive made")
     parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
     parser.add_argument("--port", type=int, help="default: AIP_HTTP_PORT, or 8080; 0: a free one")
     parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
@@ -65,15 +65,15 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
-    """What to start, from the command line and the environment. Raises StartError and ValueError."""
+    """Reads the options from the command line and the environment. Raises StartError and ValueError."""
     from serving.capacity import available_cpus, available_memory, gpus, workers_that_fit
-    from serving.contract import PREDICT_ROUTE, Limits, setting
-    from serving.front import Settings
+    from serving.contract import Limits, setting
+    from serving.front import FrontSettings
     from serving.supervisor import Options, StartError
     from serving.torchserve import Plan, free_ports
 
-    limits = Limits.from_environment()  # the workers read it; a mistake there is better known now
-    spool_bytes = setting("HEADCOUNT_SPOOL_BYTES", Settings.spool_bytes)
+    limits = Limits.from_environment()  # the workers read it too; this reports a mistake before they start
+    spool_bytes = setting("HEADCOUNT_SPOOL_BYTES", FrontSettings.spool_bytes)
     if spool_bytes < limits.request_bytes:
         raise ValueError(
             f"HEADCOUNT_SPOOL_BYTES is {spool_bytes}, less than one request of HEADCOUNT_MAX_REQUEST_BYTES "
@@ -81,18 +81,18 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
         )
     fitting = workers_that_fit(available_cpus(), available_memory(), gpus(), spool_bytes)
     workers = setting("HEADCOUNT_WORKERS", fitting)
-    answer_seconds = setting("HEADCOUNT_TIMEOUT", int(Settings.answer_seconds))
-    front = Settings(
+    answer_seconds = setting("HEADCOUNT_TIMEOUT", int(FrontSettings.answer_seconds))
+    front = FrontSettings(
         run_folder=folder,
         torchserve=free_ports(1)[0],
-        predict_route=os.environ.get("AIP_PREDICT_ROUTE") or PREDICT_ROUTE,
-        health_route=os.environ.get("AIP_HEALTH_ROUTE") or "/ping",
+        predict_route=os.environ.get("AIP_PREDICT_ROUTE") or FrontSettings.predict_route,
+        health_route=os.environ.get("AIP_HEALTH_ROUTE") or FrontSettings.health_route,
         request_bytes=limits.request_bytes,
         spool_bytes=spool_bytes,
         queue=setting("HEADCOUNT_QUEUE", 32 * workers),
         answer_seconds=answer_seconds,
-        body_seconds=setting("HEADCOUNT_BODY_TIMEOUT", int(Settings.body_seconds)),
-        stuck_seconds=setting("HEADCOUNT_STUCK_SECONDS", int(Settings.stuck_seconds)),
+        body_seconds=setting("HEADCOUNT_BODY_TIMEOUT", int(FrontSettings.body_seconds)),
+        stuck_seconds=setting("HEADCOUNT_STUCK_SECONDS", int(FrontSettings.stuck_seconds)),
     )
     port = setting("AIP_HTTP_PORT", 8080, least=0) if arguments.port is None else arguments.port
     grpc = re.fullmatch(r"(.+):(\d{1,5})", arguments.grpc)

@@ -11,7 +11,7 @@ from typing import Any
 
 from serving.contract import PREDICT_ROUTE
 
-# A picture for people who have none at hand: the sample that YOLOv5 comes with.
+# A sample picture of YOLOv5, for users without one at hand.
 SAMPLE_URL = "https://raw.githubusercontent.com/ultralytics/yolov5/v7.0/data/images/bus.jpg"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -47,7 +47,7 @@ class JsonLines(logging.Formatter):
 
 
 class ForPeople(logging.Formatter):
-    """A short line for somebody at a terminal."""
+    """A short line for a person at a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
@@ -59,7 +59,7 @@ class ForPeople(logging.Formatter):
 
 
 def welcome(url: str, sample: str, workers: int, seconds: float, **_: object) -> str:
-    """The text for somebody who started the server, with a line to paste. sample: a picture's path, or empty."""
+    """Returns the text for the person at the terminal, with a line to paste. sample: a picture's path, or empty."""
     count = f"curl --data-binary @{shlex.quote(sample)} {url}{PREDICT_ROUTE}"
     if not sample:
         count = f"curl -sL {SAMPLE_URL} | curl --data-binary @- {url}{PREDICT_ROUTE}"

@@ -1,4 +1,4 @@
-"""The YOLOv5 network: six plain modules, and a loader that runs nothing of what a checkpoint holds.
+"""The YOLOv5 network: six plain modules, and a loader that runs no code of a checkpoint.
 
 A published checkpoint is a pickle of module objects. Here each object it names becomes an inert `_Node`
 that only keeps its state; the network is then built from the numbers and tensors found there. Every
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be served; the message says what is wrong and what would do."""
+    """A checkpoint that cannot be served; the message gives the reason and a remedy."""
 
 
 class Conv(nn.Module):
@@ -152,7 +152,7 @@ class Network(nn.Module):
 
 
 class _Node:
-    """What a pickled object becomes: its state, and no behaviour."""
+    """Stands for a pickled object: its state, without its behaviour."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass

@@ -1,6 +1,6 @@
 """The run folder: the files by which the launcher, the front and TorchServe's workers tell each other their state.
 
-They are three kinds of processes, so files are what they share. The folder is made at every start and contains
+Because they are different processes, they share files. The folder is made at every start and contains
 
     spool/NAME     the body of a request: the front writes it, one worker reads it
     workers/PID    a worker that has run a picture. Its modification time is the worker's last sign of life, its content
@@ -83,7 +83,7 @@ class RunFolder:
         return alive
 
     def worker_facts(self) -> dict[str, Any]:
-        """What a living worker said of how it computes. There must be one."""
+        """Returns the facts that a living worker reported about its computation. There must be one."""
         facts: dict[str, Any] = json.loads((self._workers / str(min(self.workers()))).read_text())
         return facts
 
@@ -119,7 +119,7 @@ class RunFolder:
 
 
 def sweep(parent: Path | None = None) -> None:
-    """Remove this user's run folders whose launcher was killed: those with a lock that nobody holds."""
+    """Remove this user's run folders whose launcher was killed: their locks are free."""
     for lock in (parent or Path(tempfile.gettempdir())).glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError):
             folder, facts = lock.parent, lock.lstat()

@@ -38,7 +38,7 @@ class StorageError(Exception):
 
 
 def read_object(uri: str, limit: int) -> bytes:
-    """The bytes of gs://bucket/object, at most limit of them. Raises StorageError."""
+    """Returns the bytes of gs://bucket/object, at most `limit` bytes. Raises StorageError."""
     content = io.BytesIO()
     _copy(uri, {"alt": "media"}, content, limit)
     return content.getvalue()
@@ -89,7 +89,7 @@ def _names(bucket: str, prefix: str) -> list[str]:
 
 
 def _copy(uri: str, query: dict[str, str], target: BinaryIO, limit: int | None = None) -> None:
-    """Write what Cloud Storage answers to target. Raises StorageError, also where the answer is not complete."""
+    """Writes Cloud Storage's answer to target. Raises StorageError, also if the answer is not complete."""
     size, digest = 0, hashlib.md5(usedforsecurity=False)
     try:
         with _open(uri, query) as response:

@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 
 from serving import connections
-from serving.front import Front, Settings
+from serving.front import Front, FrontSettings
 from serving.logs import log
 from serving.run_folder import RunFolder
 from serving.storage import StorageError, download_checkpoint
@@ -28,14 +28,14 @@ CLOSE_SECONDS = 1  # for connections to send the rest of their answers
 
 @dataclass(frozen=True)
 class Options:
-    """What to start. checkpoint: folder with the weights to use instead of the archive's, local or gs://.
+    """The options of a start. checkpoint: folder with the weights to use instead of the archive's, local or gs://.
 
     sample: a picture for the line that is printed for people. grace: seconds after SIGTERM in which requests are taken.
     """
 
     host: str
     port: int
-    front: Settings
+    front: FrontSettings
     torchserve: Plan
     checkpoint: str = ""
     sample: str = ""
@@ -46,8 +46,8 @@ class Supervisor:
     """Runs both and stops both.
 
     SIGTERM: /ping answers 503 at once, so that a load balancer looks for another server; requests are taken for the
-    grace, because it takes a while until it has; then they are refused, and those in flight are finished. SIGINT is
-    somebody at a terminal: no grace, and the second one waits for nothing.
+    grace, because the load balancer needs a while to notice; then they are refused, and those in flight are finished.
+    SIGINT comes from a person at a terminal: it has no grace, and the second one waits for no request.
     """
 
     def __init__(self, options: Options) -> None:
@@ -74,7 +74,7 @@ class Supervisor:
         try:
             done, _ = await asyncio.wait((serving, watching, stopping), return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
-                task.result()  # raises what ended it
+                task.result()  # raises the exception that ended it
             await self._finish(front, watching)
         finally:
             watching.cancel()
@@ -93,10 +93,10 @@ class Supervisor:
         self._grace_over.set()
 
     async def _finish(self, front: Front, watching: asyncio.Task[None]) -> None:
-        """Let others notice that this server leaves, and finish the requests that it has."""
+        """Gives load balancers time to notice that this server leaves, and finishes its requests."""
         front.leaving = True
         log("leaving", open_requests=front.open)
-        if self.ready:  # else there was nothing to send a request for
+        if self.ready:  # else no load balancer knows this server yet
             grace = asyncio.create_task(self._grace_over.wait())
             first = asyncio.FIRST_COMPLETED
             await asyncio.wait((grace, watching), timeout=self.options.grace, return_when=first)
@@ -106,16 +106,16 @@ class Supervisor:
             await asyncio.wait_for(self._until_quiet(front), DRAIN_SECONDS)
 
     async def _until_quiet(self, front: Front) -> None:
-        """Wait for requests in flight. The front does not know of those over gRPC, so their workers say it."""
+        """Waits for requests in flight. The front does not know of requests over gRPC, so their workers report them."""
         quiet = 0
         while quiet < 5 and not self._at_once.is_set() and self.torchserve is not None and self.torchserve.running():
-            # Between two requests over gRPC no worker is busy for a moment, hence several looks.
+            # Between two requests over gRPC no worker is busy for a moment, so this looks several times.
             quiet = 0 if front.open or self.folder.answers_grpc() else quiet + 1
             await asyncio.sleep(0.02)
 
     async def _serve_model(self, front: Front) -> None:
-        """Start TorchServe and keep the sign of life fresh; return never. Raises StartError when there is nothing
-        left to serve with, and StorageError."""
+        """Starts TorchServe and keeps the sign of life fresh; never returns. Raises StartError when no server is
+        left, and StorageError."""
         self.torchserve = self.options.torchserve.start(await self._checkpoint())
         began = time.monotonic()
         picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
@@ -133,15 +133,16 @@ class Supervisor:
                 if not self.ready:
                     raise StartError(reason)
                 log("a worker could not be set up again", logging.ERROR, reason=reason)
-            # One a worker: a stuck worker keeps one of them, and the next must find a worker that is not.
+            # One probe a worker, because a stuck worker keeps one of them, and the next must reach another worker.
             probes = {probe for probe in probes if not probe.done()}
             if self.ready and len(probes) < workers:
                 probes.add(asyncio.create_task(front.probe(picture)))
             await asyncio.sleep(front.settings.stuck_seconds / 10 if self.ready else 0.1)
 
     async def _checkpoint(self) -> Path | None:
-        """The weights to use instead of the archive's. A failure that may pass does not end the start at once: on
-        Vertex AI it would be the end of a deployment that took twenty minutes."""
+        """Returns the weights to use instead of the archive's. A failure that may pass does not end the start at once,
+        because on Vertex AI it would end a deployment that took twenty minutes. The loop is our own, because the
+        image has no library for retries."""
         for pause in FETCH_PAUSES if self.options.checkpoint else ():
             log("fetching the model", uri=self.options.checkpoint)
             try:

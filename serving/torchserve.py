@@ -37,12 +37,12 @@ JAVA_OPTIONS = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=4", "-XX:
 
 
 class StartError(Exception):
-    """The server cannot start; the message says why and what would do."""
+    """The server cannot start; the message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What TorchServe is told. inference: its port for the front. grpc: address of its gRPC inference service.
+    """TorchServe's settings. inference: its port for the front. grpc: address of its gRPC inference service.
 
     timeout: seconds that a worker may take for a request.
     """
@@ -92,7 +92,7 @@ models={json.dumps(self._model())}
 
     def start(self, checkpoint: Path | None) -> TorchServe:
         """Start it. checkpoint: the weights to use instead of the archive's. Raises StartError."""
-        listen(self.grpc_host, self.grpc_port).close()  # says in our words that it is taken
+        listen(self.grpc_host, self.grpc_port).close()  # reports a port that is taken, with our message
         settings = self.folder.path / "torchserve.properties"
         settings.write_text(self.properties(*free_ports(4)))
         (self.folder.models / "people").symlink_to(self.archive.absolute())
@@ -142,7 +142,7 @@ class TorchServe:
         self._relaying = asyncio.create_task(self._relay_output())
 
     def running(self) -> bool:
-        """Whether its output is still open: nobody but the Java process writes to it."""
+        """Whether the Java process runs, which alone writes to the output."""
         return not self._relaying.done()
 
     def end(self) -> int:
@@ -161,7 +161,9 @@ class TorchServe:
         while True:
             try:
                 line = await reader.readline()
-            except ValueError:  # longer than asyncio takes; a pipe that nobody reads would stop TorchServe
+            except (
+                ValueError
+            ):  # the line is too long for asyncio; reading goes on, because a full pipe would stop TorchServe
                 continue
             if not line:
                 return

@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment, what the machine has, sample pictures, the checkpoint, and a server."""
+"""Shared by all tests: a clean environment, the machine's parts, sample pictures, the checkpoint, and a server."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says which tests did not run, why, and how to get what they need."""
+    """Prints which tests did not run, why, and how to get the missing parts."""
     reasons = Counter(
         str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
     )

@@ -1,4 +1,4 @@
-"""Cloud Storage and the metadata server, as far as serving/storage.py asks them, with the faults that they may have."""
+"""Cloud Storage and the metadata server, as far as serving/storage.py uses them, with possible faults."""
 
 from __future__ import annotations
 

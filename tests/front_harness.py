@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import http.client
+import io
 import json
 import os
 import re
@@ -12,17 +14,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 from serving import connections
 from serving.contract import COUNT_HEADER
-from serving.front import Front, Settings
+from serving.front import Front, FrontSettings
 from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
 
@@ -35,7 +38,7 @@ HEADER = COUNT_HEADER.lower()
 
 @dataclass
 class Answered:
-    """What the stand-in answers; by default it is all that identifies a request."""
+    """The stand-in's answer; by default, everything that identifies the request."""
 
     status: int = 200
     body: bytes = b""
@@ -109,7 +112,7 @@ async def listening(server: uvicorn.Server, port: int = 0) -> AsyncIterator[int]
 
 @dataclass
 class Rig:
-    """A front that serves on a port of its own, and what is behind it."""
+    """A front that serves on a port of its own, and the stand-in behind it."""
 
     front: Front
     torchserve: StandIn
@@ -177,7 +180,7 @@ class Connection:
             await self.writer.drain()
 
     async def rest(self) -> bytes:
-        """What comes until the connection ends, however it ends."""
+        """Returns the bytes that come until the connection ends, in whatever way."""
         said = b""
         with contextlib.suppress(ConnectionError):
             async with asyncio.timeout(LONG):
@@ -186,7 +189,7 @@ class Connection:
         return said
 
     async def to(self, end: bytes) -> bytes:
-        """What comes up to these bytes."""
+        """Returns the received bytes up to these."""
         async with asyncio.timeout(LONG):
             return await self.reader.readuntil(end)
 
@@ -207,7 +210,7 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[Rig]:
     try:
         plain = uvicorn.Server(uvicorn.Config(torchserve, lifespan="off", log_config=None, access_log=False))
         async with listening(plain) as inference:
-            front = Front(replace(Settings(run_folder, inference), **settings))
+            front = Front(replace(FrontSettings(run_folder, inference), **settings))
             server = connections.server(front)
             async with listening(server) as port:
                 one = Rig(front, torchserve, server, port, worker)
@@ -345,3 +348,68 @@ class Launched:
         """Send a signal and wait for the exit code."""
         self.process.send_signal(number)
         return self.process.wait()
+
+
+Start = Callable[..., Awaitable[Rig]]
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts a front with these settings."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield lambda **settings: stack.enter_async_context(running(tmp_path, **settings))
+
+
+@pytest.fixture
+async def rig(start: Start) -> Rig:
+    return await start()
+
+
+def refused(answer: httpx.Response, status: int, says: str) -> None:
+    """The answer is the error that the contract describes."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error_is(answer.content, status, says)
+
+
+def error_is(body: bytes, status: int, says: str) -> None:
+    error = json.loads(body)["error"]
+    assert error["code"] == status
+    assert re.fullmatch("[A-Z_]+", error["status"])
+    assert error["status"] != "UNKNOWN"
+    assert says in error["message"]
+
+
+class _Said(io.BytesIO):
+    """The bytes of a server on a connection, from which http.client reads one answer after the other."""
+
+    def makefile(self, _: str) -> _Said:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def answers(said: bytes) -> list[tuple[int, bytes]]:
+    """Status and body of each answer in a server's bytes."""
+    found, file = [], _Said(said)
+    while file.tell() < len(said):
+        one = http.client.HTTPResponse(file)  # type: ignore[arg-type]
+        one.begin()
+        found.append((one.status, one.read()))
+    return found
+
+
+def always(answer: Answered) -> Callable[[dict[str, Any], bytes], Answered]:
+    return lambda told, body: answer
+
+
+async def flood(connection: Any, data: bytes, pause: float = 0) -> None:
+    while True:
+        await connection.send(data)
+        await asyncio.sleep(pause)

@@ -23,7 +23,7 @@ def anonymous() -> Any:
 
 
 def service_account_key(sandbox: RunningSandbox, email: str = "deployer@a-project.iam.gserviceaccount.com") -> str:
-    """A service account's key, as JSON, whose access tokens the sandbox issues; they end after --token-lifetime."""
+    """A service account's key as JSON. The sandbox issues its access tokens, which end after --token-lifetime."""
     private = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -1,4 +1,4 @@
-"""What several test files use: places, ports, waiting, and pictures."""
+"""Shared by several test files: places, ports, waiting, load, and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEOPLE = {"bus.jpg": 4, "zidane.jpg": 2}
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])

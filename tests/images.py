@@ -1,4 +1,4 @@
-"""Docker images for tests: the tiny one, which `tiny_server.py` answers in, and what a run leaves in Docker."""
+"""Docker images for tests: the tiny one, in which `tiny_server.py` answers, and the removal of a run's images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CMD ["from-the-image"]
 
 
 def docker(*arguments: str, check: bool = True) -> str:
-    """What the Docker command prints. Fails the test where it fails."""
+    """Returns the output of the Docker command. A failure fails the test."""
     done = subprocess.run(
         [machine.docker_client(), *arguments],
         capture_output=True,
@@ -41,7 +41,7 @@ def docker(*arguments: str, check: bool = True) -> str:
 
 
 def write_tiny_sources(folder: Path) -> None:
-    """Writes a build context: a Dockerfile, its .dockerignore, a server, and weights that nobody reads."""
+    """Writes a build context: a Dockerfile, its .dockerignore, a server, and weights that are never read."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / ".dockerignore", folder)
     for name, text in (
@@ -68,7 +68,7 @@ def push(name: str) -> str:
 
 
 def forget_images(registry: str) -> None:
-    """Removes what Docker pulled from a test's registry."""
+    """Removes the images that Docker pulled from a test's registry."""
     listed = docker("images", "--format", "{{.ID}} {{.Repository}}").splitlines()
     if ids := [line.split()[0] for line in listed if line.split()[1].startswith(registry + "/")]:
         docker("rmi", "-f", *ids, check=False)

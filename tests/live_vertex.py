@@ -25,7 +25,8 @@ from google.api_core.exceptions import NotFound
 from google.cloud import aiplatform_v1
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, also under `python -m tests.live_vertex`
-from vertex_harness import ROLLOUT_URN, VERSION_URN, Plugin, Stack, release, rollout_inputs, version_inputs
+from vertex_harness import release, rollout_inputs, version_inputs
+from vertex_plugin import ROLLOUT_URN, VERSION_URN, Plugin, Stack
 
 NAME = "pulumi-vertex-live"
 

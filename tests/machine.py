@@ -1,4 +1,4 @@
-"""What this machine has, found out once: each part that some tests need and a machine may lack.
+"""The parts of this machine, looked for once: each part that some tests need and a machine may lack.
 
 `@pytest.mark.needs("docker")` skips a test where the part is missing, and fails it where HEADCOUNT_REQUIRE names the
 part (`HEADCOUNT_REQUIRE=samples,docker`, or `all`). The end of a run says in words which tests did not run and how to
@@ -59,7 +59,7 @@ def docker_client() -> str:
 
 @functools.cache
 def _build_fails(client: str) -> str:
-    """Why a Docker client cannot build what the Dockerfile needs (BuildKit and the base image), or "".
+    """The reason why a Docker client cannot build the Dockerfile (it needs BuildKit and the base image), or "".
 
     The build's last stage is a file on stdout, so that no image stays.
     """

@@ -1,8 +1,7 @@
-"""The command and the Python client: against a small server that misbehaves, and against the real thing."""
+"""The command: against a small server that misbehaves, and with the real network."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import io
@@ -13,32 +12,24 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent import futures
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
-import grpc
 import pytest
-from conftest import Server
+from counting_stub import Stub, pictures, prediction, stub, waits
 from helpers import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from headcount import Answer, Client, CountError, counters
 from headcount.cli import app
 from headcount.count_command import in_order, parse_region
-from headcount.counters import Grpc, Rest
 from headcount.files import Input, annotated_paths, find_inputs
 from serving.contract import Parameters, RequestError
 
+__all__ = ["pictures", "stub", "waits"]  # fixtures
 COMMAND = [sys.executable, "-m", "headcount.cli", "count"]
 
 
@@ -47,105 +38,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, timeout=60, env=os.environ | environment)
 
 
-class Stub(ThreadingHTTPServer):
-    """Finds as many people in a "picture" as the number in its bytes says.
-
-    refusals: (status, headers, body) of its next answers; None drops the connection. hangs_after: it answers so many
-    requests, and no more while it is set.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.refusals: list[tuple[int, dict[str, str], str] | None] = []
-        self.hangs_after: int | None = None
-        self.requests: list[tuple[str, dict[str, list[str]]]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Stub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((url.path, query))
-        number = len(self.server.requests)
-        while self.server.hangs_after is not None and number > self.server.hangs_after:
-            time.sleep(0.05)
-        if self.server.refusals:
-            if refusal := self.server.refusals.pop(0):
-                self._send(*refusal)
-            else:
-                self.close_connection = True
-        elif not data.isdigit():
-            self._send(400, {}, json.dumps({"error": {"code": 400, "message": "this is not a picture"}}))
-        else:
-            answer: dict[str, Any] = prediction(int(data))
-            if query.get("annotate") == ["true"]:
-                answer["annotated"] = {"b64": base64.b64encode(b"drawn " + data).decode()}
-            self._send(200, {}, json.dumps(answer))
-
-    def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the command may end before it is answered
-            super().handle()
-
-    def _send(self, status: int, headers: dict[str, str], body: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body.encode())))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-
-def prediction(count: int) -> dict[str, Any]:
-    return {
-        "count": count,
-        "people": [{"box": [1, 2, 3, 4.5], "confidence": 0.9}] * count,
-        "image": {"width": 30, "height": 20},
-        "model": {"name": "stub", "version": "1"},
-    }
-
-
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    with Stub() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.hangs_after = None
-        server.shutdown()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that would have been made."""
-    made: list[float] = []
-    monkeypatch.setattr(counters.time, "sleep", made.append)  # type: ignore[attr-defined]
-    return made
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of "pictures" for the stub: 3 + 2 people, and one that is none."""
-    folder = tmp_path / "pictures"
-    (folder / "below").mkdir(parents=True)
-    (folder / "a.jpg").write_bytes(b"3")
-    (folder / "b.png").write_bytes(b"no")
-    (folder / "below" / "A.JPG").write_bytes(b"2")
-    (folder / "notes.txt").write_bytes(b"7")
-    return folder
-
-
-# What is printed, and the exit code
+# Output and exit code
 
 
 def test_a_table_has_every_picture_the_total_and_nothing_else(stub: Stub, pictures: Path) -> None:
@@ -384,125 +277,6 @@ def test_any_text_is_a_region_or_refused(text: str) -> None:
         Parameters.parse({"region": parse_region(text)})
 
 
-# Asking a server
-
-
-def test_parameters_are_sent_and_the_route_is_added_once(stub: Stub) -> None:
-    for url in (stub.url, f"{stub.url}/", f"{stub.url}/predictions/people", f"{stub.url}/predictions/people/"):
-        with Client(url) as client:
-            region = [(0, 0), (1, 0), (1, 0.5)]
-            client.count(b"1", confidence=0.5, max_people=3, region=region, annotate=True)
-    sent = {
-        "confidence": ["0.5"], "max_people": ["3"], "annotate": ["true"],
-        "region": ["[[0.0, 0.0], [1.0, 0.0], [1.0, 0.5]]"],
-    }  # fmt: skip
-    assert stub.requests == [("/predictions/people", sent)] * 4
-
-
-def test_the_client_answers_with_numbers(stub: Stub, pictures: Path) -> None:
-    with Client(stub.url) as client:
-        answer = client.count(pictures / "below" / "A.JPG", annotate=True)
-        assert (answer.count, answer.width, answer.height, answer.annotated) == (2, 30, 20, b"drawn 2")
-        assert answer.people[0].box == (1, 2, 3, 4.5)
-        with pytest.raises(ValueError, match="confidence is 7"):
-            client.count(b"1", confidence=7)
-        with pytest.raises(CountError, match=r"^this is not a picture$"):
-            client.count(b"?")
-    with pytest.raises(ValueError, match="give one of them"):
-        Client(stub.url, grpc="localhost:7070")
-
-
-def busy(status: int, **headers: str) -> tuple[int, dict[str, str], str]:
-    body = json.dumps({"error": {"code": status, "message": "the queue is full"}})
-    return status, {name.replace("_", "-"): value for name, value in headers.items()}, body
-
-
-def test_a_busy_server_is_asked_again_when_it_says(stub: Stub, waits: list[float]) -> None:
-    later = formatdate(time.time() + 12, usegmt=True)
-    stub.refusals = [busy(429, Retry_After="7"), busy(503), busy(503, Retry_After=later)]
-    assert Client(stub.url).count(b"4").count == 4
-    assert waits[0] == 7
-    assert 0.5 <= waits[1] <= 1
-    assert 9 < waits[2] < 13
-
-
-def test_a_server_that_stays_busy_is_given_up_with_its_words(stub: Stub, waits: list[float]) -> None:
-    stub.refusals = [busy(429, Retry_After="999999")] * 100
-    with pytest.raises(CountError, match=r"^the queue is full$"):
-        Client(stub.url).count(b"4")
-    assert len(stub.requests) == 5
-    assert waits == [30] * 4
-
-
-def test_a_dropped_connection_is_tried_again(stub: Stub, waits: list[float]) -> None:
-    stub.refusals = [None, None]
-    assert Client(stub.url).count(b"4").count == 4
-    assert (len(stub.requests), len(waits)) == (3, 2)
-
-
-def test_an_unreachable_server_is_waited_for_once_not_for_every_picture(waits: list[float]) -> None:
-    client = Client("http://127.0.0.1:9")
-    for _ in range(3):
-        with pytest.raises(CountError, match=r"^cannot reach http://127.0.0.1:9: .*refused; is the server up\?$"):
-            client.count(b"1")
-    assert len(waits) == 4
-
-
-@pytest.mark.parametrize(
-    ("refusal", "message"),
-    [
-        (busy(400), "^the queue is full$"),
-        ((404, {}, "<html>not here</html>"), "answered HTTP 404 .*'<html>not here</html>'; check the address"),
-        ((200, {}, "hello"), "answered HTTP 200 and not as Headcount does: 'hello'"),
-        ((200, {}, "[1]"), r"the answer is not Headcount's: \[1\]; check the address"),
-        ((200, {}, '{"count": "many"}'), "the answer is not Headcount's"),
-    ],
-)
-def test_any_other_answer_is_an_error_at_once(
-    stub: Stub, waits: list[float], refusal: tuple[int, dict[str, str], str], message: str
-) -> None:
-    stub.refusals = [refusal]
-    with pytest.raises(CountError, match=message):
-        Client(stub.url).count(b"4")
-    assert len(stub.requests) == 1
-
-
-def test_grpc_speaks_torchserves_wire_format(waits: list[float]) -> None:
-    """Bytes against bytes, written out by hand from inference.proto: field 1 name, 3 map entries; answer in 1."""
-    seen: list[bytes] = []
-    bodies = [b'{"error": {"code": 429, "message": "full"}}', json.dumps(prediction(2)).encode()]
-
-    def answer(request: bytes, _: object) -> bytes:
-        seen.append(request)
-        body = bodies.pop(0)
-        return b"\x0a" + bytes([len(body) % 128 + 128, len(body) // 128] if len(body) > 127 else [len(body)]) + body
-
-    class Service(grpc.GenericRpcHandler):
-        def service(self, call: Any) -> Any:
-            assert call.method == "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
-            return grpc.unary_unary_rpc_method_handler(answer)
-
-    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Service()])
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        answered = Grpc(f"127.0.0.1:{port}").count(b"\xff\xd8", Parameters(confidence=0.5))
-    finally:
-        server.stop(None)
-    assert answered == Answer.from_json(prediction(2))
-    data, confidence = b"\x1a\x0a\x0a\x04data\x12\x02\xff\xd8", b"\x1a\x11\x0a\x0aconfidence\x12\x030.5"
-    assert seen[0] in (b"\x0a\x06people" + data + confidence, b"\x0a\x06people" + confidence + data)
-    assert len(waits) == 1
-
-
-def test_an_unreachable_grpc_server_is_told(waits: list[float]) -> None:
-    counter = Grpc("127.0.0.1:9")
-    for _ in range(2):
-        with pytest.raises(CountError, match=r"^cannot reach 127.0.0.1:9: .*is the server up\?$"):
-            counter.count(b"1", Parameters())
-    assert len(waits) == 4
-
-
 def test_results_keep_their_order_and_few_are_ahead() -> None:
     begun = []
 
@@ -535,7 +309,7 @@ def test_without_a_server_it_fetches_the_weights_and_counts_here(data: Path, che
     assert content["total"] == {"pictures": 3, "failed": 1, "people": 6}
     assert done.returncode == 1
     assert "bad.jpg: the picture is damaged or cut short" in done.stderr.decode()
-    assert (tmp_path / "home" / "weights" / "yolov5n.pt").is_file()
+    assert (tmp_path / "home" / "weights" / checkpoint.name).is_file()
     # The boxes are drawn: green on the edges of the first one.
     with Image.open(tmp_path / "out" / "bus.counted.jpg") as copy:
         assert copy.size == (810, 1080)
@@ -549,14 +323,3 @@ def test_weights_that_cannot_be_had_are_one_sentence(pictures: Path, tmp_path: P
     done = run(pictures, HEADCOUNT_WEIGHTS=str(tmp_path / "none.pt"))
     assert (done.returncode, done.stdout) == (1, b"")
     assert re.fullmatch(rb"headcount: \S+none.pt is neither a file nor one of .*\n", done.stderr)
-
-
-def test_rest_and_grpc_count_as_this_process_does(server: Server, data: Path, checkpoint: Path) -> None:
-    parameters = Parameters(confidence=0.4, max_people=2, region=((0, 0), (0.6, 0), (0.6, 1), (0, 1)), annotate=True)
-    here = counters.InProcess(checkpoint)
-    for counter in (Rest(server.url), Grpc(f"127.0.0.1:{server.grpc}")):
-        for name in ("bus.jpg", "zidane.jpg"):
-            picture = (data / "people" / name).read_bytes()
-            assert counter.count(picture, parameters) == here.count(picture, parameters)
-        with pytest.raises(CountError, match="the picture is damaged or cut short"):
-            counter.count(picture[:50_000], parameters)

@@ -1,4 +1,4 @@
-"""The image as it is run in production: read-only, two CPUs, somebody without rights, nothing but Docker around it."""
+"""The image as it is run in production: read-only, with two CPUs, as a user without rights, with Docker alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from serving.detector import cpu_flags
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-class Container:
+class ServingContainer:
     """One run of the image, on ports that Docker picks."""
 
     def __init__(self, *options: str) -> None:
@@ -71,9 +71,9 @@ class Container:
 
 
 @pytest.fixture(scope="module")
-def container(serving_image: str, bus: bytes) -> Iterator[Container]:
+def container(serving_image: str, bus: bytes) -> Iterator[ServingContainer]:
     """A container on two CPUs that counted four."""
-    one = Container("--cpus", "2")
+    one = ServingContainer("--cpus", "2")
     try:
         assert one.count(bus) == 4
         yield one
@@ -81,14 +81,14 @@ def container(serving_image: str, bus: bytes) -> Iterator[Container]:
         one.remove()
 
 
-def test_rest_and_grpc(container: Container, bus: bytes) -> None:
+def test_rest_and_grpc(container: ServingContainer, bus: bytes) -> None:
     assert httpx.get(f"{container.url}/ping").status_code == 200
     with Client(container.url) as rest, Client(grpc=container.grpc) as remote:
         assert rest.count(bus).count == remote.count(bus).count == 4
 
 
 def test_it_is_nobody_who_owns_nothing(serving_image: str) -> None:
-    """The image's own permissions: not on a read-only file system, where nobody can write."""
+    """The image's own permissions, on a file system that can be written: on a read-only one no test could fail."""
     script = """
     id -u
     find / -xdev -path /proc -prune -o -path /sys -prune -o -type l -o -writable -print 2>/dev/null
@@ -100,7 +100,7 @@ def test_it_is_nobody_who_owns_nothing(serving_image: str) -> None:
     assert beside_temporary == []
 
 
-def test_there_is_no_compiler(container: Container) -> None:
+def test_there_is_no_compiler(container: ServingContainer) -> None:
     script = """
     for c in gcc g++ cc c++ clang ld as make; do command -v $c; done
     find / -xdev '(' -name 'cc1*' -o -name ptxas ')' 2>/dev/null
@@ -116,7 +116,7 @@ def test_labels_say_what_it_is(serving_image: str) -> None:
 
 
 @pytest.mark.skipif("avx2" not in cpu_flags(), reason="compiled for x86-64-v3 or better")
-def test_the_compiled_network_is_used(container: Container) -> None:
+def test_the_compiled_network_is_used(container: ServingContainer) -> None:
     ready = next(line for line in container.log_lines() if line["message"] == "ready")
     bfloat16 = {"avx512_bf16", "amx_bf16"} & cpu_flags()
     assert ready["compiled"] is True
@@ -125,7 +125,7 @@ def test_the_compiled_network_is_used(container: Container) -> None:
 
 
 def test_one_cpu_has_one_worker_and_it_stops_in_time(serving_image: str, bus: bytes) -> None:
-    one = Container("--cpus", "1")
+    one = ServingContainer("--cpus", "1")
     try:
         assert one.count(bus) == 4
         assert next(line for line in one.log_lines() if line["message"] == "ready")["workers"] == 1
@@ -138,7 +138,7 @@ def test_one_cpu_has_one_worker_and_it_stops_in_time(serving_image: str, bus: by
 def test_the_largest_picture_fits_into_little_memory(serving_image: str, bus: bytes) -> None:
     out = io.BytesIO()
     Image.new("RGBA", (7070, 7070), (10, 20, 30, 128)).save(out, "PNG")
-    one = Container("--cpus", "2", "--memory", "2g", "--memory-swap", "2g")
+    one = ServingContainer("--cpus", "2", "--memory", "2g", "--memory-swap", "2g")
     try:
         assert one.count(bus) == 4
         for _ in range(2):
@@ -155,7 +155,7 @@ def test_the_largest_picture_fits_into_little_memory(serving_image: str, bus: by
 def test_broken_weights_end_it_with_the_reason(serving_image: str, tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 no weights")
     tmp_path.chmod(0o755)
-    one = Container("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/yolov5n.pt:ro")
+    one = ServingContainer("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/yolov5n.pt:ro")
     try:
         assert one.exit_code() == 1, docker("logs", one.name)
         last = one.log_lines()[-1]

@@ -1,4 +1,4 @@
-"""Files that Headcount fetches: where they come from, what is verified, and what a failure says."""
+"""Files that Headcount fetches: their sources, their verification, and the messages of failures."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def detections(logits: list[Any], head: Head, confidence: float) -> list[Candida
 
 
 def suppressed(found: list[Candidate], iou: float) -> list[Candidate]:
-    """Greedy suppression: of those that overlap by more than iou, the best one is kept."""
+    """Greedy suppression: of boxes that overlap by more than iou, the best one is kept."""
     kept: list[Candidate] = []
     for one in found:
         if all(overlap(one, better) <= iou for better in kept):
@@ -77,7 +77,7 @@ def suppressed(found: list[Candidate], iou: float) -> list[Candidate]:
 
 @st.composite
 def heads(draw: st.DrawFn) -> tuple[list[torch.Tensor], Head]:
-    """Logits of a small picture, half of whose cells see something."""
+    """Logits of a small picture in which half of the cells have an object."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     height, width = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     logits = []
@@ -133,7 +133,7 @@ def test_candidates_are_capped_at_the_best() -> None:
 
 
 def test_a_person_stands_where_the_feet_are() -> None:
-    """In a region counts whose foot point is in it: the middle of the lower edge, not the centre of the box."""
+    """A person is in a region if the foot point is: the middle of the box's lower edge, not its centre."""
     person = boxes((100, 100, 200, 900, 0.9))
     lower = ((0.0, 0.8), (1.0, 0.8), (1.0, 1.0), (0.0, 1.0))
     upper = ((0.0, 0.0), (1.0, 0.0), (1.0, 0.8), (0.0, 0.8))

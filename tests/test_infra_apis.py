@@ -41,7 +41,7 @@ def disabled(consumer: str) -> dict[str, Any]:
 
 @pytest.fixture
 def wait(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Waits for an API whose answers are given: an error each, None for a good one; the last one stays."""
+    """Waits for an API with the given answers: an error each, None for a good one; the last one repeats."""
     monkeypatch.setattr(apis, "AGAIN_SECONDS", 0)
     monkeypatch.setattr(apis, "_quota_project", lambda: None)
 

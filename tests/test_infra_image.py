@@ -1,4 +1,4 @@
-"""The build context of the image: what enters it, and what its hash depends on."""
+"""The build context of the image: its files, and the inputs of its hash."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The program under Pulumi's mocks: what each stack asks for, in which order, and what it never asks for."""
+"""The program under Pulumi's mocks: the resources of each stack, their order, and what no stack may ask for."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ REPOSITORY = "europe-west4-docker.pkg.dev/my-project/headcount"
 
 
 class Recorder(pulumi.runtime.Mocks):
-    """Answers as Google would, and notes what was asked for, in order."""
+    """Answers as Google would, and records the requests in order."""
 
     def __init__(self) -> None:
         self.asked: list[pulumi.runtime.MockResourceArgs] = []
@@ -71,7 +71,7 @@ class Recorder(pulumi.runtime.Mocks):
 
 @dataclass
 class Program:
-    """One run: what was asked for, what was exported, the engine's registrations, the APIs waited for."""
+    """One run: its requests, its outputs, the engine's registrations, and the APIs that it waited for."""
 
     recorder: Recorder
     outputs: dict[str, Any]

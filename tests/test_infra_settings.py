@@ -1,4 +1,4 @@
-"""Settings: what is right is read, what is wrong is said at once with its repair; names fit Google's limits."""
+"""Settings: right ones are read, all wrong ones are reported with their repair; names fit Google's limits."""
 
 import re
 import string

@@ -24,7 +24,7 @@ from googleapiclient import discovery
 from helpers import ROOT, free_port
 from images import forget_images, write_tiny_sources
 from pulumi.runtime.proto import provider_pb2
-from vertex_harness import Plugin, struct, unstruct
+from vertex_plugin import Plugin, struct, unstruct
 
 from infra import image
 from infra.apis import APIS
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("docker", "registry", "build")
 
 
 class Maker(pulumi.runtime.Mocks):
-    """Makes what the program asks for."""
+    """Creates the resources that the program registers."""
 
     def __init__(self, url: str, plugin: Plugin) -> None:
         self.url, self.plugin = url, plugin
@@ -140,7 +140,7 @@ class Maker(pulumi.runtime.Mocks):
         return self._vertex("Rollout", args.name, inputs)
 
     def _vertex(self, kind: str, name: str, inputs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """As the engine does: Check, then Create with what Check answered."""
+        """As the engine does: Check, then Create with Check's answer."""
         urn = f"urn:pulumi:local::headcount::vertex:index:{kind}::{name}"
         checked = self.plugin.call("Check", provider_pb2.CheckRequest(urn=urn, news=struct(inputs)))
         assert not checked.failures, checked.failures

@@ -1,4 +1,4 @@
-"""`make up` and `make down`: what they start, find again and remove on this machine."""
+"""`make up` and `make down`: the processes and files that they start, find again and remove on this machine."""
 
 import fcntl
 import re
@@ -49,7 +49,7 @@ def test_a_sandbox_that_was_started_by_hand_is_not_ended(project: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as by_hand:
         assert by_hand.stdout
         by_hand.stdout.readline()
-        with pytest.raises(StackError, match="started by hand: stop it there"):
+        with pytest.raises(StackError, match="started by hand: stop it in its terminal"):
             sandbox.stop()
         assert by_hand.poll() is None
         by_hand.terminate()
@@ -83,7 +83,7 @@ def test_one_verb_at_a_time(project: Path, capsys: pytest.CaptureFixture[str]) -
     with (project / ".headcount/up.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert verbs.main(["down"]) == 1
-    assert "Another `make up` or `make down` is at work here. Wait for it." in capsys.readouterr().err
+    assert "Another `make up` or `make down` is running in this checkout. Wait for it." in capsys.readouterr().err
 
 
 def test_down_says_that_nothing_is_left_only_where_it_looked(

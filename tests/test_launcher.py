@@ -1,4 +1,4 @@
-"""The launcher: what it reads from its surroundings, what it says, and how it starts and ends.
+"""The launcher: its surroundings, its messages, its start and its end.
 
 Here a stand-in takes the place of Java and TorchServe; tests/test_server.py has the real ones.
 """
@@ -183,7 +183,7 @@ def test_the_folder_of_another_user_is_not_touched(tmp_path: Path, monkeypatch: 
     assert not folder.path.exists()
 
 
-# What it says
+# Messages
 
 
 def record(message: str, level: int = logging.INFO, **fields: Any) -> logging.LogRecord:
@@ -223,7 +223,7 @@ def test_machines_read_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """Starts launchers with the stand-in behind them; none survives the test."""
+    """Starts launchers with the stand-in behind them, and ends them after the test."""
     started: list[Launched] = []
 
     def begin(*arguments: str, **options: str) -> Launched:
@@ -287,7 +287,7 @@ def test_an_archive_that_is_none_is_named(start: Callable[..., Launched]) -> Non
 
 @pytest.mark.needs("curl")
 def test_people_are_told_how_to_count(start: Callable[..., Launched], tmp_path: Path) -> None:
-    """What `make serve` prints; its line is typed."""
+    """The text that `make serve` prints; the test types its line."""
     sample = tmp_path / "a picture.jpg"
     sample.write_bytes(b"picture")
     one = start("--console", "--sample", str(sample))
@@ -428,7 +428,7 @@ def test_a_torchserve_that_dies_ends_the_server(start: Callable[..., Launched]) 
 
 
 def test_only_processes_of_its_own_are_killed(tmp_path: Path) -> None:
-    """TorchServe is not reaped before its group has been killed: until then nobody else can have its process id."""
+    """TorchServe is not reaped before its group has been killed, because until then no process can get its id."""
     program = f"""
 import asyncio, os, subprocess, sys
 from pathlib import Path

@@ -196,7 +196,7 @@ def test_ten_thousand_mutated_pictures_are_decoded_or_refused() -> None:
     st.integers(40, 1500), st.integers(40, 1500), st.tuples(*[st.floats(0, 1)] * 4), st.integers(1, 8),
 )  # fmt: skip
 def test_a_box_comes_back_to_where_it_was(width: int, height: int, shares: tuple[float, ...], orientation: int) -> None:
-    """A white rectangle, found in what the network sees, is within a pixel of that where it was painted."""
+    """A white rectangle in the network's input is within a pixel of the place where it was painted."""
     assume(1 / 8 < width / height < 8)
     side = max(width, height)
     least = max(4, side / 40)

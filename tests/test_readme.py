@@ -1,7 +1,8 @@
-"""What the README tells people to type is typed here, so that it cannot rot."""
+"""The commands of the documents are typed here, and their paths and settings checked, so that they stay right."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -14,13 +15,21 @@ import yaml
 from conftest import Server
 from helpers import ROOT
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from headcount import releases
 from headcount.cli import app
+from headcount.data import FILES
+from infra.settings import KEYS, Settings
+from infra.settings import read as read_settings
 
 README = (ROOT / "README.md").read_text()
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "docs/unverified.md",
+    "serving/README.md", "pulumi_vertex/README.md",
+)  # fmt: skip
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
 
@@ -81,7 +90,8 @@ def test_the_python_example_prints_four(server: Server, folder: Path) -> None:
 
 
 def test_make_verbs_exist() -> None:
-    verbs = set(re.findall(r"`?make ([a-z][a-z-]*)", README + DEPLOY)) - {"it"}
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    verbs = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert {"serve", "test", "up", "down", "image", "bench", "sandbox", "live"} <= verbs
     for verb in verbs:
         subprocess.run(["make", "-n", verb], cwd=ROOT, check=True, capture_output=True)
@@ -104,10 +114,51 @@ def test_release_lines_write_the_stack_s_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_pulumi_lines_name_stacks_and_settings_that_there_are() -> None:
-    """tests/test_engine_infra.py types them where there is an engine."""
+    """tests/test_engine_infra.py runs them where Pulumi's engine is installed."""
     known = {name.removeprefix("headcount:") for name in yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]}
     typed = re.findall(r"pulumi config set (\S+) .*-s (\w+)", README + DEPLOY)
     assert len(typed) >= 5
     for name, stack in typed:
         assert name in known | {"gcp:project"}
         assert (ROOT / f"Pulumi.{stack}.yaml").exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_paths_lead_to_files(document: str) -> None:
+    text, folder = (ROOT / document).read_text(), (ROOT / document).parent
+    links = {link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)}
+    assert not [link for link in links if not (folder / link).exists()]
+    paths = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md|ya?ml|toml|xml))`", text)) - {"Pulumi.yaml"}
+    assert not [path for path in paths if not (ROOT / path).exists() and not (folder / path).exists()]
+
+
+def test_the_guide_has_every_setting_and_its_example_is_accepted() -> None:
+    table = DEPLOY[DEPLOY.index("| setting |") :].partition("\n\n")[0]
+    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`([\w:]+)`", line.split("|")[1])}
+    fields = {KEYS.get(name, field.alias) for name, field in Settings.model_fields.items()}
+    assert named == fields - {"stack", "vertex:endpoint"}
+    (example,) = re.findall(r"```yaml\n(.*?)```", DEPLOY, re.DOTALL)
+    given = yaml.safe_load(example)["config"]
+    read_settings({key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}, "dev")
+
+
+def test_commands_and_options_of_headcount_exist() -> None:
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    typed = set(
+        re.findall(r"(?:^ *|`|bin/)(headcount (?:count|release|recover|--version)[^`\n#]*)", text, re.MULTILINE)
+    )
+    assert len(typed) > 12
+    for line in typed:
+        words = shlex.split(line)[1:]
+        command = get_command(app)
+        for word in words:
+            if below := getattr(command, "commands", {}).get(word):
+                command = below
+            elif word.startswith("--"):
+                assert word in {option for param in command.params for option in param.opts}, line
+
+
+def test_licences_are_those_of_the_files_that_are_fetched() -> None:
+    section = README[README.index("## Licences") :]
+    fetched = {name for file in FILES.values() for name in re.findall(r"A?GPL-[\d.]+|CC BY [\d.]+", file.licence)}
+    assert fetched == set(re.findall(r"\bA?GPL-[\d.]+|CC BY [\d.]+", section))

@@ -43,7 +43,7 @@ def test_what_was_being_created_counts_as_created_until_a_refresh_has_looked() -
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of a lock of stack dev, whose state is in files."""
+    """The path of a lock of stack dev, whose state is in files."""
     monkeypatch.setattr(stacks, "environment", lambda stack: {"PULUMI_BACKEND_URL": f"file://{tmp_path}"})
     file = tmp_path / ".pulumi/locks/organization/headcount/dev/1.json"
     file.parent.mkdir(parents=True)

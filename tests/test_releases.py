@@ -1,4 +1,4 @@
-"""`headcount release` changes a stack's file as its verbs say, and nothing else."""
+"""`headcount release` changes the releases in a stack's file, and nothing else."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def test_a_canary_pins_what_runs_and_builds_the_sources() -> None:
 
 
 def test_a_canary_needs_something_that_runs() -> None:
-    with pytest.raises(StackError, match="Nothing runs yet as main"):
+    with pytest.raises(StackError, match="Release main was never deployed"):
         releases.canary(MAIN, "next", BUILD, 10, {})
 
 

@@ -1,124 +1,38 @@
 """The sandbox runs real containers: of a tiny image with the contract of the serving tiny_image."""
 
 import collections
-import functools
 import json
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import docker
 import httpx
 import images
 import pytest
-from docker.models.containers import Container
+from docker_sandbox import (
+    RESIZE_MASK,
+    asleep,
+    available,
+    containers,
+    deploy,
+    deployment,
+    endpoint,
+    predict,
+    sandbox,
+    state,
+    tidy,
+    undeploy,
+    until,
+    upload,
+)
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform
-from helpers import Load, eventually
+from helpers import Load
 
-from sandbox.runner import LABEL
 from sandbox.testing import LOCATION, RunningSandbox
 
 pytestmark = pytest.mark.slow
-
-RESIZE_MASK = "dedicatedResources.minReplicaCount,dedicatedResources.maxReplicaCount"
-RESIZED = {"id": "7", "dedicatedResources": {"minReplicaCount": 3, "maxReplicaCount": 3}}
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
-def sandbox(docker_engine: docker.DockerClient, tiny_image: str, state: Path) -> Iterator[RunningSandbox]:
-    """One sandbox with models `tiny`, `exits` and `late`; each test makes its endpoint."""
-    with RunningSandbox(runner="docker", state=state) as running:
-        upload(running, "tiny", tiny_image)
-        yield running
-        assert [v for v in running.violations() if v["part"] == "response"] == []
-    assert containers(docker_engine) == []  # a stopped sandbox leaves none
-
-
-@pytest.fixture(autouse=True)
-def tidy(sandbox: RunningSandbox) -> Iterator[None]:
-    """Undeploys what a test left, so that one that fails does not make the next ones fail."""
-    yield
-    assert sandbox.process is not None
-    if sandbox.process.poll() is not None:
-        sandbox.start()
-    for found in sandbox.do("GET", "endpoints").get("endpoints", []):
-        for deployed in found.get("deployedModels", []):
-            undeploy(sandbox, f"endpoints/{found['name'].rpartition('/')[2]}", int(deployed["id"]))
-
-
-def upload(sandbox: RunningSandbox, name: str, image: str, env: Any = None, **spec: Any) -> Any:
-    spec = {"imageUri": image, "predictRoute": "/predict", "healthRoute": "/ping", **spec}
-    spec["env"] = [{"name": k, "value": v} for k, v in (env or {}).items()]
-    body = {
-        "modelId": name,
-        "model": {"displayName": name, "containerSpec": spec, "artifactUri": "gs://b/weights"},
-    }
-    return sandbox.do("POST", "models:upload", body)
-
-
-def endpoint(sandbox: RunningSandbox, name: str) -> str:
-    sandbox.do("POST", "endpoints", {"displayName": name}, endpointId=name)
-    return f"endpoints/{name}"
-
-
-def deployment(number: int, model: str = "tiny", replicas: int = 1, split: Any = None) -> Any:
-    resources = {"minReplicaCount": replicas, "machineSpec": {"machineType": "n1-standard-2"}}
-    deployed = {"id": str(number), "model": f"{LOCATION}/models/{model}", "dedicatedResources": resources}
-    return {"deployedModel": deployed, "trafficSplit": split or {"0": 100}}
-
-
-def deploy(sandbox: RunningSandbox, where: str, *args: Any, **more: Any) -> Any:
-    return sandbox.do("POST", f"{where}:deployModel", deployment(*args, **more))
-
-
-def predict(sandbox: RunningSandbox, where: str, **parameters: Any) -> Any:
-    return sandbox.do("POST", f"{where}:predict", {"instances": [1], "parameters": parameters})["predictions"][0]
-
-
-def undeploy(sandbox: RunningSandbox, where: str, number: int, split: Any = None) -> Any:
-    body = {"deployedModelId": str(number), **({"trafficSplit": split} if split else {})}
-    return sandbox.do("POST", f"{where}:undeployModel", body)
-
-
-def containers(docker_engine: docker.DockerClient, where: str = "") -> list[Container]:
-    """Containers of this run, or those of an endpoint."""
-    found = docker_engine.containers.list(
-        all=True, filters={"label": f"{images.LABEL}={images.RUN}"}, ignore_removed=True
-    )
-    return [c for c in found if c.labels[LABEL + "endpoint"].endswith(where)]
-
-
-def asleep(docker_engine: docker.DockerClient, where: str) -> bool:
-    """Whether a container of an endpoint has a request that makes it sleep."""
-    found = containers(docker_engine, where)
-    return any(one.exec_run(["test", "-f", "/tmp/asleep"]).exit_code == 0 for one in found)
-
-
-def available(sandbox: RunningSandbox, where: str) -> list[int]:
-    """Available replicas, by deployed model."""
-    deployed = sandbox.do("GET", where).get("deployedModels", [])
-    return [d["status"].get("availableReplicaCount", 0) for d in deployed]
-
-
-def has_replicas(sandbox: RunningSandbox, docker_engine: docker.DockerClient, where: str, count: int) -> bool:
-    """Whether so many containers run for an endpoint and are available."""
-    return len(containers(docker_engine, where)) == count and available(sandbox, where) == [count] * bool(count)
-
-
-def answers(sandbox: RunningSandbox, where: str) -> bool:
-    return sandbox.ask("POST", f"{where}:predict", {"instances": [1]})[0] == 200
-
-
-def until(condition: Callable[[], Any]) -> None:
-    assert eventually(condition), "it did not happen in time"
+__all__ = ["sandbox", "state", "tidy"]  # fixtures
 
 
 def test_the_container_gets_what_its_model_says(
@@ -166,7 +80,7 @@ def test_the_container_gets_what_its_model_says(
     }
     (container,) = containers(docker_engine, where)
     published = container.attrs["NetworkSettings"]["Ports"]["9001/tcp"]
-    assert [p["HostIp"] for p in published] == ["127.0.0.1"]  # nobody else reaches it
+    assert [p["HostIp"] for p in published] == ["127.0.0.1"]  # it is reached from this machine alone
     undeploy(sandbox, where, 7)
     assert containers(docker_engine, where) == []
 
@@ -354,97 +268,6 @@ def test_a_tag_is_the_image_that_it_was_at_upload(
     assert container.image.id == local.id
     undeploy(sandbox, where, 7)
     docker_engine.images.remove(f"{name}:moving")
-
-
-def test_a_killed_sandbox_finds_its_containers_again(
-    sandbox: RunningSandbox, docker_engine: docker.DockerClient, tiny_image: str
-) -> None:
-    upload(sandbox, "slow-start", tiny_image, env={"TINY_SECONDS": "3"})
-    kept, going, gone = (endpoint(sandbox, n) for n in ("kept", "going", "gone"))
-    deploy(sandbox, kept, 7, replicas=2)
-    deploy(sandbox, gone, 7)
-    before = {c.id for c in containers(docker_engine, kept)}
-    _, operation = sandbox.ask("POST", f"{going}:deployModel", deployment(7, model="slow-start"))
-    until(lambda: containers(docker_engine, going))
-    pending = {c.id for c in containers(docker_engine, going)}
-    sandbox.kill()
-    assert sum(len(containers(docker_engine, where)) for where in (kept, going, gone)) == 4, "SIGKILL stops none"
-    # One of two is lost meanwhile, and one belongs to nothing.
-    containers(docker_engine, kept)[0].remove(force=True)
-    labels = {**containers(docker_engine, gone)[0].labels, LABEL + "deployed-model": "99"}
-    docker_engine.containers.run(tiny_image, detach=True, environment={"AIP_HTTP_PORT": "8080"}, labels=labels)
-    sandbox.start()
-    assert "response" in sandbox.done(operation)
-    assert {c.id for c in containers(docker_engine, going)} == pending  # picked up, not started twice
-
-    def settled() -> bool:
-        now = [len(containers(docker_engine, e)) for e in (kept, going, gone)]
-        return now == [2, 1, 1]
-
-    until(settled)
-    assert len(before & {c.id for c in containers(docker_engine, kept)}) == 1
-    for where in (kept, going, gone):
-        until(functools.partial(answers, sandbox, where))
-        undeploy(sandbox, where, 7)
-        assert containers(docker_engine, where) == []
-
-
-@pytest.mark.parametrize("moment", [0.05, 0.4, 1.0])
-def test_a_kill_amid_a_resize_or_an_undeployment_ends_right(
-    sandbox: RunningSandbox, docker_engine: docker.DockerClient, moment: float
-) -> None:
-    where = endpoint(sandbox, f"amid-{moment}".replace(".", "-"))
-    deploy(sandbox, where, 7)
-    for verb, body, left in (
-        ("mutateDeployedModel", {"deployedModel": RESIZED, "updateMask": RESIZE_MASK}, 3),
-        ("undeployModel", {"deployedModelId": "7"}, 0),
-    ):
-        _, operation = sandbox.ask("POST", f"{where}:{verb}", body)
-        time.sleep(moment)
-        sandbox.kill()
-        sandbox.start()
-        assert "response" in sandbox.done(operation)
-        until(functools.partial(has_replicas, sandbox, docker_engine, where, left))
-
-
-def test_replicas_that_are_being_brought_back_can_be_undeployed(
-    sandbox: RunningSandbox, docker_engine: docker.DockerClient, tiny_image: str
-) -> None:
-    upload(sandbox, "tardy", tiny_image, env={"TINY_SECONDS": "2"})
-    where = endpoint(sandbox, "tardy")
-    deploy(sandbox, where, 7, model="tardy")
-    sandbox.kill()
-    containers(docker_engine, where)[0].remove(force=True)
-    sandbox.start()
-    until(lambda: containers(docker_engine, where))
-    undeploy(sandbox, where, 7)
-    time.sleep(2)  # what brings them back would start another one now
-    assert containers(docker_engine, where) == []
-
-
-def test_a_fresh_start_removes_the_containers_of_before(
-    docker_engine: docker.DockerClient, tiny_image: str, tmp_path: Path
-) -> None:
-    with RunningSandbox(runner="docker", state=tmp_path) as killed:
-        upload(killed, "tiny", tiny_image)
-        deploy(killed, endpoint(killed, "before"), 7)
-        killed.kill()
-    assert len(containers(docker_engine, "before")) == 1
-    with RunningSandbox("--fresh", runner="docker", state=tmp_path) as fresh:
-        assert fresh.do("GET", "endpoints") == {}
-        until(lambda: containers(docker_engine, "before") == [])
-
-
-def test_a_stop_ends_the_containers_and_a_start_brings_them_back(
-    sandbox: RunningSandbox, docker_engine: docker.DockerClient
-) -> None:
-    where = endpoint(sandbox, "restart")
-    deploy(sandbox, where, 7)
-    sandbox.stop()
-    assert containers(docker_engine, where) == []
-    sandbox.start()
-    until(functools.partial(answers, sandbox, where))
-    undeploy(sandbox, where, 7)
 
 
 def test_googles_client_deploys_and_predicts(

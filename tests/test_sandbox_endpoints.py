@@ -1,32 +1,16 @@
 """The sandbox's endpoints keep Vertex AI's rules for deployed models and traffic."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import eventually
+from sandbox_with_models import MODEL, SPEC, deploy, deployment, make_endpoint, sandbox, upload_models
 
 from sandbox.serving import serving
 from sandbox.testing import LOCATION, RunningSandbox
 from sandbox.vertex_endpoints import SUPPOSITIONS
 
-SPEC = {"imageUri": "image@sha256:" + "0" * 64, "predictRoute": "/predict", "healthRoute": "/ping"}
-MODEL = f"{LOCATION}/models/counter"
-_numbers = itertools.count(1)
-
-
-def env(**variables: str) -> Any:
-    return {**SPEC, "env": [{"name": k, "value": v} for k, v in variables.items()]}
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[RunningSandbox]:
-    account = "known@a-project.iam.gserviceaccount.com"
-    with RunningSandbox("--service-account", account, "--idle-seconds", "0.3") as running:
-        upload_models(running)
-        yield running
-        assert [v for v in running.violations() if v["part"] == "response"] == []
+__all__ = ["sandbox"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -38,38 +22,9 @@ def otherwise() -> Iterator[RunningSandbox]:
         assert [v for v in running.violations() if v["part"] == "response"] == []
 
 
-def upload_models(sandbox: RunningSandbox) -> None:
-    specs = {
-        "counter": SPEC,
-        "starting": env(STUB_SECONDS="0.3"),
-        "exits": env(STUB_HEALTH="exit", STUB_LOG="loading\nno weights"),
-        "never-ready": {**env(STUB_HEALTH="never", STUB_LOG="still here"), "deploymentTimeout": "0.6s"},
-    }
-    for name, spec in specs.items():
-        body = {"modelId": name, "model": {"displayName": name, "containerSpec": spec}}
-        sandbox.do("POST", "models:upload", body)
-
-
-def make_endpoint(sandbox: RunningSandbox, **more: Any) -> str:
-    """The path of a new endpoint."""
-    number = next(_numbers)
-    sandbox.do("POST", "endpoints", {"displayName": "people", **more}, endpointId=number)
-    return f"endpoints/{number}"
-
-
 @pytest.fixture
 def endpoint(sandbox: RunningSandbox) -> str:
     return make_endpoint(sandbox)
-
-
-def deployment(number: int, model: str = MODEL, replicas: int = 1, split: Any = None, **more: Any) -> dict[str, Any]:
-    resources = {"minReplicaCount": replicas, "machineSpec": {"machineType": "c3-highcpu-4"}}
-    deployed = {"id": str(number), "model": model, "dedicatedResources": resources, **more}
-    return {"deployedModel": deployed, "trafficSplit": split or {}}
-
-
-def deploy(sandbox: RunningSandbox, endpoint: str, *args: Any, **more: Any) -> Any:
-    return sandbox.do("POST", f"{endpoint}:deployModel", deployment(*args, **more))
 
 
 def refusal(answer: tuple[int, Any]) -> tuple[int, str]:
@@ -366,71 +321,6 @@ def test_a_container_learns_who_it_is() -> None:
         assert env["AIP_ENDPOINT_ID"].isdigit()  # also of an endpoint with a name
         assert number in (None, env["AIP_ENDPOINT_ID"])
         assert (env["AIP_MODEL_NAME"], env["AIP_VERSION_NAME"]) == (env["AIP_ENDPOINT_ID"], "7")
-
-
-# --- scale to zero ------------------------------------------------------------------------------------------
-
-
-def sleepy(number: int = 7, model: str = MODEL, **more: Any) -> dict[str, Any]:
-    """A deployment that scales to zero."""
-    body = deployment(number, model)
-    body["deployedModel"]["dedicatedResources"] |= {"minReplicaCount": 0, "maxReplicaCount": 2, **more}
-    return body
-
-
-def test_scale_to_zero_has_its_conditions(sandbox: RunningSandbox) -> None:
-    own, shared = make_endpoint(sandbox, dedicatedEndpointEnabled=True), make_endpoint(sandbox)
-
-    def refused(path: str, body: Any, version: str = "v1beta1") -> str:
-        status, answer = sandbox.ask("POST", f"{version}/{LOCATION}/{path}:deployModel", body)
-        assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
-        return str(answer["error"]["message"])
-
-    assert "greater than or equal to 1" in refused(own, sleepy(), "v1")
-    assert "shared public endpoints" in refused(shared, sleepy())
-    assert "between 300 and 28800" in refused(own, sleepy(scaleToZeroSpec={"idleScaledownPeriod": "299s"}))
-    assert "initial_replica_count" in refused(own, sleepy(initialReplicaCount=3))
-    assert "needs a min_replica_count of 0" in refused(
-        own, sleepy(minReplicaCount=1, scaleToZeroSpec={"idleScaledownPeriod": "300s"})
-    )
-    sandbox.do("POST", f"v1beta1/{LOCATION}/{own}:deployModel", sleepy())
-    assert "one model per endpoint" in refused(own, deployment(8), "v1")
-
-
-def test_an_idle_model_scales_to_zero_and_comes_back_when_it_is_asked(sandbox: RunningSandbox) -> None:
-    endpoint = make_endpoint(sandbox, dedicatedEndpointEnabled=True)
-    body = sleepy(model=f"{LOCATION}/models/starting", scaleToZeroSpec={"minScaleupPeriod": "300s"})
-    sandbox.do("POST", f"v1beta1/{LOCATION}/{endpoint}:deployModel", body)
-
-    def read(version: str) -> Any:
-        (deployed,) = sandbox.do("GET", f"{version}/{LOCATION}/{endpoint}")["deployedModels"]
-        return deployed
-
-    def asked() -> tuple[int, Any]:
-        return sandbox.ask("POST", f"{endpoint}:predict", {"instances": [1]})
-
-    def available() -> int:
-        return int(read("v1")["status"].get("availableReplicaCount", 0))
-
-    assert eventually(lambda: available() == 0)
-    # What v1 can not express it does not show; a count of zero is left out.
-    assert set(read("v1")["dedicatedResources"]) == {"maxReplicaCount", "machineSpec"}
-    assert read("v1beta1")["dedicatedResources"]["scaleToZeroSpec"] == {
-        "minScaleupPeriod": "300s",
-        "idleScaledownPeriod": "3600s",
-    }
-    status, cold = asked()
-    assert (status, cold["error"]["status"]) == (429, "RESOURCE_EXHAUSTED")
-    assert cold["error"]["message"].startswith("Model is not yet ready for inference.")
-    assert asked()[0] == 429  # it is starting
-    assert eventually(lambda: asked()[0] == 200)
-    assert eventually(lambda: available() == 0)
-    # In place: never to zero again.
-    mask = "dedicatedResources.minReplicaCount,dedicatedResources.scaleToZeroSpec"
-    change = {"deployedModel": {"id": "7", "dedicatedResources": {"minReplicaCount": 1}}, "updateMask": mask}
-    sandbox.do("POST", f"v1beta1/{LOCATION}/{endpoint}:mutateDeployedModel", change)
-    assert asked()[0] == 200
-    assert "scaleToZeroSpec" not in read("v1beta1")["dedicatedResources"]
 
 
 def test_history_shows_every_state_of_the_traffic(sandbox: RunningSandbox, endpoint: str) -> None:

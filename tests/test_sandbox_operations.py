@@ -178,7 +178,7 @@ class Killed(Exception):  # noqa: N818
 
 
 class Writer:
-    """Uploads, deploys and undeploys without end, and keeps what was acknowledged and what went wrong."""
+    """Uploads, deploys and undeploys without end, and records acknowledged operations and errors."""
 
     def __init__(self, sandbox: RunningSandbox, round_: int) -> None:
         self.sandbox, self.round = sandbox, round_

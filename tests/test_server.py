@@ -1,7 +1,7 @@
-"""The real server, TorchServe and all: what it answers over REST and gRPC, what it survives, and how it ends.
+"""The real server, TorchServe included: its answers over REST and gRPC, its logs, and its workers.
 
-What the front and the launcher do by themselves is tested without Java in test_front.py and test_launcher.py, what the
-handler does in test_handler.py.
+Front and launcher are tested without Java in test_front.py, test_connections.py and test_launcher.py, the handler in
+test_handler.py, the server's start and end in test_server_end.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import json
 import os
 import random
-import re
 import signal
 import socket
 import threading
@@ -25,76 +24,36 @@ from typing import Any
 
 import grpc
 import httpx
-import numpy as np
 import pytest
 from conftest import Server, running
-from fake_storage import FakeStorage
 from google.protobuf.message_factory import GetMessageClass
 from helpers import encode, eventually, instance
 from PIL import Image
+from server_harness import (
+    NOISE,
+    SMALL,
+    all_workers,
+    counts_four,
+    listening,
+    metrics,
+    post,
+    post_json,
+    properties,
+    refused,
+    run_folder,
+)
 from torchserve_protos import definitions
 
 from headcount import Client, CountError
 from headcount.torchserve_grpc import METHOD, PredictionResponse, PredictionsRequest
 from serving.contract import COUNT_HEADER
-from serving.run_folder import sweep
 from serving.torchserve import GPU_BATCH
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("samples")]
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-SMALL = encode(NOISE)
 MANAGEMENT = "org.pytorch.serve.grpc.management"
 
 
-def post(server: Server, content: Any = b"", **options: Any) -> httpx.Response:
-    return httpx.post(server.predict, content=content, timeout=60, **options)
-
-
-def post_json(server: Server, instances: object, **parameters: Any) -> httpx.Response:
-    body = json.dumps({"instances": instances, "parameters": parameters})
-    return post(server, body.encode(), headers={"Content-Type": "application/json"})
-
-
-def counts_four(server: Server, bus: bytes) -> None:
-    answer = post(server, bus)
-    assert (answer.status_code, answer.json().get("count")) == (200, 4), answer.text
-
-
-def refused(answer: httpx.Response, status: int, says: str) -> None:
-    assert answer.status_code == status, answer.text
-    assert says in answer.json()["error"]["message"]
-
-
-def metrics(server: Server) -> dict[str, float]:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
-
-
-def properties(server: Server) -> dict[str, str]:
-    """TorchServe's settings, which lie in the run folder that Java's command line names."""
-    for pid in server.processes():
-        with contextlib.suppress(OSError):
-            if found := re.search(rb"-Djava\.io\.tmpdir=([^\0]+)", Path(f"/proc/{pid}/cmdline").read_bytes()):
-                folder = Path(found[1].decode())
-                lines = (folder / "torchserve.properties").read_text().splitlines()
-                return {"folder": str(folder)} | dict(line.split("=", 1) for line in lines if "=" in line)
-    raise AssertionError("no Java below the launcher")
-
-
-def run_folder(server: Server) -> Path:
-    return Path(properties(server)["folder"])
-
-
-def living(pids: list[int]) -> list[str]:
-    """State and name of those that still run. A process that has ended and waits to be reaped does not run."""
-    stats = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            stats.append(Path(f"/proc/{pid}/stat").read_text())
-    return [stat for stat in stats if stat.rpartition(")")[2].split()[0] not in ("Z", "X")]
-
-
-# What is answered
+# Answers
 
 
 def test_raw_picture(server: Server, bus: bytes) -> None:
@@ -169,7 +128,7 @@ def test_bad_requests_are_refused(server: Server, bus: bytes, body: bytes, kind:
 
 
 def test_mutated_pictures_cost_no_worker(server: Server, bus: bytes) -> None:
-    """test_pictures.py decodes ten thousand of them; these go through everything."""
+    """test_pictures.py decodes ten thousand such pictures; these pass through the whole server."""
     before = server.workers()
     rng = random.Random(1)
     strip = NOISE.resize((160, 8))  # flat, so that the network is done with it soon
@@ -254,7 +213,7 @@ def test_where_there_is_a_gpu_requests_are_answered_together(
         server.stop()
 
 
-# Metrics, logs, and who may listen
+# Metrics, logs and open ports
 
 
 def test_metrics_count(server: Server, bus: bytes) -> None:
@@ -291,26 +250,8 @@ def test_logs_name_requests_and_hold_no_pictures(server: Server, bus: bytes) -> 
     assert all({"time", "severity", "message"} <= set(line) for line in server.log_lines())
 
 
-def listening(pids: list[int]) -> set[tuple[str, int]]:
-    """Addresses the processes accept TCP connections on."""
-    inodes = set()
-    for pid in pids:
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                inodes.add(str(fd.readlink()))
-    found = set()
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                address, port = fields[1].split(":")
-                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
-                found.add((socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:"), int(port, 16)))
-    return found
-
-
 def test_models_cannot_be_registered(server: Server, archive: Path) -> None:
-    """Neither over HTTP nor over gRPC, by nobody: TorchServe's CVE-2023-43654 was that."""
+    """Neither over HTTP nor over gRPC (TorchServe's CVE-2023-43654)."""
     assert server.process is not None
     settings = properties(server)
     urls = ("https://127.0.0.1/a.mar", f"file://{archive}", "people")
@@ -344,11 +285,6 @@ def shaken(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with running(archive, tmp_path_factory.mktemp("shaken") / "log", **settings) as one:
         all_workers(one)
         yield one
-
-
-def all_workers(server: Server) -> None:
-    assert eventually(lambda: metrics(server)["headcount_workers"] == 2)
-    server.wait(200)
 
 
 def test_busy_is_not_stuck(shaken: Server) -> None:
@@ -435,108 +371,3 @@ def test_killed_workers_come_back(shaken: Server, bus: bytes) -> None:
     all_workers(shaken)
     counts_four(shaken, bus)
     assert not set(dead) & set(shaken.workers())
-
-
-# Start and end
-
-
-def test_broken_weights_end_the_server_with_the_reason(archive: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "archive"
-    (broken / "MAR-INF").mkdir(parents=True)
-    for file in archive.rglob("*"):
-        if file.is_file():
-            content = b"PK\x03\x04 no weights" if file.suffix == ".pt" else file.read_bytes()
-            (broken / file.relative_to(archive)).write_bytes(content)
-    server = Server(broken, {"HEADCOUNT_WORKERS": "1"}, tmp_path / "log").start()
-    assert server.process is not None
-    assert server.process.wait() == 1
-    last = server.log_lines()[-1]
-    assert last["severity"] == "CRITICAL"
-    assert next(archive.glob("*.pt")).name in str(last["message"])
-
-
-def test_sigterm_before_it_is_ready_ends_it_too(archive: Path, tmp_path: Path) -> None:
-    server = Server(archive, {}, tmp_path / "log").start()
-    server.wait(503)
-    processes = server.processes()
-    assert server.stop() == 0
-    assert eventually(lambda: not living(processes))
-
-
-def test_from_ready_to_sigkill(archive: Path, tmp_path: Path, bus: bytes) -> None:
-    """Ready means that the next picture is counted. A launcher that is killed leaves nothing for long."""
-    server = Server(archive, {}, tmp_path / "log").start()
-    try:
-        server.wait(503)
-        refused(post(server, bus), 503, "no worker is ready")
-        server.wait(200)
-        counts_four(server, bus)
-        # A worker that TorchServe has not connected to yet would wait 30 s for it.
-        all_workers(server)
-        processes, folder = server.processes(), run_folder(server)
-        assert len(processes) >= 3
-        os.utime(folder / "lock", (0, 0))
-        sweep(folder.parent)
-        assert folder.exists(), "its launcher is alive"
-    finally:
-        server.stop(signal.SIGKILL)
-    assert eventually(lambda: not living(processes)), living(processes)
-    sweep(folder.parent)  # as the next launcher does
-    assert not folder.exists()
-
-
-def test_as_vertex_ai_runs_it(archive: Path, tmp_path: Path, checkpoint: Path, bus: bytes) -> None:
-    """Routes, the model and pictures from a bucket, another class, limits, the one public port, and SIGTERM."""
-    objects = {
-        "models/of/ours/own.pt": checkpoint.read_bytes(),
-        "models/of/ours/labels.txt": b"",
-        "pictures/a b/büs.jpg": bus,
-    }
-    with FakeStorage(objects) as storage:
-        environment = {
-            "AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": "/v1/count", "AIP_STORAGE_URI": "gs://models/of/ours",
-            "STORAGE_EMULATOR_HOST": storage.url, "HEADCOUNT_CLASS": "bus", "HEADCOUNT_BUCKETS": "pictures",
-            "HEADCOUNT_HOST": "0.0.0.0", "HEADCOUNT_WORKERS": "1", "HEADCOUNT_MAX_PIXELS": "20000000",
-            "HEADCOUNT_MAX_REQUEST_BYTES": "1000000", "HEADCOUNT_LOG_LEVEL": "WARNING",
-            "HEADCOUNT_GRACE_SECONDS": "3",
-        }  # fmt: skip
-        with running(archive, tmp_path / "log", **environment) as server:
-            assert httpx.get(f"{server.url}/health").status_code == 200
-            instances = [{"image": {"uri": f"gs://pictures/{name}"}} for name in ("a b/büs.jpg", "none.jpg")]
-            answer = httpx.post(f"{server.url}/v1/count", json={"instances": [*instances, instance(bus)]}, timeout=60)
-            remote, missing, sent = answer.json()["predictions"]
-            assert (remote["count"], remote["model"]["name"]) == (1, "own")
-            assert remote == sent
-            assert "gs://pictures/none.jpg does not exist" in missing["error"]["message"]
-            refused(post(server, encode(Image.new("1", (5000, 5000)))), 400, "at most 20 megapixels")
-            refused(post(server, bytes(1_100_000)), 413, "larger than 1 MB")
-            with Client(grpc=f"127.0.0.1:{server.grpc}") as client:
-                with pytest.raises(CountError, match="larger than"):
-                    client.count(bytes(1_100_000))
-                assert client.count(bus).count == 1
-            assert server.process is not None
-            public = [one for one in listening([server.process.pid, *server.processes()]) if one[0] != "127.0.0.1"]
-            assert public == [("0.0.0.0", server.port)]
-            finishes_what_is_in_flight_and_leaves_nothing(server)
-    assert server.log.read_text() == ""
-
-
-def finishes_what_is_in_flight_and_leaves_nothing(server: Server) -> None:
-    folder, processes, (worker,) = run_folder(server), server.processes(), server.workers()
-    os.kill(worker, signal.SIGSTOP)
-    with ThreadPoolExecutor(4) as pool, Client(grpc=f"127.0.0.1:{server.grpc}") as client:
-        rest = [pool.submit(post_json, server, [instance(SMALL)] * 3) for _ in range(2)]
-        remote = pool.submit(client.count, SMALL)
-        assert eventually(lambda: metrics(server)["headcount_queue"] == 2)
-        assert server.process is not None
-        server.process.terminate()
-        server.wait(503)
-        rest.append(pool.submit(post_json, server, [instance(SMALL)] * 3))
-        assert eventually(lambda: metrics(server)["headcount_queue"] == 3), "requests are taken for the grace"
-        os.kill(worker, signal.SIGCONT)
-        for one in rest:
-            assert [p["count"] for p in one.result().json()["predictions"]] == [0] * 3
-        assert remote.result().count == 0
-    assert server.process.wait() == 0
-    assert not folder.exists()
-    assert eventually(lambda: not living(processes))

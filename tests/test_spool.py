@@ -1,4 +1,4 @@
-"""The spool by itself: whatever arrives, leaves and is read, no file has two owners and no byte is counted twice."""
+"""The spool by itself: in any sequence of operations no file has two owners and no byte is counted twice."""
 
 from __future__ import annotations
 
@@ -84,22 +84,22 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_room_is_counted_right(self) -> None:
-        held = [body for body in self.written if body._file >= 0]
+        held = [body for body in self.written if body._file]
         assert self.spool.used == sum(body._kept for body in held)
         assert 0 <= self.spool.used <= CAPACITY
 
     @invariant()
     def no_file_is_in_two_hands(self) -> None:
-        names = [body.name for body in self.written if body._file >= 0] + [idle[0] for idle in self.spool._idle]
+        names = [body.name for body in self.written if body._file] + [idle[0].name for idle in self.spool._idle]
         assert len(names) == len(set(names))
         assert set(names) == {file.name for file in self.folder.iterdir()}
-        descriptors = [body._file for body in self.written if body._file >= 0]
+        descriptors = [body._file.descriptor for body in self.written if body._file]
         assert len(descriptors) == len(set(descriptors))
 
     @invariant()
     def what_was_taken_is_in_the_file(self) -> None:
         for body, content in self.written.items():
-            if body._file >= 0 and body.failed is None and not body.refused:
+            if body._file and body.failed is None and not body.refused:
                 assert (self.folder / body.name).read_bytes()[: body._kept] == content
 
 

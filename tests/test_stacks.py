@@ -1,4 +1,4 @@
-"""Stacks through Pulumi's command line: where the project is, what is said, and Ctrl-C."""
+"""Stacks through Pulumi's command line: the project's folder, the messages, and Ctrl-C."""
 
 import contextlib
 import os

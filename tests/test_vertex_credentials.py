@@ -1,4 +1,4 @@
-"""As whom the provider speaks: looked at in the requests that arrive, with keys and tokens of an imitated Google."""
+"""The identity of the provider's requests, with keys and tokens of an imitation of Google."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The provider rolls real containers out: of a tiny image for what needs many, and of the serving image once."""
+"""The provider rolls out real containers: many of a tiny image, and one of the serving image."""
 
 from __future__ import annotations
 
@@ -12,18 +12,8 @@ import httpx
 import images
 import pytest
 from helpers import Load
-from vertex_harness import (
-    ROLLOUT_URN,
-    VERSION_URN,
-    CallFailed,
-    Cloud,
-    Plugin,
-    Stack,
-    plugin,
-    release,
-    rollout_inputs,
-    version_inputs,
-)
+from vertex_harness import Cloud, plugin, release, rollout_inputs, version_inputs
+from vertex_plugin import ROLLOUT_URN, VERSION_URN, CallFailed, Plugin, Stack
 
 from headcount import Client
 from sandbox.testing import RunningSandbox
@@ -63,7 +53,7 @@ def test_a_rollout_under_load_loses_no_request_and_a_canary_gets_its_share(
     with httpx.Client() as client:
 
         def asked(times: int) -> collections.Counter[str]:
-            """Who answered, by version."""
+            """The number of answers of each version."""
             by = {id_: model for id_, (model, _) in cloud.deployed(endpoint).items()}
             answers = [client.post(url, json={"instances": [1]}, timeout=30) for _ in range(times)]
             return collections.Counter(by[answer.raise_for_status().json()["deployedModelId"]] for answer in answers)

@@ -6,139 +6,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import machine
 import pytest
 from helpers import ROOT, eventually
-from vertex_harness import IMAGE, LOCATION, OTHER_IMAGE, PARENT, PROJECT, Cloud
+from vertex_harness import Cloud
+from vertex_plugin import IMAGE, LOCATION, OTHER_IMAGE, PARENT, PROJECT
+from vertex_project import ENDPOINT, Project
 
+from pulumi_vertex.definition import VERSION
 from sandbox.testing import RunningSandbox
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("engine"), pytest.mark.timeout(900)]
-ENDPOINT = f"{PARENT}/endpoints/digits"
 VERSION_URN = "urn:pulumi:dev::digits::vertex:index:ModelVersion::v"
 ROLLOUT_URN = "urn:pulumi:dev::digits::vertex:index:Rollout::digits"
-
-# A stranger's program, for a model that is not ours. What changes between runs is in wanted.json.
-PROGRAM = """
-import json
-import pulumi
-import pulumi_vertex as vertex
-
-wanted = json.load(open("wanted.json"))
-cloud = vertex.Provider("cloud", endpoint=wanted["url"])
-here = pulumi.ResourceOptions(provider=cloud)
-versions = {
-    name: vertex.ModelVersion(name, here, model_id="digits", **inputs)
-    for name, inputs in wanted["versions"].items()
-}
-if wanted.get("secret"):
-    vertex.ModelVersion(
-        "secret", here, model_id="secret", image=wanted["secret"], env={"KEY":
-        pulumi.Output.secret("hunter2")}
-    )
-if "releases" in wanted:
-    options = {"ignore_changes": wanted.get("ignore"), "custom_timeouts": wanted.get("timeouts")}
-    rollout = vertex.Rollout(
-        "digits",
-        pulumi.ResourceOptions(provider=cloud, **options),
-        endpoint=wanted["endpoint"],
-        models={
-            name: vertex.Deployed(
-                model=versions[release.pop("version")].id,
-                **{"machine_type": "n1-standard-2", "traffic": 100, **release},
-            )
-            for name, release in wanted["releases"].items()
-        },
-        drain_seconds=1,
-    )
-    pulumi.export("deployed", rollout.deployed_models)
-    if wanted.get("last"):  # made after everything else
-        last = pulumi.ResourceOptions(provider=cloud, depends_on=[rollout])
-        vertex.ModelVersion("last", last, model_id="last", image=wanted["last"])
-for name, version in versions.items():
-    pulumi.export(name, version.name)
-"""
-
-
-class Project:
-    """A Pulumi project in a folder of its own, with a state of its own."""
-
-    def __init__(self, folder: Path, url: str, *, plugin_on_path: bool = False) -> None:
-        self.folder = folder
-        (folder / "bin").mkdir()
-        plugins = "plugins:\n  providers:\n    - name: vertex\n      path: pulumi_vertex/plugin\n"
-        if plugin_on_path:
-            plugins = ""
-            (folder / "bin/pulumi-resource-vertex").symlink_to(Path(sys.executable).parent / "pulumi-resource-vertex")
-        shutil.copytree(ROOT / "pulumi_vertex/plugin", folder / "pulumi_vertex/plugin")
-        (folder / ".venv").symlink_to(sys.prefix)
-        (folder / "state").mkdir()
-        (folder / "__main__.py").write_text(PROGRAM)
-        (folder / "Pulumi.yaml").write_text(
-            f"name: digits\nruntime:\n  name: python\n  options:\n    virtualenv: .venv\n{plugins}"
-        )
-        self.url = url
-        self.environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "PULUMI_HOME": str(folder / "home"),
-            "PULUMI_BACKEND_URL": f"file://{folder / 'state'}",
-            "PULUMI_CONFIG_PASSPHRASE": "a passphrase",
-            "PULUMI_SKIP_UPDATE_CHECK": "true",
-        }
-        self.pulumi("stack", "init", "dev")
-        self.pulumi("config", "set", "gcp:project", PROJECT)
-        self.pulumi("config", "set", "gcp:region", LOCATION)
-        self.pulumi("config", "set", "--secret", "gcp:accessToken", "the-token")
-
-    def want(self, versions: dict[str, Any], **more: Any) -> None:
-        wanted = {"url": self.url, "endpoint": ENDPOINT, "versions": versions, **more}
-        (self.folder / "wanted.json").write_text(json.dumps(wanted))
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(machine.engine()), *arguments, "--non-interactive"],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def pulumi(self, *arguments: str, fails: bool = False) -> str:
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=300)
-        assert bool(process.returncode) == fails, output
-        return output
-
-    def up(self, *more: str, fails: bool = False) -> str:
-        return self.pulumi("up", "--yes", "--skip-preview", *more, fails=fails)
-
-    def destroy(self, *more: str, fails: bool = False) -> str:
-        return self.pulumi("destroy", "--yes", "--skip-preview", *more, fails=fails)
-
-    def states(self, urn: str) -> list[dict[str, Any]]:
-        """Pulumi's states of a resource: one, and those that wait for their deletion."""
-        resources = json.loads(self.pulumi("stack", "export"))["deployment"].get("resources", [])
-        return [resource for resource in resources if resource["urn"] == urn]
-
-    def counts(self, output: str) -> dict[str, int]:
-        """The summary that a run ends with: created, updated, replaced, deleted, unchanged."""
-        summary = output.rsplit("Resources:", 1)[-1].split("\n\n")[0]
-        return {what: int(number) for number, what in re.findall(r"(\d+) (?:to )?(\w+)", summary)}
-
-    def outputs(self) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads(self.pulumi("stack", "output", "--json"))
-        return value
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +159,7 @@ def test_a_killed_up_is_repaired_by_the_next_one(project: Project, cloud: Cloud,
 
 
 def interrupted(project: Project, cloud: Cloud, sandbox: RunningSandbox, method: str) -> str:
-    """What `pulumi up` says when Ctrl-C reaches it while an operation runs, which goes on."""
+    """Returns the output of a `pulumi up` that gets Ctrl-C while an operation runs. The operation goes on."""
     before = cloud.requests(method)
     sandbox.fault(method, "hold")
     process = project.start("up", "--yes", "--skip-preview")
@@ -411,6 +295,22 @@ def test_a_provider_on_the_path_needs_no_entry_in_the_project(
     project = Project(tmp_path, sandbox.url, plugin_on_path=True)
     project.want(ONE, releases=MAIN)
     assert project.counts(project.up()) == {"created": 4}
+    project.destroy()
+    nothing_is_left(cloud)
+
+
+def test_the_readme_s_program_in_yaml_is_deployed(sandbox: RunningSandbox, cloud: Cloud, tmp_path: Path) -> None:
+    project = Project(tmp_path, sandbox.url, plugin_on_path=True)
+    (program,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "pulumi_vertex" / "README.md").read_text(), re.DOTALL)
+    program = re.sub(r"image: \S+", f"image: {IMAGE}", re.sub(r"endpoint: \S+", f"endpoint: {ENDPOINT}", program))
+    written = f"packages:\n  vertex: vertex@{VERSION} # written by `pulumi package add`\n"
+    assert written in program
+    (project.folder / "Pulumi.yaml").write_text(program.replace(written, ""))
+    for setting, value in ("project", PROJECT), ("location", LOCATION), ("endpoint", sandbox.url), ("accessToken", "x"):
+        project.pulumi("config", "set", f"vertex:{setting}", value)
+    project.pulumi("package", "add", str(project.folder / "bin" / "pulumi-resource-vertex"))
+    assert written.partition(" #")[0] in (project.folder / "Pulumi.yaml").read_text()
+    assert project.counts(project.up()) == {"created": 3}
     project.destroy()
     nothing_is_left(cloud)
 

@@ -1,4 +1,4 @@
-"""What Vertex AI refuses, loses or breaks, and what a rollout makes of it."""
+"""Refusals, losses and failures of Vertex AI, and how a rollout handles them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vertex_harness import (
-    OTHER_IMAGE,
-    ROLLOUT_URN,
-    CallFailed,
-    Plugin,
-    Stack,
-    World,
-    options,
-    plugin,
-    release,
-    sandbox,
-    world,
-)
+from vertex_harness import World, options, plugin, release, sandbox, world
+from vertex_plugin import OTHER_IMAGE, ROLLOUT_URN, CallFailed, Plugin, Stack
 
 from pulumi_vertex.access import Access
 from pulumi_vertex.engine_call import EngineCall
@@ -183,7 +172,7 @@ def test_a_deployment_that_still_runs_is_waited_for_and_not_run_into(world: Worl
     assert list(world.deployed.values()) == [(world.named(2), 100)]
 
 
-# --- what is not known of Vertex AI, both ways --------------------------------------------------------------
+# --- unknown behaviour of Vertex AI, both ways --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["no-first-traffic", "all"])

@@ -1,4 +1,4 @@
-"""Ctrl-C, `pulumi cancel`, a timeout: what was started is in the state, and destroyed or continued by the next run."""
+"""Ctrl-C, `pulumi cancel`, a timeout: started work is in the state, and the next run destroys or continues it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,8 @@ from collections.abc import Callable
 
 import pytest
 from helpers import eventually
-from vertex_harness import (
-    OTHER_IMAGE,
-    PARENT,
-    CallFailed,
-    Plugin,
-    Plugins,
-    Proxy,
-    Stack,
-    Wire,
-    World,
-    in_background,
-    options,
-    plugin,
-    release,
-    sandbox,
-    version_inputs,
-    world,
-)
+from vertex_harness import Proxy, World, in_background, options, plugin, release, sandbox, version_inputs, world
+from vertex_plugin import OTHER_IMAGE, PARENT, CallFailed, Plugin, Plugins, Stack, Wire
 
 from sandbox.testing import RunningSandbox
 

@@ -11,24 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from vertex_harness import (
-    IMAGE,
-    OTHER_IMAGE,
-    ROLLOUT_URN,
-    VERSION_URN,
-    CallFailed,
-    Cloud,
-    Plugin,
-    Plugins,
-    Proxy,
-    Stack,
-    Wire,
-    plugin,
-    release,
-    rollout_inputs,
-    sandbox,
-    version_inputs,
-)
+from vertex_harness import Cloud, Proxy, plugin, release, rollout_inputs, sandbox, version_inputs
+from vertex_plugin import IMAGE, OTHER_IMAGE, ROLLOUT_URN, VERSION_URN, CallFailed, Plugin, Plugins, Stack, Wire
 
 from pulumi_vertex.ownership import without_claims
 from sandbox.testing import RunningSandbox
@@ -182,7 +166,7 @@ class Destroy(Scenario):
         assert self.cloud.versions(self.model) == []
 
 
-class Replaced(Scenario):
+class ForcedReplacement(Scenario):
     """Everything is replaced by force, with the same content: `up --replace`."""
 
     def prepare(self, plugin: Plugin) -> None:
@@ -207,7 +191,7 @@ class Replaced(Scenario):
 @pytest.mark.parametrize(
     ("kind", "when", "reads"),
     [
-        *((kind, "after", False) for kind in (NewVersion, BrokenVersion, Destroy, Replaced)),
+        *((kind, "after", False) for kind in (NewVersion, BrokenVersion, Destroy, ForcedReplacement)),
         *((kind, "before", False) for kind in (FirstUp, NewVersion, Destroy)),
         # Reads change nothing, so a kill beside one is a kill after the last write, only later: once is enough.
         (FirstUp, "after", True),
@@ -312,7 +296,7 @@ class Rollouts(RuleBasedStateMachine):
         type(self).plugin = self.plugins.take()
 
     def check(self) -> None:
-        """The endpoint is what was wanted, and its way there was sound."""
+        """The endpoint is in the wanted state, and its traffic was right at every moment."""
         if self.wanted is None:
             return
         there = self.cloud.look(self.endpoint)

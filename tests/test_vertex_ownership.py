@@ -1,6 +1,6 @@
-"""No deletion removes what a later create has taken over, and none leaves what nobody has.
+"""No deletion removes a resource that a later create has taken over, or leaves one that has no owner.
 
-Each test ends with a real deletion, after which nothing is left. What the engine itself does in these cases is in
+Each test ends with a real deletion, after which nothing is left. The engine's own behaviour in these cases is in
 test_vertex_engine.py.
 """
 
@@ -9,20 +9,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from vertex_harness import (
-    OTHER_IMAGE,
-    CallFailed,
-    Plugin,
-    Stack,
-    Wire,
-    World,
-    options,
-    plugin,
-    release,
-    sandbox,
-    version_inputs,
-    world,
-)
+from vertex_harness import World, options, plugin, release, sandbox, version_inputs, world
+from vertex_plugin import OTHER_IMAGE, CallFailed, Plugin, Stack, Wire
 
 __all__ = ["options", "plugin", "sandbox", "world"]  # fixtures
 
@@ -84,7 +72,7 @@ def test_an_up_with_a_refresh_changes_nothing(pair: Pair, world: World) -> None:
 def test_a_forced_replacement_deletes_nothing_that_serves(
     pair: Pair, world: World, refreshes: bool, runs_the_program: bool, other_process: bool
 ) -> None:
-    """Whatever the process that deletes was told before. After a kill, or of another provider, it is another one."""
+    """Independent of the history of the deleting process, which is a new one after a kill or for another provider."""
     assert pair.up(world.plugin, force=True, deletes=False) == ["replace", "replace"]
     assert [len(stack.replaced) for stack, _ in pair.both()] == [1, 1]
     with Plugin(world.sandbox.url) if other_process else contextlib.nullcontext(world.plugin) as next_run:

@@ -1,4 +1,4 @@
-"""The rollout's plan: what is done next, as a function of what is wanted and what is there."""
+"""The rollout's plan: the next steps, as a function of the wanted and the observed state."""
 
 from dataclasses import replace
 

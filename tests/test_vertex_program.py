@@ -1,4 +1,4 @@
-"""What a program sees: the README's example, settings taken from the google provider, and the live check's steps."""
+"""The README's program, settings taken from the google provider, and the steps of the live check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pulumi
 import pytest
-from vertex_harness import IMAGE, PROJECT
+from vertex_plugin import IMAGE, PROJECT
 
 import pulumi_vertex as vertex
 from sandbox.testing import RunningSandbox
@@ -17,7 +17,7 @@ from sandbox.testing import RunningSandbox
 README = Path(vertex.__file__).parent / "README.md"
 
 
-class Cloud(pulumi.runtime.Mocks):
+class RecordingMocks(pulumi.runtime.Mocks):
     """Answers every registration with its own inputs, and keeps them."""
 
     def __init__(self) -> None:
@@ -32,16 +32,16 @@ class Cloud(pulumi.runtime.Mocks):
 
 
 @pytest.fixture
-def cloud() -> Iterator[Cloud]:
+def mocks() -> Iterator[RecordingMocks]:
     """Mocks of Pulumi's engine, which are gone after the test, as is the configuration."""
-    cloud = Cloud()
-    pulumi.runtime.set_mocks(cloud, project="digits", stack="dev")
-    yield cloud
+    mocks = RecordingMocks()
+    pulumi.runtime.set_mocks(mocks, project="digits", stack="dev")
+    yield mocks
     pulumi.runtime.set_all_config({})
     pulumi.runtime.settings.reset_options()
 
 
-def test_the_readme_s_program_registers_what_it_says(cloud: Cloud) -> None:
+def test_the_readme_s_program_registers_what_it_says(mocks: RecordingMocks) -> None:
     pytest.importorskip("pulumi_gcp")
     (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     pulumi.runtime.set_all_config({"digits:image": IMAGE})
@@ -51,11 +51,11 @@ def test_the_readme_s_program_registers_what_it_says(cloud: Cloud) -> None:
         exec(compile(program, str(README), "exec"), {})
 
     run()
-    version = cloud.made["vertex:index:ModelVersion"].inputs
+    version = mocks.made["vertex:index:ModelVersion"].inputs
     assert version["modelId"] == "digits"
     assert version["env"] == {"WORKERS": "2"}
     assert version["aliases"] == ["live"]
-    rollout = cloud.made["vertex:index:Rollout"].inputs
+    rollout = mocks.made["vertex:index:Rollout"].inputs
     assert rollout["endpoint"] == "digits-id"
     assert rollout["models"]["main"] == {
         "model": "digits-id",
@@ -66,7 +66,7 @@ def test_the_readme_s_program_registers_what_it_says(cloud: Cloud) -> None:
     }
 
 
-def test_names_are_translated_but_never_a_user_s_own_keys(cloud: Cloud) -> None:
+def test_names_are_translated_but_never_a_user_s_own_keys(mocks: RecordingMocks) -> None:
     @pulumi.runtime.test  # type: ignore[untyped-decorator]
     def run() -> None:
         vertex.ModelVersion(
@@ -79,13 +79,13 @@ def test_names_are_translated_but_never_a_user_s_own_keys(cloud: Cloud) -> None:
         )
 
     run()
-    inputs = cloud.made["vertex:index:ModelVersion"].inputs
+    inputs = mocks.made["vertex:index:ModelVersion"].inputs
     assert inputs["env"] == {"model_id": "x", "MY_VAR": "y"}
     assert inputs["labels"] == {"health_route": "z"}
     assert inputs["healthProbe"] == {"path": "/", "periodSeconds": 3}
 
 
-def test_a_provider_takes_over_the_google_provider_s_settings(cloud: Cloud) -> None:
+def test_a_provider_takes_over_the_google_provider_s_settings(mocks: RecordingMocks) -> None:
     pulumi.runtime.set_all_config({"gcp:project": "p", "gcp:region": "europe-west4"})
 
     @pulumi.runtime.test  # type: ignore[untyped-decorator]
@@ -93,7 +93,7 @@ def test_a_provider_takes_over_the_google_provider_s_settings(cloud: Cloud) -> N
         vertex.Provider("cloud", location="us-central1")
 
     run()
-    inputs = cloud.made["pulumi:providers:vertex"].inputs
+    inputs = mocks.made["pulumi:providers:vertex"].inputs
     assert inputs["project"] == "p"
     assert inputs["location"] == "us-central1"
 

@@ -1,4 +1,4 @@
-"""What holds for any inputs that the schema allows, and for any sequence of requests to the sandbox's registry."""
+"""Properties of all inputs that the schema allows, and of all sequences of requests to the sandbox's registry."""
 
 from __future__ import annotations
 
@@ -9,21 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from pulumi.runtime.proto import provider_pb2
-from vertex_harness import (
-    IMAGE,
-    ROLLOUT_URN,
-    VERSION_URN,
-    Cloud,
-    Plugin,
-    Stack,
-    Wire,
-    World,
-    options,
-    plugin,
-    sandbox,
-    struct,
-    unstruct,
-)
+from vertex_harness import Cloud, World, options, plugin, sandbox
+from vertex_plugin import IMAGE, ROLLOUT_URN, VERSION_URN, Plugin, Stack, Wire, struct, unstruct
 
 from pulumi_vertex.definition import Field, Kind, Property
 from pulumi_vertex.model_version.inputs import DEFINITION as VERSION
@@ -163,7 +150,7 @@ def test_any_rollout_is_read_as_it_was_created(
 # --- the sandbox's registry and traffic, against a model of them --------------------------------------------
 
 
-class Registry(RuleBasedStateMachine):
+class ModelRegistry(RuleBasedStateMachine):
     """Versions, aliases and traffic of one model and one endpoint, beside a dictionary of each."""
 
     sandbox: RunningSandbox
@@ -257,5 +244,5 @@ class Registry(RuleBasedStateMachine):
 
 
 def test_the_sandbox_agrees_with_a_model_of_it(sandbox: RunningSandbox) -> None:
-    Registry.sandbox = sandbox
-    run_state_machine_as_test(Registry, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))
+    ModelRegistry.sandbox = sandbox
+    run_state_machine_as_test(ModelRegistry, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))

@@ -9,22 +9,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from vertex_harness import (
-    OTHER_IMAGE,
-    PARENT,
-    ROLLOUT_URN,
-    CallFailed,
-    Plugin,
-    Proxy,
-    Stack,
-    World,
-    options,
-    plugin,
-    release,
-    rollout_inputs,
-    sandbox,
-    world,
-)
+from vertex_harness import Proxy, World, options, plugin, release, rollout_inputs, sandbox, world
+from vertex_plugin import OTHER_IMAGE, PARENT, ROLLOUT_URN, CallFailed, Plugin, Stack
 
 from pulumi_vertex.rollout.plan import Spec, deployed_id
 
@@ -287,7 +273,7 @@ def test_a_rollout_on_an_endpoint_that_does_not_exist_says_so(world: World) -> N
 
 
 def test_two_rollouts_of_two_processes_on_one_endpoint_wait_for_each_other(world: World) -> None:
-    """Not two programs (one endpoint has one rollout) but two runs of one, such as one that lost its lock."""
+    """Two runs of one program, as after the loss of its lock. (One endpoint has one rollout, so not two programs.)"""
     old, new = world.two()
     world.sandbox.fault("endpoints.deployModel", "slow", seconds=1)
     stacks = [world.empty_rollout(), world.empty_rollout()]

@@ -6,16 +6,8 @@ from typing import Any
 
 import pytest
 from helpers import eventually
-from vertex_harness import (
-    ROLLOUT_URN,
-    CallFailed,
-    Stack,
-    World,
-    plugin,
-    release,
-    sandbox,
-    world,
-)
+from vertex_harness import World, plugin, release, sandbox, world
+from vertex_plugin import ROLLOUT_URN, CallFailed, Stack
 
 __all__ = ["plugin", "sandbox", "world"]  # fixtures
 

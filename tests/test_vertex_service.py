@@ -11,22 +11,8 @@ import pytest
 from google.protobuf import empty_pb2
 from pulumi.runtime import rpc
 from pulumi.runtime.proto import provider_pb2
-from vertex_harness import (
-    PARENT,
-    ROLLOUT_URN,
-    VERSION_URN,
-    CallFailed,
-    Plugin,
-    Stack,
-    World,
-    options,
-    plugin,
-    release,
-    sandbox,
-    struct,
-    version_inputs,
-    world,
-)
+from vertex_harness import World, options, plugin, release, sandbox, version_inputs, world
+from vertex_plugin import PARENT, ROLLOUT_URN, VERSION_URN, CallFailed, Plugin, Stack, struct
 
 __all__ = ["options", "plugin", "sandbox", "world"]  # fixtures
 

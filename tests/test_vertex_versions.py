@@ -8,27 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pulumi.runtime import rpc
 from pulumi.runtime.proto import provider_pb2
-from vertex_harness import (
-    IMAGE,
-    OTHER_IMAGE,
-    PARENT,
-    VERSION_URN,
-    CallFailed,
-    Cloud,
-    Plugin,
-    Proxy,
-    Stack,
-    World,
-    options,
-    plugin,
-    release,
-    rollout_inputs,
-    sandbox,
-    struct,
-    unstruct,
-    version_inputs,
-    world,
-)
+from vertex_harness import Cloud, Proxy, World, options, plugin, release, rollout_inputs, sandbox, version_inputs, world
+from vertex_plugin import IMAGE, OTHER_IMAGE, PARENT, VERSION_URN, CallFailed, Plugin, Stack, struct, unstruct
 
 from sandbox.testing import RunningSandbox
 

@@ -1,4 +1,4 @@
-"""A model server of a hundred lines with the contract of the serving image: what the tests' tiny image runs.
+"""A model server of a hundred lines with the contract of the serving image, for the tests' tiny image.
 
 Standard library only. It answers JSON instances with the container's circumstances, application/x-text with the text
 reversed, and anything else with COUNT people. Its environment: TINY_EXIT ends it at once, TINY_SECONDS is the time

@@ -87,7 +87,7 @@ def make(names: list[str], era: str = "v7.0", extra: Any = None, strange_layer: 
 
 
 def make_seeing(names: list[str], seen: str, era: str = "v7.0") -> dict[str, Any]:
-    """A checkpoint whose network sees white squares on black, as instances of the class `seen`.
+    """A checkpoint whose network detects white squares on black as instances of the class `seen`.
 
     Every convolution passes the mean brightness of its centre on in one channel; the head's first anchor fires at the
     first level wherever it is bright.

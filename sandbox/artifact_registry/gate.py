@@ -1,4 +1,4 @@
-"""The door of the Docker registry: it asks for access tokens as Artifact Registry does, and passes requests on.
+"""The gate of the Docker registry: it asks for access tokens as Artifact Registry does, and passes requests on.
 
 https://cloud.google.com/artifact-registry/docs/docker/authentication#token
 The registry's own authentication knows fixed passwords, or tokens signed with a certificate. Google's password is an
@@ -30,7 +30,7 @@ HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
 
 
 def credentials(image: str) -> dict[str, str] | None:
-    """What the sandbox itself presents when it pulls an image: Google's service agents have tokens of their own."""
+    """The sandbox's own credentials for pulling images, as Google's service agents have tokens of their own."""
     return {"username": USER, "password": oauth2.TOKEN} if image.startswith("127.0.0.1:") else None
 
 

@@ -74,7 +74,7 @@ class Registry:
     # ----------------------------------------------------------------------------------- start, stop
 
     def start(self) -> None:
-        """Returns when the registry answers. Raises FAILED_PRECONDITION, which says what to install."""
+        """Returns when the registry answers. Raises FAILED_PRECONDITION with the package to install."""
         if self._running():
             return
         self.stop()  # also a container that a killed sandbox left

@@ -2,7 +2,7 @@
 
 https://cloud.google.com/artifact-registry/docs/reference/rest
 A repository's `registryUri` is where images are pushed to. On Google it is LOCATION-docker.pkg.dev/…; here it is the
-registry's own address, so that a caller who takes it from there needs to know nothing of the sandbox.
+registry's own address, so that a caller who reads it there needs no setting for the sandbox.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ def folder(name: str) -> str:
 
 
 def _shown(call: Call, repository: JSON) -> JSON:
-    """The repository with what depends on the moment: its address, and whether its images are scanned."""
+    """The repository with its changing fields: its address, and whether its images are scanned."""
     project, location = (repository["name"].split("/")[n] for n in (1, 3))
     wanted = repository.get("vulnerabilityScanningConfig", {}).get("enablementConfig")
     scanner = call.cloud.store.get("service", f"{project}/{SCANNER}")

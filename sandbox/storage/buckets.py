@@ -73,7 +73,7 @@ def _born_with(bucket: JSON) -> list[JSON]:
 
 
 def _check(call: Call, bucket: JSON) -> None:
-    """Raises INVALID_ARGUMENT for what Google refuses, and UNIMPLEMENTED for what the sandbox would only pretend."""
+    """Raises INVALID_ARGUMENT for settings that Google refuses, and UNIMPLEMENTED for those without effect here."""
     check_labels(bucket.get("labels", {}))
     for name in UNSUPPORTED:
         if bucket.get(name):
@@ -90,7 +90,7 @@ def _check(call: Call, bucket: JSON) -> None:
 
 
 def _completed(bucket: JSON, old: JSON) -> JSON:
-    """The bucket with what Google adds. `old` is the bucket before the change, or {}."""
+    """The bucket with the fields that Google adds. `old` is the bucket before the change, or {}."""
     now = clock.now("milliseconds")
     iam: JSON = bucket.setdefault("iamConfiguration", {})
     uniform: JSON = iam.setdefault("uniformBucketLevelAccess", {"enabled": False})

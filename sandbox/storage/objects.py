@@ -79,7 +79,7 @@ def _days_since(time: str) -> float:
 def _find_bucket(call: Call, name: str) -> JSON:
     """The bucket, after its lifecycle rules were applied to its objects. Raises NOT_FOUND.
 
-    Google applies them within a day; here they hold whenever somebody asks for an object.
+    Google applies them within a day; the sandbox applies them at each request for an object.
     """
     bucket = buckets.find(call, name)
     if rules := bucket.get("lifecycle", {}).get("rule", []):
@@ -140,7 +140,7 @@ def _save(call: Call, bucket_name: str, metadata: JSON, content: bytes, media: s
 
 
 def _crc32c(content: bytes) -> int:
-    import google_crc32c  # what Google's own client computes it with
+    import google_crc32c  # Google's own client computes it with this package
 
     return int(google_crc32c.value(content))
 
