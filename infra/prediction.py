@@ -7,7 +7,7 @@ import pulumi_gcp as gcp
 
 import pulumi_vertex as vertex
 from infra import BUILD
-from infra.foundation import Foundation
+from infra.foundation import RELEASE_TAG, Foundation
 from infra.image import NAME, Image
 from infra.settings import Release, Settings
 
@@ -21,7 +21,7 @@ DEPLOYMENT_TIMEOUT_SECONDS: Final = 1800
 
 
 class Prediction(pulumi.ComponentResource):
-    """One model version for each release, one endpoint, one rollout.
+    """One image and one model version for each release, one endpoint, one rollout.
 
     Without releases, or paused, the endpoint has no machines: it costs nothing and answers nothing. In production
     everything that serves is protected: the rollout, the endpoint, the versions that have traffic.
@@ -49,10 +49,18 @@ class Prediction(pulumi.ComponentResource):
         self.images: dict[str, pulumi.Output[str]] = {}
         #: Model version of each release.
         self.versions: dict[str, vertex.ModelVersion] = {}
+        repository = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
         for name, release in settings.releases.items():
-            digest = image.digest if image and release.image == BUILD else release.image
-            self.images[name] = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME, "@", digest)
+            built = release.image == BUILD
             serves = settings.production and release.traffic > 0
+            self.images[name] = vertex.ReleasedImage(
+                name,
+                repository=repository,
+                digest=image.digest if image and built else release.image,
+                tag=f"{RELEASE_TAG}{name}",
+                sources=[f"{settings.image_source}/{NAME}"] if settings.image_source and not built else [],
+                opts=pulumi.ResourceOptions(parent=self, provider=provider, protect=serves),
+            ).image
             self.versions[name] = vertex.ModelVersion(
                 name,
                 model_id=names.model,

@@ -41,6 +41,7 @@ from .engine_call import EngineCall
 from .errors import HalfMadeError, ProblemError
 from .model_version import ModelVersionType
 from .package_schema import package_schema
+from .released_image import ReleasedImageType
 from .resource import ResourceType, State
 from .rollout import RolloutType
 from .vertex_api import VertexApi
@@ -51,6 +52,7 @@ RESOURCES: Final[Mapping[str, ResourceType]] = {
     for resource in (
         ModelVersionType(),
         RolloutType(),
+        ReleasedImageType(),
     )
 }
 MESSAGE_BYTES: Final = 400 * 1024 * 1024  # as the SDKs allow; gRPC's own default of 4 MB is soon reached

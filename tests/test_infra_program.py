@@ -48,6 +48,8 @@ class Recorder(pulumi.runtime.Mocks):
                 outputs |= {"url": f"gs://{args.inputs['name']}"}
             case "gcp:vertex/aiEndpoint:AiEndpoint":
                 return f"projects/my-project/locations/europe-west4/endpoints/{args.inputs['name']}", outputs
+            case "vertex:index:ReleasedImage":
+                outputs |= {"image": f"{args.inputs['repository']}@{args.inputs['digest']}"}
             case "vertex:index:ModelVersion":
                 return f"projects/my-project/locations/europe-west4/models/{args.inputs['modelId']}@1", outputs
         return f"{args.name}_id", outputs
@@ -149,7 +151,8 @@ def test_what_needs_something_depends_on_it(run: Run) -> None:
         return any(f"{needed}::" in urn for urn in program.request(kind).dependencies)
 
     assert needs("docker-build:index:Image", "Repository")
-    assert needs("index:ModelVersion", "docker-build:index:Image")
+    assert needs("index:ReleasedImage", "docker-build:index:Image")
+    assert needs("index:ModelVersion", "ReleasedImage")
     assert needs("index:ModelVersion", "RepositoryIamMember"), "the service agent may pull the image"
     assert needs("index:Rollout", "index:ModelVersion")
     assert needs("index:Rollout", "AiEndpoint")
@@ -256,6 +259,21 @@ def test_the_container_has_time_to_start(run: Run) -> None:
     version = run("dev").recorder.one("ModelVersion")
     assert version["startupProbe"]["path"] == version["healthRoute"]
     assert version["deploymentTimeoutSeconds"] == 1800
+
+
+def test_images_of_releases_are_tagged_and_pinned_ones_copied_from_where_they_were_proved(run: Run) -> None:
+    source = "europe-west4-docker.pkg.dev/my-project/headcount-dev"
+    releases = {"main": {"image": PINNED, "traffic": 90}, "next": {"image": "build", "traffic": 10}}
+    program = run("dev", releases=releases, imageSource=source)
+    images = {i["tag"]: i for i in program.recorder.inputs("index:ReleasedImage")}
+    assert set(images) == {"release-main", "release-next"}
+    assert {i["repository"] for i in images.values()} == {f"{REPOSITORY}/headcount"}
+    assert (images["release-main"]["digest"], images["release-main"]["sources"]) == (PINNED, [f"{source}/headcount"])
+    assert (images["release-next"]["digest"], images["release-next"].get("sources", [])) == (DIGEST, [])
+    policies = {p["id"]: p for p in program.recorder.one("Repository")["cleanupPolicies"]}
+    kept = policies["keep-released"]
+    assert kept["action"] == "KEEP"
+    assert all(tag.startswith(tuple(kept["condition"]["tagPrefixes"])) for tag in images)
 
 
 def test_prod_protects_what_serves_and_builds_nothing(run: Run) -> None:
