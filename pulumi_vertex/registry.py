@@ -356,6 +356,4 @@ def refusal(code: int, content: bytes, repository: Repository, role: str) -> Pro
             "PERMISSION_DENIED",
             f"{repository} is refused ({words}). If it exists, this needs {role} on its repository.",
         )
-    return RefusedError(
-        "UNSUPPORTED" if code in (400, 405) else "UNKNOWN", f"{repository} answered {code}: {words}"
-    )
+    return RefusedError("UNSUPPORTED" if code in (400, 405) else "UNKNOWN", f"{repository} answered {code}: {words}")

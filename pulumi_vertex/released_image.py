@@ -37,7 +37,10 @@ class ReleasedImageInputs(TypedDict, total=False):
         ]
     ]
     digest: Required[
-        Annotated[pulumi.Input[str], Field("The image.", pattern=r"sha256:[0-9a-f]{64}", hint="sha256:…, a digest")]
+        Annotated[
+            pulumi.Input[str],
+            Field("The image by its digest.", pattern=r"sha256:[0-9a-f]{64}", hint="sha256:…, a digest"),
+        ]
     ]
     tag: Required[
         Annotated[
@@ -103,7 +106,7 @@ class ReleasedImage(Resource):
 
     @property
     def tag_name(self) -> pulumi.Output[str]:
-        """The whole tag."""
+        """The whole tag, with its random digits."""
         output: pulumi.Output[str] = self._output("tagName")
         return output
 
