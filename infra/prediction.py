@@ -74,6 +74,7 @@ class Prediction(pulumi.ComponentResource):
                 env={"HEADCOUNT_BUCKETS": foundation.bucket.name},
                 aliases=[name],
                 labels=settings.all_labels,
+                encryption_key=settings.kms_key or None,
                 opts=pulumi.ResourceOptions.merge(
                     pulumi.ResourceOptions(
                         parent=self, provider=provider, protect=serves, depends_on=foundation.image_readers

@@ -225,6 +225,7 @@ def test_a_key_encrypts_all_that_is_stored_and_its_agents_may_use_it(run: Run) -
     assert asked.one("Bucket")["encryption"] == {"defaultKmsKeyName": KEY}
     assert asked.one("Repository")["kmsKeyName"] == KEY
     assert asked.one("AiEndpoint")["encryptionSpec"] == {"kmsKeyName": KEY}
+    assert asked.one("ModelVersion")["encryptionKey"] == KEY
     members = {grant["member"].partition("@")[2] for grant in asked.inputs("CryptoKeyIAMMember")}
     agents = {"gs-project-accounts", "gcp-sa-artifactregistry", "gcp-sa-aiplatform"}
     assert members == {f"{agent}.iam.gserviceaccount.com" for agent in agents}
