@@ -108,8 +108,8 @@ lock: $(UV) ## write requirements/ after a change of pyproject.toml (UPGRADE=--u
 	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
 	echo 'uv' | $(COMPILE) $(UPGRADE) - -o requirements/tools.txt
 
-live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=): costs money for minutes
-	@$(BIN)/python -m tests.live_vertex $(PROJECT)
+live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=, LIVE=options): costs money for hours
+	@$(BIN)/python -m tests.live_vertex $(PROJECT) $(LIVE)
 
 format: .venv/.dev ## let ruff format and sort
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
