@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import runpy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docker
 import httpx
 import images
 import pulumi
@@ -93,8 +95,9 @@ class Maker(pulumi.runtime.Mocks):
             format_=getattr(artifactregistry_v1.Repository.Format, inputs["format"]), labels=inputs["labels"]
         )
         operation = client.create_repository(parent=LOCATION, repository_id=inputs["repositoryId"], repository=wanted)
-        made: Any = operation.result(timeout=60)  # type: ignore[no-untyped-call]
-        return made.name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
+        name = operation.result(timeout=60).name  # type: ignore[no-untyped-call]
+        made = client.get_repository(name=name)
+        return name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
 
     def ServiceIdentity(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
         parent = f"projects/{PROJECT}/services/{inputs['service']}"
@@ -128,7 +131,10 @@ class Maker(pulumi.runtime.Mocks):
             return f"{args.name}_id", {}
         tag = inputs["tags"][0]
         images.build(Path(inputs["context"]["location"]), tag, **inputs["buildArgs"])
-        digest = images.push(tag).partition("@")[2]
+        login = {"username": inputs["registries"][0]["username"], "password": inputs["registries"][0]["password"]}
+        with contextlib.closing(docker.from_env(version="auto", timeout=120)) as engine:
+            pushed = engine.images.push(tag, auth_config=login)
+        digest = re.findall("sha256:[0-9a-f]{64}", pushed)[-1]
         images.docker("rmi", tag)
         return digest, {"digest": digest, "ref": f"{tag}@{digest}"}
 
