@@ -106,6 +106,7 @@ class Prediction(pulumi.ComponentResource):
                     parent=self,
                     protect=protected,
                     ignore_changes=["trafficSplit"],  # the rollout's
+                    replace_on_changes=["dedicatedEndpointEnabled"],  # the google provider would try to update it
                     delete_before_replace=True,  # its id is fixed
                 ),
                 usable,
@@ -123,7 +124,7 @@ class Prediction(pulumi.ComponentResource):
                 parent=self, provider=provider, protect=protected, depends_on=foundation.grants
             ),
         )
-        self._grant_predictions()
+        self._grant_predictions(protected)
         #: URL that predictions are POSTed to: with `:predict` JSON, with `:rawPredict` a picture as it is.
         self.url = pulumi.Output.concat(
             self._address(),
@@ -149,18 +150,20 @@ class Prediction(pulumi.ComponentResource):
             deployed["accelerator_count"] = 1
         return deployed
 
-    def _grant_predictions(self) -> None:
-        """Lets the stack's predictors ask this endpoint, and do nothing else with it or with another one."""
+    def _grant_predictions(self, protected: bool) -> None:
+        """Lets the stack's predictors ask this endpoint, and do nothing else with it or with another one.
+
+        protected: whether the grants are; they are replaced with the endpoint.
+        """
         settings = self._settings
         if not settings.predictors:
             return
-        protect = pulumi.ResourceOptions(parent=self, protect=settings.production)
         role = gcp.projects.IAMCustomRole(
             "predictor",
             role_id=settings.names.predictor_role,
             title=f"Headcount predictor, stack {settings.stack}"[:100],
             permissions=["aiplatform.endpoints.predict"],
-            opts=protect,
+            opts=pulumi.ResourceOptions(parent=self, protect=settings.production),
         )
         for member in settings.predictors:
             gcp.vertex.AiEndpointIamMember(
@@ -169,7 +172,7 @@ class Prediction(pulumi.ComponentResource):
                 location=settings.region,
                 role=role.name,
                 member=member,
-                opts=protect,
+                opts=pulumi.ResourceOptions(parent=self, protect=protected),
             )
 
     def _address(self) -> pulumi.Input[str]:

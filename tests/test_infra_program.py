@@ -291,8 +291,11 @@ def test_prod_protects_what_serves_and_builds_nothing(run: Run) -> None:
 
 
 def test_production_s_endpoint_is_replaced_only_where_a_setting_says_so(run: Run) -> None:
-    program = run("prod", replaceEndpoint=True)
-    assert [program.request(kind).protect for kind in ("AiEndpoint", "index:Rollout", "Bucket")] == [False, False, True]
+    program = run("prod", replaceEndpoint=True, predictors=["user:me@example.com"])
+    protected = [program.request(kind).protect for kind in ("AiEndpoint", "index:Rollout", "AiEndpointIamMember")]
+    assert protected == [False, False, False]
+    assert program.request("storage/bucket:Bucket").protect
+    assert program.request("AiEndpoint").replaceOnChanges == ["dedicatedEndpointEnabled"]
 
 
 def test_releases_have_replicas_of_their_own_and_targets(run: Run) -> None:
