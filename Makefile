@@ -47,7 +47,7 @@ coverage: lint samples ## the fast tests, and the lines that they do not reach
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
-	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)
+	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py $(PYTEST)
 
 bench: samples compile ## throughput, latency, accuracy; a table and a plot in bench/results
 	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
