@@ -47,7 +47,7 @@ coverage: lint samples ## the fast tests, and the lines that they do not reach
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
-	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py $(PYTEST)
+	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py $(PYTEST)
 
 bench: samples compile ## throughput, latency, accuracy; a table and a plot in bench/results
 	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
@@ -108,8 +108,8 @@ lock: $(UV) ## write requirements/ after a change of pyproject.toml (UPGRADE=--u
 	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
 	echo 'uv' | $(COMPILE) $(UPGRADE) - -o requirements/tools.txt
 
-live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=): costs money for minutes
-	@$(BIN)/python -m tests.live_vertex $(PROJECT)
+live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=, LIVE=options): costs money for hours
+	@$(BIN)/python -m tests.live_vertex $(PROJECT) $(LIVE)
 
 format: .venv/.dev ## let ruff format and sort
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -163,7 +163,7 @@ class Foundation(pulumi.ComponentResource):
         return known.apply(lambda all_: usable(all_[1], all_[2]))
 
 
-#: Prefix of the tag that a release's image has, so that no clean-up takes it.
+#: Prefix of the tags that the releases' images have, so that no clean-up takes them.
 RELEASE_TAG: Final = "release-"
 
 

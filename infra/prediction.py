@@ -7,7 +7,7 @@ import pulumi_gcp as gcp
 
 import pulumi_vertex as vertex
 from infra import BUILD
-from infra.foundation import Foundation
+from infra.foundation import RELEASE_TAG, Foundation
 from infra.image import NAME, Image
 from infra.settings import Release, Settings
 
@@ -21,7 +21,7 @@ DEPLOYMENT_TIMEOUT_SECONDS: Final = 1800
 
 
 class Prediction(pulumi.ComponentResource):
-    """One model version for each release, one endpoint, one rollout.
+    """One image and one model version for each release, one endpoint, one rollout.
 
     Without releases, or paused, the endpoint has no machines: it costs nothing and answers nothing. In production
     everything that serves is protected: the rollout, the endpoint, the versions that have traffic.
@@ -49,10 +49,18 @@ class Prediction(pulumi.ComponentResource):
         self.images: dict[str, pulumi.Output[str]] = {}
         #: Model version of each release.
         self.versions: dict[str, vertex.ModelVersion] = {}
+        repository = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
         for name, release in settings.releases.items():
-            digest = image.digest if image and release.image == BUILD else release.image
-            self.images[name] = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME, "@", digest)
+            built = release.image == BUILD
             serves = settings.production and release.traffic > 0
+            self.images[name] = vertex.ReleasedImage(
+                name,
+                repository=repository,
+                digest=image.digest if image and built else release.image,
+                tag=f"{RELEASE_TAG}{name}",
+                sources=[f"{settings.image_source}/{NAME}"] if settings.image_source and not built else [],
+                opts=pulumi.ResourceOptions(parent=self, provider=provider, protect=serves),
+            ).image
             self.versions[name] = vertex.ModelVersion(
                 name,
                 model_id=names.model,
@@ -66,6 +74,7 @@ class Prediction(pulumi.ComponentResource):
                 env={"HEADCOUNT_BUCKETS": foundation.bucket.name},
                 aliases=[name],
                 labels=settings.all_labels,
+                encryption_key=settings.kms_key or None,
                 opts=pulumi.ResourceOptions.merge(
                     pulumi.ResourceOptions(
                         parent=self, provider=provider, protect=serves, depends_on=foundation.image_readers
@@ -97,6 +106,7 @@ class Prediction(pulumi.ComponentResource):
                     parent=self,
                     protect=protected,
                     ignore_changes=["trafficSplit"],  # the rollout's
+                    replace_on_changes=["dedicatedEndpointEnabled"],  # the google provider would try to update it
                     delete_before_replace=True,  # its id is fixed
                 ),
                 usable,
@@ -114,7 +124,7 @@ class Prediction(pulumi.ComponentResource):
                 parent=self, provider=provider, protect=protected, depends_on=foundation.grants
             ),
         )
-        self._grant_predictions()
+        self._grant_predictions(protected)
         #: URL that predictions are POSTed to: with `:predict` JSON, with `:rawPredict` a picture as it is.
         self.url = pulumi.Output.concat(
             self._address(),
@@ -140,18 +150,20 @@ class Prediction(pulumi.ComponentResource):
             deployed["accelerator_count"] = 1
         return deployed
 
-    def _grant_predictions(self) -> None:
-        """Lets the stack's predictors ask this endpoint, and do nothing else with it or with another one."""
+    def _grant_predictions(self, protected: bool) -> None:
+        """Lets the stack's predictors ask this endpoint, and do nothing else with it or with another one.
+
+        protected: whether the grants are; they are replaced with the endpoint.
+        """
         settings = self._settings
         if not settings.predictors:
             return
-        protect = pulumi.ResourceOptions(parent=self, protect=settings.production)
         role = gcp.projects.IAMCustomRole(
             "predictor",
             role_id=settings.names.predictor_role,
             title=f"Headcount predictor, stack {settings.stack}"[:100],
             permissions=["aiplatform.endpoints.predict"],
-            opts=protect,
+            opts=pulumi.ResourceOptions(parent=self, protect=settings.production),
         )
         for member in settings.predictors:
             gcp.vertex.AiEndpointIamMember(
@@ -160,7 +172,7 @@ class Prediction(pulumi.ComponentResource):
                 location=settings.region,
                 role=role.name,
                 member=member,
-                opts=protect,
+                opts=pulumi.ResourceOptions(parent=self, protect=protected),
             )
 
     def _address(self) -> pulumi.Input[str]:

@@ -189,7 +189,7 @@ class Settings(_Model):
     replace_endpoint: Annotated[
         bool,
         Field(
-            description="production's endpoint may be replaced, which is an outage and gives it another URL",
+            description="lets production's endpoint be replaced, an outage and another URL; deployed before the change",
             examples=[True],
         ),
     ] = False

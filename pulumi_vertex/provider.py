@@ -41,6 +41,7 @@ from .engine_call import EngineCall
 from .errors import HalfMadeError, ProblemError
 from .model_version import ModelVersionType
 from .package_schema import package_schema
+from .released_image import ReleasedImageType
 from .resource import ResourceType, State
 from .rollout import RolloutType
 from .vertex_api import VertexApi
@@ -51,6 +52,7 @@ RESOURCES: Final[Mapping[str, ResourceType]] = {
     for resource in (
         ModelVersionType(),
         RolloutType(),
+        ReleasedImageType(),
     )
 }
 MESSAGE_BYTES: Final = 400 * 1024 * 1024  # as the SDKs allow; gRPC's own default of 4 MB is soon reached
@@ -62,6 +64,7 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
         self._engine: engine_pb2_grpc.EngineStub | None = None
         self._configured: VertexApi | None = None
         self._stop = threading.Event()
+        self._warned: set[tuple[str, str]] = set()  # URN and line
         if engine_address:
             self._attach(engine_address)
 
@@ -142,8 +145,13 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
 
     def Diff(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            state = state_of(request.id, request.old_inputs, request.olds)
-            return diff_response(resource_of(request.urn).diff(state, unwrapped(from_struct(request.news))))
+            resource, state = resource_of(request.urn), state_of(request.id, request.old_inputs, request.olds)
+            inputs = unwrapped(from_struct(request.news))
+            for line in resource.warnings(state, inputs):
+                if (request.urn, line) not in self._warned:  # the engine asks for some diffs twice
+                    self._warned.add((request.urn, line))
+                    self._log(request.urn, line, engine_pb2.WARNING)
+            return diff_response(resource.diff(state, inputs))
 
     def Create(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         wire = from_struct(request.properties)

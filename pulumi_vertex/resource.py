@@ -51,6 +51,10 @@ class ResourceType(ABC):
         """Property paths that differ, each with its kind: add, delete or update, with `_replace` where it replaces."""
         return differences.diff(self.definition, state.inputs, inputs)
 
+    def warnings(self, state: State, inputs: Wire) -> list[str]:
+        """Lines that a preview, and an update, say of a change beyond its diff."""
+        return []
+
     @abstractmethod
     def preview(self, call: EngineCall, api: VertexApi, inputs: Wire, state: State | None) -> Wire:
         """The outputs after a create (no `state`) or an update, UNKNOWN where only Vertex AI can tell."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from .engine_call import EngineCall
 from .errors import PassingError, RefusedError
+
+T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 TRIES: Final = 10  # of one request, about a minute in all
@@ -77,6 +79,18 @@ def pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(pause * 1.6, LONGEST_PAUSE)
+
+
+def repeated(call: EngineCall, send: Callable[[], T]) -> T:
+    """The result of `send`, which changes nothing or may be done twice: repeated while its fault may pass."""
+    delays = pauses()
+    for _ in range(TRIES - 1):
+        call.check()
+        try:
+            return send()
+        except PassingError:
+            call.pause(next(delays))
+    return send()
 
 
 def converge(call: EngineCall, step: Callable[[], bool], also: tuple[Wait, ...] = ()) -> None:

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import urlencode
 
 from .access import Access
 from .definition import VERSION
 from .engine_call import EngineCall
 from .errors import PassingError, ProblemError, RefusedError
-from .retries import TRIES, pauses
+from .network import REQUEST_SECONDS, translated
+from .registry import Registry
+from .retries import repeated
 from .wire import Wire
 
-T = TypeVar("T")
-
-REQUEST_SECONDS: Final = 60.0
 # Whose clients gcloud's own credentials are, of `gcloud auth application-default login` and of `gcloud auth login`.
 GCLOUD_PROJECTS: Final = ("764086051850", "32555940559")
 V1, V1BETA1 = "v1", "v1beta1"
@@ -55,6 +53,11 @@ class VertexApi:
         session.headers["User-Agent"] = f"pulumi-vertex/{VERSION}"
         return session
 
+    @cached_property
+    def registry(self) -> Registry:
+        """Docker registries, asked with the same credentials."""
+        return Registry(self.access)
+
     # -- requests
 
     def change(self, http: str, path: str, body: Wire | None = None, *, version: str = V1, **query: str) -> Wire:
@@ -66,16 +69,7 @@ class VertexApi:
 
     def read(self, call: EngineCall, path: str, *, version: str = V1, **query: str) -> Wire:
         """A request that changes nothing, repeated while the fault may pass. Raises RefusedError."""
-        delays = pauses()
-        for attempt in range(TRIES):
-            call.check()
-            try:
-                return self._send("GET", path, None, version, query)
-            except PassingError:
-                if attempt == TRIES - 1:
-                    raise
-                call.pause(next(delays))
-        raise AssertionError
+        return repeated(call, lambda: self._send("GET", path, None, version, query))
 
     def find(self, call: EngineCall, path: str, *, version: str = V1) -> Wire | None:
         """What a name stands for, or None where there is no such thing."""
@@ -112,21 +106,7 @@ class VertexApi:
             parsed: Wire = answer.json()
             return parsed
 
-        return self._translated(once)
-
-    def _translated(self, send: Callable[[], T]) -> T:
-        """The network's exceptions, and those of google-auth, as ours."""
-        import requests
-        from google.auth import exceptions
-
-        try:
-            return send()
-        except exceptions.RefreshError as error:
-            raise ProblemError(
-                f"Google did not accept the credentials: {error}. Run `gcloud auth application-default login`."
-            ) from None
-        except (requests.RequestException, exceptions.TransportError) as error:
-            raise PassingError(f"Vertex AI cannot be reached at {self.access.url} ({type(error).__name__}).") from None
+        return translated(f"Vertex AI cannot be reached at {self.access.url}", once)
 
 
 def _foreign_consumer(error: Wire, project: str) -> str:

@@ -25,7 +25,8 @@ VERSION_MUTABLE = ("versionDescription", "labels")
 MODEL_FIELDS = ("displayName", "description", "createTime", "updateTime")
 
 # What the sandbox can not serve is refused at upload, where Vertex AI would take it.
-UNSUPPORTED = ("encryptionSpec", "explanationSpec", "baseModelSource")
+UNSUPPORTED = ("explanationSpec", "baseModelSource")
+KMS_KEY = re.compile(r"projects/[^/]+/locations/([^/]+)/keyRings/[^/]+/cryptoKeys/[^/]+")
 
 
 # ------------------------------------------------------------------------------------------- finding
@@ -115,6 +116,10 @@ async def upload(call: Call) -> JSON:
     for name in UNSUPPORTED:
         if model.get(name):
             raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with model.{name}.")
+    if key := model.get("encryptionSpec", {}).get("kmsKeyName"):
+        found = KMS_KEY.fullmatch(key)
+        if not found or found[1] != call.location.rpartition("/")[2]:
+            raise invalid(f"Invalid encryption_spec.kms_key_name {key}: a key in the region of the model.")
     if "containerSpec" not in model:
         raise invalid("Required field model.container_spec is not set.")
     check_container(model["containerSpec"])

@@ -48,6 +48,8 @@ class Recorder(pulumi.runtime.Mocks):
                 outputs |= {"url": f"gs://{args.inputs['name']}"}
             case "gcp:vertex/aiEndpoint:AiEndpoint":
                 return f"projects/my-project/locations/europe-west4/endpoints/{args.inputs['name']}", outputs
+            case "vertex:index:ReleasedImage":
+                outputs |= {"image": f"{args.inputs['repository']}@{args.inputs['digest']}"}
             case "vertex:index:ModelVersion":
                 return f"projects/my-project/locations/europe-west4/models/{args.inputs['modelId']}@1", outputs
         return f"{args.name}_id", outputs
@@ -149,7 +151,8 @@ def test_what_needs_something_depends_on_it(run: Run) -> None:
         return any(f"{needed}::" in urn for urn in program.request(kind).dependencies)
 
     assert needs("docker-build:index:Image", "Repository")
-    assert needs("index:ModelVersion", "docker-build:index:Image")
+    assert needs("index:ReleasedImage", "docker-build:index:Image")
+    assert needs("index:ModelVersion", "ReleasedImage")
     assert needs("index:ModelVersion", "RepositoryIamMember"), "the service agent may pull the image"
     assert needs("index:Rollout", "index:ModelVersion")
     assert needs("index:Rollout", "AiEndpoint")
@@ -222,6 +225,7 @@ def test_a_key_encrypts_all_that_is_stored_and_its_agents_may_use_it(run: Run) -
     assert asked.one("Bucket")["encryption"] == {"defaultKmsKeyName": KEY}
     assert asked.one("Repository")["kmsKeyName"] == KEY
     assert asked.one("AiEndpoint")["encryptionSpec"] == {"kmsKeyName": KEY}
+    assert asked.one("ModelVersion")["encryptionKey"] == KEY
     members = {grant["member"].partition("@")[2] for grant in asked.inputs("CryptoKeyIAMMember")}
     agents = {"gs-project-accounts", "gcp-sa-artifactregistry", "gcp-sa-aiplatform"}
     assert members == {f"{agent}.iam.gserviceaccount.com" for agent in agents}
@@ -258,6 +262,21 @@ def test_the_container_has_time_to_start(run: Run) -> None:
     assert version["deploymentTimeoutSeconds"] == 1800
 
 
+def test_images_of_releases_are_tagged_and_pinned_ones_copied_from_where_they_were_proved(run: Run) -> None:
+    source = "europe-west4-docker.pkg.dev/my-project/headcount-dev"
+    releases = {"main": {"image": PINNED, "traffic": 90}, "next": {"image": "build", "traffic": 10}}
+    program = run("dev", releases=releases, imageSource=source)
+    images = {i["tag"]: i for i in program.recorder.inputs("index:ReleasedImage")}
+    assert set(images) == {"release-main", "release-next"}
+    assert {i["repository"] for i in images.values()} == {f"{REPOSITORY}/headcount"}
+    assert (images["release-main"]["digest"], images["release-main"]["sources"]) == (PINNED, [f"{source}/headcount"])
+    assert (images["release-next"]["digest"], images["release-next"].get("sources", [])) == (DIGEST, [])
+    policies = {p["id"]: p for p in program.recorder.one("Repository")["cleanupPolicies"]}
+    kept = policies["keep-released"]
+    assert kept["action"] == "KEEP"
+    assert all(tag.startswith(tuple(kept["condition"]["tagPrefixes"])) for tag in images)
+
+
 def test_prod_protects_what_serves_and_builds_nothing(run: Run) -> None:
     releases = {"main": {"image": PINNED, "traffic": 100}, "old": {"image": DIGEST, "traffic": 0}}
     program = run("prod", releases=releases, predictors=["user:me@example.com"])
@@ -272,8 +291,11 @@ def test_prod_protects_what_serves_and_builds_nothing(run: Run) -> None:
 
 
 def test_production_s_endpoint_is_replaced_only_where_a_setting_says_so(run: Run) -> None:
-    program = run("prod", replaceEndpoint=True)
-    assert [program.request(kind).protect for kind in ("AiEndpoint", "index:Rollout", "Bucket")] == [False, False, True]
+    program = run("prod", replaceEndpoint=True, predictors=["user:me@example.com"])
+    protected = [program.request(kind).protect for kind in ("AiEndpoint", "index:Rollout", "AiEndpointIamMember")]
+    assert protected == [False, False, False]
+    assert program.request("storage/bucket:Bucket").protect
+    assert program.request("AiEndpoint").replaceOnChanges == ["dedicatedEndpointEnabled"]
 
 
 def test_releases_have_replicas_of_their_own_and_targets(run: Run) -> None:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import runpy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docker
 import httpx
 import images
 import pulumi
@@ -93,8 +95,22 @@ class Maker(pulumi.runtime.Mocks):
             format_=getattr(artifactregistry_v1.Repository.Format, inputs["format"]), labels=inputs["labels"]
         )
         operation = client.create_repository(parent=LOCATION, repository_id=inputs["repositoryId"], repository=wanted)
-        made: Any = operation.result(timeout=60)  # type: ignore[no-untyped-call]
-        return made.name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
+        name = operation.result(timeout=60).name  # type: ignore[no-untyped-call]
+        made = client.get_repository(name=name)
+        return name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
+
+    def ServiceIdentity(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
+        parent = f"projects/{PROJECT}/services/{inputs['service']}"
+        answer = httpx.post(f"{self.url}/serviceusage/v1beta1/{parent}:generateServiceIdentity", json={}).json()
+        email = answer["response"]["email"]
+        return parent, {"email": email, "member": f"serviceAccount:{email}"}
+
+    def RepositoryIamMember(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
+        name = f"{LOCATION}/repositories/{inputs['repository']}"
+        binding = {"role": inputs["role"], "members": [inputs["member"]]}
+        repositories = self._service("artifactregistry", "v1").projects().locations().repositories()
+        repositories.setIamPolicy(resource=name, body={"policy": {"bindings": [binding]}}).execute()
+        return name, {}
 
     def Account(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
         body = {"accountId": inputs["accountId"], "serviceAccount": {"displayName": inputs["displayName"]}}
@@ -115,7 +131,10 @@ class Maker(pulumi.runtime.Mocks):
             return f"{args.name}_id", {}
         tag = inputs["tags"][0]
         images.build(Path(inputs["context"]["location"]), tag, **inputs["buildArgs"])
-        digest = images.push(tag).partition("@")[2]
+        login = {"username": inputs["registries"][0]["username"], "password": inputs["registries"][0]["password"]}
+        with contextlib.closing(docker.from_env(version="auto", timeout=120)) as engine:
+            pushed = engine.images.push(tag, auth_config=login)
+        digest = re.findall("sha256:[0-9a-f]{64}", pushed)[-1]
         images.docker("rmi", tag)
         return digest, {"digest": digest, "ref": f"{tag}@{digest}"}
 
@@ -135,6 +154,9 @@ class Maker(pulumi.runtime.Mocks):
 
     def ModelVersion(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
         return self._vertex("ModelVersion", args.name, inputs)
+
+    def ReleasedImage(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
+        return self._vertex("ReleasedImage", args.name, inputs)
 
     def Rollout(self, inputs: dict[str, Any], args: Any) -> tuple[str, dict[str, Any]]:  # noqa: N802
         return self._vertex("Rollout", args.name, inputs)
@@ -180,7 +202,7 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
     outputs: dict[str, Any] = {}
     monkeypatch.setattr(pulumi, "export", lambda name, value: outputs.__setitem__(name, value))
     asyncio.set_event_loop(asyncio.new_event_loop())
-    settings = {"project": PROJECT, "location": REGION}
+    settings = {"project": PROJECT, "location": REGION, "accessToken": "sandbox"}
     with Plugin(sandbox.url, settings=settings) as plugin, contextlib.ExitStack() as clients:
         maker = Maker(sandbox.url, plugin)
         clients.enter_context(maker.clients)
@@ -193,11 +215,15 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
 
         whole()
     order = maker.made
-    once = ["Bucket", "Repository", "Account", "BucketIAMMember", "Image", "ModelVersion", "AiEndpoint", "Rollout"]
+    once = [
+        "Bucket", "Repository", "RepositoryIamMember", "ServiceIdentity", "Account", "BucketIAMMember", "Image",
+        "ReleasedImage", "ModelVersion", "AiEndpoint", "Rollout",
+    ]  # fmt: skip
     assert sorted(order) == sorted([*once, *("Service" for _ in APIS)])
     for first, then in (
         ("Repository", "Image"),
-        ("Image", "ModelVersion"),
+        ("Image", "ReleasedImage"),
+        ("ReleasedImage", "ModelVersion"),
         ("ModelVersion", "Rollout"),
         ("AiEndpoint", "Rollout"),
         ("BucketIAMMember", "Rollout"),

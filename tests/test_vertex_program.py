@@ -98,13 +98,55 @@ def test_a_provider_takes_over_the_google_provider_s_settings(mocks: RecordingMo
     assert inputs["location"] == "us-central1"
 
 
-@pytest.mark.timeout(120)
-def test_the_live_check_goes_through_on_the_sandbox(capsys: pytest.CaptureFixture[str]) -> None:
+def live(sandbox: RunningSandbox, *more: str) -> int | str | None:
+    """The exit status of `make live` against a sandbox, after which nothing may be left there."""
     import live_vertex
 
-    with RunningSandbox() as sandbox:
-        live_vertex.main([PROJECT, "--image", IMAGE, "--url", sandbox.url, "--health-route", "/health"])
-        assert sandbox.violations() == []
+    where = [PROJECT, "--image", IMAGE, "--url", sandbox.url, "--health-route", "/health"]
+    with pytest.raises(SystemExit) as ended:
+        live_vertex.main([*where, *more])
+    sandbox.clear_faults()
+    assert [v for v in sandbox.violations() if v["part"] == "response"] == []
+    return ended.value.code
+
+
+@pytest.fixture
+def live_sandbox() -> Iterator[RunningSandbox]:
+    with RunningSandbox("--idle-seconds", "0.2") as sandbox:
+        yield sandbox.project(PROJECT)
+
+
+def there(sandbox: RunningSandbox) -> list[str]:
+    """The kinds of resources that there are."""
+    return [kind for kind in ("models", "endpoints") if sandbox.do("GET", kind)]
+
+
+@pytest.mark.timeout(300)
+def test_the_live_check_goes_through_on_the_sandbox(
+    live_sandbox: RunningSandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live_sandbox.fault("endpoints.deployModel", "slow", seconds=2)
+    assert live(live_sandbox, "--predictor", "user:me@example.com") == 0, capsys.readouterr().out
     said = capsys.readouterr().out
-    assert "All of it went as it should." in said
+    assert "All of it went as it should, and nothing is left." in said
     assert "canary at 10 %" in said
+    assert "while it ran: running operation, state BEING_DEPLOYED" in said
+    assert "not yet ready" in said
+    assert there(live_sandbox) == []
+
+
+@pytest.mark.timeout(300)
+def test_the_live_check_says_what_is_wrong_and_what_is_left(
+    live_sandbox: RunningSandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live_sandbox.fault("endpoints.deployModel", "slow", seconds=2)
+    for method in ("models.delete", "models.deleteVersion"):
+        refused = {"status": "PERMISSION_DENIED", "message": "not today"}
+        live_sandbox.fault(method, "refuse", count=100, **refused)
+    assert live(live_sandbox, "--count", "3") == 1
+    said = capsys.readouterr().out
+    assert "Not as expected: the count: None, not 3" in said
+    assert "not today" in said
+    (left,) = re.findall(r"LEFT: .*", said)
+    assert "models/pulumi-vertex-live" in left
+    assert there(live_sandbox) == ["models"], "the endpoint, which costs, is gone"

@@ -13,6 +13,8 @@ from vertex_harness import Proxy, World, options, plugin, release, rollout_input
 from vertex_plugin import OTHER_IMAGE, PARENT, ROLLOUT_URN, CallFailed, Plugin, Stack
 
 from pulumi_vertex.rollout.plan import Spec, deployed_id
+from pulumi_vertex.wire import UNKNOWN
+from sandbox.testing import RunningSandbox
 
 __all__ = ["options", "plugin", "sandbox", "world"]  # fixtures
 
@@ -131,6 +133,16 @@ def test_another_endpoint_replaces_and_leaves_the_old_one_empty(world: World) ->
     assert served.up(world.plugin, rollout_inputs(second, main=release(old.id))) == "replace"
     assert world.deployed == {}
     assert sum(world.cloud.traffic(second).values()) == 100
+
+
+def test_another_endpoint_is_said_to_be_an_outage_once(world: World, sandbox: RunningSandbox) -> None:
+    served = world.served(world.version())
+    with Plugin(sandbox.url) as another:
+        for _ in range(2):
+            served.diff(another, served.inputs)
+            served.diff(another, served.inputs | {"endpoint": UNKNOWN})
+        (said,) = another.lines()
+    assert said.startswith(f"The endpoint {served.id} is replaced, which is an outage")
 
 
 def test_deleting_a_rollout_twice_is_no_error(world: World) -> None:

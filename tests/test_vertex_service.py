@@ -21,7 +21,8 @@ UNKNOWN = rpc.UNKNOWN
 
 def test_the_schema_is_complete(plugin: Plugin) -> None:
     schema = json.loads(plugin.call("GetSchema", provider_pb2.GetSchemaRequest()).schema)
-    assert set(schema["resources"]) == {"vertex:index:ModelVersion", "vertex:index:Rollout"}
+    kinds = ("ModelVersion", "ReleasedImage", "Rollout")
+    assert set(schema["resources"]) == {f"vertex:index:{kind}" for kind in kinds}
     assert set(schema["types"]) == {"vertex:index:Deployed", "vertex:index:Probe"}
     assert schema["config"]["variables"]["accessToken"]["secret"] is True
 

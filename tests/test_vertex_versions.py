@@ -9,7 +9,18 @@ import pytest
 from pulumi.runtime import rpc
 from pulumi.runtime.proto import provider_pb2
 from vertex_harness import Cloud, Proxy, World, options, plugin, release, rollout_inputs, sandbox, version_inputs, world
-from vertex_plugin import IMAGE, OTHER_IMAGE, PARENT, VERSION_URN, CallFailed, Plugin, Stack, struct, unstruct
+from vertex_plugin import (
+    IMAGE,
+    LOCATION,
+    OTHER_IMAGE,
+    PARENT,
+    VERSION_URN,
+    CallFailed,
+    Plugin,
+    Stack,
+    struct,
+    unstruct,
+)
 
 from sandbox.testing import RunningSandbox
 
@@ -78,6 +89,24 @@ def test_another_image_makes_the_new_version_first(world: World) -> None:
     assert there.version_id == "2"
     assert set(there.version_aliases) == {"live", "default"}
     assert version.id.endswith("@2")
+
+
+def test_a_version_is_encrypted_with_a_key_that_cannot_change(world: World) -> None:
+    def key(name: str) -> str:
+        return f"projects/p/locations/{LOCATION}/keyRings/r/cryptoKeys/{name}"
+
+    version, plugin = world.stack(), world.plugin
+    version.up(plugin, version_inputs(world.model, encryptionKey=key("one")))
+    (there,) = world.cloud.versions(world.model)
+    assert there.encryption_spec.kms_key_name == key("one")
+    assert version.refresh(plugin) is False
+    imported = Stack(version.urn, id=version.id)
+    imported.refresh(plugin)
+    assert imported.inputs["encryptionKey"] == key("one")
+    assert version.up(plugin, version_inputs(world.model, encryptionKey=key("two"))) == "replace"
+    (there,) = world.cloud.versions(world.model)
+    assert there.encryption_spec.kms_key_name == key("two")
+    assert set(version.failures(plugin, version_inputs(world.model, encryptionKey="two"))) == {"encryptionKey"}
 
 
 def test_deleting_twice_is_no_error_and_the_last_version_takes_the_model_along(world: World) -> None:

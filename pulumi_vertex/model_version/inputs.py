@@ -113,6 +113,17 @@ class ModelVersionInputs(TypedDict, total=False):
             hint="the e-mail of a service account",
         ),
     ]
+    encryption_key: Annotated[
+        pulumi.Input[str | None],
+        Field(
+            "Cloud KMS key of the same region that encrypts the version; Google's own where absent. Vertex AI's "
+            "service agent needs roles/cloudkms.cryptoKeyEncrypterDecrypter on it. "
+            "https://cloud.google.com/vertex-ai/docs/general/cmek",
+            pattern=r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+",
+            hint="projects/PROJECT/locations/LOCATION/keyRings/RING/cryptoKeys/KEY",
+            replaces=True,
+        ),
+    ]
     display_name: Annotated[
         pulumi.Input[str],
         Field(

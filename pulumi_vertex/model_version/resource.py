@@ -166,7 +166,8 @@ def marker(urn: str, inputs: Wire) -> str:
     labels are. Two resources of the same content are two versions, because the URN is part of the marker.
     """
     filled = with_defaults(DEFINITION.inputs, inputs)
-    said = json.dumps([urn, {name: filled.get(name) for name in IMMUTABLE}], sort_keys=True)
+    # Only what is given, so that another input of a later release of this provider changes no marker.
+    said = json.dumps([urn, {name: filled[name] for name in IMMUTABLE if name in filled}], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -245,6 +246,7 @@ def upload_body(inputs: Wire, mark: str) -> Wire:
         "artifactUri": inputs.get("artifactUri", ""),
         "labels": inputs.get("labels", {}),
         "containerSpec": container_spec(inputs, mark),
+        "encryptionSpec": {"kmsKeyName": inputs["encryptionKey"]} if "encryptionKey" in inputs else None,
     }
     body: Wire = {"model": {key: value for key, value in version.items() if value}}
     if "serviceAccount" in inputs:
@@ -336,6 +338,7 @@ def _imported(version: Wire) -> Wire:
         "modelId": model,
         **container_of(version.get("containerSpec", {})),
         "artifactUri": version.get("artifactUri"),
+        "encryptionKey": version.get("encryptionSpec", {}).get("kmsKeyName"),
         "displayName": version.get("displayName") if version.get("displayName") != model else None,
         "versionDescription": version.get("versionDescription"),
         "aliases": sorted(a for a in without_claims(version.get("versionAliases", [])) if a != DEFAULT_ALIAS),

@@ -30,6 +30,14 @@ class RolloutType(ResourceType):
     def check_together(self, inputs: Wire) -> Failures:
         return check_together(inputs)
 
+    def warnings(self, state: State, inputs: Wire) -> list[str]:
+        if inputs.get("endpoint") == state.inputs.get("endpoint"):
+            return []
+        return [
+            f"The endpoint {state.id} is replaced, which is an outage: nothing answers from its deletion until the "
+            "models are deployed on the new one, and the new one has another URL."
+        ]
+
     def preview(self, call: EngineCall, api: VertexApi, inputs: Wire, state: State | None) -> Wire:
         """Logs the plan, one line a step."""
         ours = _ours(call, inputs, state)

@@ -156,7 +156,7 @@ class Registry:
             shutil.rmtree(self._folder, ignore_errors=True)
             return
         shutil.rmtree(self._folder / "images/docker/registry/v2/repositories" / folder, ignore_errors=True)
-        collect = [str(self._program), "garbage-collect", "--delete-untagged", str(self._folder / "config.yml")]
+        collect = [str(self._program), "garbage-collect", str(self._folder / "config.yml")]
         subprocess.run(collect, check=False, capture_output=True, timeout=300)
         self.start()
 
@@ -190,7 +190,7 @@ class Registry:
             with contextlib.suppress(docker.errors.APIError):
                 client.volumes.get(self._name).remove(force=True)
             return
-        script = f'rm -rf "{_REPOSITORIES}/$1" && registry garbage-collect --delete-untagged {_CONFIG_FILE}'
+        script = f'rm -rf "{_REPOSITORIES}/$1" && registry garbage-collect {_CONFIG_FILE}'
         client.containers.run(IMAGE, entrypoint=["sh", "-c", script, "sh", folder], volumes=self._volumes, remove=True)
         self.start()
 
