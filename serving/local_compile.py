@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from serving.logs import log
@@ -92,7 +93,7 @@ class LocalCompile:
                 # CPUs, whatever the priorities are within it: sched(7), autogroup.
                 process = subprocess.Popen(
                     self.command(made), env=environment, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, process_group=0, preexec_fn=_be_humble if humble else None,
+                    stderr=subprocess.STDOUT, process_group=0, preexec_fn=partial(_prepare, humble),
                 )  # fmt: skip
             try:
                 while process.poll() is None:
@@ -159,14 +160,15 @@ def _key(checkpoint: Path, counted: str) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
-def _be_humble() -> None:
-    """In the child: the lowest priority, a limit of CPU time, the first to go without memory or without a parent."""
-    os.nice(19)
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+def _prepare(humble: bool) -> None:
+    """In the child: end with the parent; if humble, take what others leave, and be the first to go without memory."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+    if humble:
+        os.nice(19)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _read(file: Path) -> str:
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--counted", default=os.environ.get("HEADCOUNT_CLASS", "person"))
     parser.add_argument("--show", action="store_true", help="compile nothing; print FOLDER if what it contains fits")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the compiler, as Ctrl-C does
     local = LocalCompile(arguments.checkpoint, arguments.out, arguments.counted)
     if arguments.show:
         if local.done():

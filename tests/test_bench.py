@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_a_failed_request_is_the_last_line_of_the_bench(monkeypatch: pytest.Monk
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     monkeypatch.setattr(multiprocessing, "set_start_method", lambda _: None)
     monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
     monkeypatch.setattr(sys, "argv", ["bench"])
     with pytest.raises(SystemExit, match="bench: server counted 3 people where there are 4"):
         bench.main()

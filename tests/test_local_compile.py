@@ -226,6 +226,7 @@ def test_the_command_line_compiles_now_and_says_if_that_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "yolov5n"
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(checkpoint), "--out", str(out), *arguments])
@@ -244,6 +245,25 @@ def test_the_command_line_compiles_now_and_says_if_that_fails(
     run()
     assert len(calls) == 1
     assert run("--show") == f"{out}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_line_ends_with_its_compiler(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
+    script = f'echo $$ > "{tmp_path}/new" && mv "{tmp_path}/new" "{tmp_path}/pid"; exec sleep 1000'
+    program = (
+        "import signal\nfrom serving import local_compile\nlocal_compile.missing = lambda: ''\n"
+        f"local_compile.LocalCompile.command = lambda self, out: ['sh', '-c', {script!r}]\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nlocal_compile.main()"
+    )
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "yolov5n")]
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None
+    compiler = int((tmp_path / "pid").read_text())
+    process.send_signal(number)
+    assert process.wait()
+    while alive(compiler):
+        pass
 
 
 # The launcher
