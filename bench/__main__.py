@@ -36,6 +36,7 @@ from serving.torchserve import ALLOCATOR
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 WARM_UP_SECONDS = 10  # the JVM compiles the code that runs often within some thousand requests
+QUIET = 0.5  # processes that want to run, in the minute before the run
 EARLY = 500  # requests before the memory is read for the first time
 
 
@@ -72,7 +73,12 @@ def _arguments() -> argparse.Namespace:
 def _bench(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """Measure everything, and return the lines to print and the figures to keep."""
     peaks = [f"{str(dtype)[6:]} {gigaflops(dtype):.0f}" for dtype in (torch.float32, torch.bfloat16)]
-    machine = f"{CORES} cores, load before the run {os.getloadavg()[0]:.1f}; GFLOP/s of one core: {', '.join(peaks)}"
+    busy = os.getloadavg()[0]
+    machine = f"{CORES} cores, load before the run {busy:.1f}; GFLOP/s of one core: {', '.join(peaks)}"
+    if busy > QUIET:
+        machine += (
+            "\nother processes took CPU time, so ratios of rates and latencies say little; those of CPU time hold"
+        )
     bus = fetch("bus.jpg").read_bytes()
     pictures = {"bus.jpg": bus, "12 megapixels": twelve_megapixels(bus)}
     with contextlib.ExitStack() as at_end:

@@ -55,6 +55,8 @@ def compare(turns: dict[str, Turns]) -> list[Ratio]:
         ("plain / headcount, CPU a picture", "CPU time, which other processes disturb less", _pipelines_by_cpu),
         ("server / headcount, CPU a picture", "CPU time of all processes of the server", _server_by_cpu),
     ]
+    if "flask" in servers:
+        rows.append(("flask / server, CPU a request", "CPU time of all processes of each", _flask_by_cpu))
     for name in servers:
         closed, opened = (sum(one.requests(kind, name) for one in turns.values()) for kind in ("closed", "opened"))
         how = f"closed loop of {CLIENTS} clients, {closed} requests"
@@ -75,6 +77,10 @@ def _pipelines_by_cpu(turns: Turns) -> list[float]:
 
 def _server_by_cpu(turns: Turns) -> list[float]:
     return [sum(x.values()) / y[CPU] for x, y in zip(turns.cpu["server"], turns.stages["headcount"], strict=True)]
+
+
+def _flask_by_cpu(turns: Turns) -> list[float]:
+    return [sum(x.values()) / sum(y.values()) for x, y in zip(turns.cpu["flask"], turns.cpu["server"], strict=True)]
 
 
 def _tail(turns: Turns, server: str, loop: str) -> list[float]:

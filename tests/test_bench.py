@@ -187,6 +187,7 @@ def test_a_slow_phase_of_the_machine_changes_no_ratio() -> None:
     assert rows["server / headcount"].values["bus.jpg"][0] == pytest.approx(50 / 60)
     assert rows["plain / headcount, CPU a picture"].values["bus.jpg"][0] == pytest.approx(3)
     assert rows["server / headcount, CPU a picture"].values["bus.jpg"][0] == pytest.approx(60 / 50)
+    assert rows["flask / server, CPU a request"].values["bus.jpg"][0] == pytest.approx(200 / 40)
     assert rows["flask's open p99 / p50"].values == {"bus.jpg": [pytest.approx(5)]}
     assert "0.6 of the closed loop's rate" in rows["server's open p99 / p50"].how
     assert "100 requests" in rows["server's open p99 / p50"].how
