@@ -26,7 +26,7 @@ help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PORT=, GRPC=, WEIGHTS=yolov5s …)
-	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --port $(PORT) --grpc 127.0.0.1:$(GRPC) --sample "$(SAMPLE)"
+	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --compiled $(COMPILED) --port $(PORT) --grpc 127.0.0.1:$(GRPC) --sample "$(SAMPLE)"
 
 test: lint samples ## lint, types and every test (PYTEST=options)
 	$(BIN)/pytest $(PYTEST)
@@ -49,11 +49,11 @@ coverage: lint samples ## the fast tests, and the lines that they do not reach
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
 	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py $(PYTEST)
 
-bench: samples compile ## throughput, latency, accuracy; a table and a plot in bench/results
+bench: samples compile ## ratios of throughput, latency, accuracy and cost in one table (BENCH=, see bench/README.md)
 	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
 
-compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine: faster, needs g++
-	$(BIN)/python -m serving.compile --checkpoint "$$(cat $(CHECKPOINT))" --out $(COMPILED)
+compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine now, as `make serve` does in the background
+	@$(LOCAL_COMPILE)
 	@$(MAKE_ARCHIVE)
 
 sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: from empty)
@@ -93,9 +93,11 @@ $(CHECKPOINT): | .venv/.serve
 	@mkdir -p $(@D)
 	@$(BIN)/python -m headcount.data $(WEIGHTS).pt > $@
 
-MAKE_ARCHIVE = $(BIN)/python -m serving.archive --checkpoint "$$(cat $(CHECKPOINT))" --out $(ARCHIVE) \
-	$$(if ls $(COMPILED)/*.so >/dev/null 2>&1; then echo --compiled $(COMPILED); fi) && touch $(ARCHIVE)/.made
-$(ARCHIVE)/.made: .venv/.serve $(CHECKPOINT) serving/handler.py
+LOCAL_COMPILE = $(BIN)/python -m serving.local_compile --checkpoint "$$(cat $(CHECKPOINT))" --out $(COMPILED)
+MAKE_ARCHIVE = compiled=$$($(LOCAL_COMPILE) --show) && $(BIN)/python -m serving.archive \
+	--checkpoint "$$(cat $(CHECKPOINT))" --out $(ARCHIVE) $${compiled:+--compiled "$$compiled"} && touch $(ARCHIVE)/.made
+$(ARCHIVE)/.made: .venv/.serve $(CHECKPOINT) $(addprefix serving/,handler.py compile.py detector.py network.py) \
+		$(wildcard $(COMPILED)/key)
 	@$(BIN)/python -m headcount.data bus.jpg > /dev/null || true # for the line that `make serve` prints
 	@$(MAKE_ARCHIVE)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 
-from serving.detector import FromPictures, best_precision, cpu_flags, file_sha256, word
+from serving.detector import FromPictures, best_precision, compiled_network, cpu_flags, file_sha256, word
 from serving.network import load_network
 from serving.pictures import LONGEST_SIDE
 
@@ -33,6 +33,7 @@ TARGETS = {
 # Heights and widths after the letterbox of the shapes that cameras and phones make, at a stride of 32: a library
 # that knows its shape is a tenth faster.
 COMMON_SHAPES = ((640, 480), (480, 640))
+MOST_APART = 0.05  # in probability; bfloat16 rounds by 0.014
 
 
 def compile_network(
@@ -74,6 +75,26 @@ def compile_network(
     (out / f"{word(precision)}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def check_network(checkpoint: Path, counted: str, precision: torch.dtype, out: Path) -> None:
+    """Run each library in out once. Raises RuntimeError where one computes otherwise than the eager network.
+
+    A library that the processor cannot run ends this process, instead of the workers that would load it.
+    """
+    network = load_network(checkpoint)
+    network.keep_only(counted)
+    eager = FromPictures(network.on(torch.device("cpu"), precision)).eval()
+    compiled = compiled_network(out, file_sha256(checkpoint), counted, precision)
+    if compiled is None:
+        raise RuntimeError(f"{out} has no library for {word(precision)} that fits this machine")
+    for height, width in (*COMMON_SHAPES, (640, 640)):
+        picture = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8)
+        with torch.inference_mode():
+            pairs = zip(eager(picture), compiled(picture), strict=True)
+            apart = torch.stack([(a.float().sigmoid() - b.float().sigmoid()).abs().max() for a, b in pairs]).max()
+        if not apart <= MOST_APART:  # also if it is not a number
+            raise RuntimeError(f"the library for {height}×{width} differs from the eager network by {apart:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -82,10 +103,15 @@ def main() -> None:
     parser.add_argument(
         "--require", choices=[word(p) for p in TARGETS], default=[], action="append", help="fail without this precision"
     )
+    parser.add_argument(
+        "--here",
+        action="store_true",
+        help="only for the precision that this processor counts with, and check the result",
+    )
     arguments = parser.parse_args()
     best = best_precision(torch.device("cpu"))
     # float32 also where this processor has better: the image may run where there is no bfloat16.
-    for precision in TARGETS:
+    for precision in [best] if arguments.here else TARGETS:
         missing = set(TARGETS[precision][2]) - cpu_flags()
         if missing and word(precision) in arguments.require:
             raise SystemExit(
@@ -99,6 +125,8 @@ def main() -> None:
         print(f"compiling for {word(precision)}", flush=True)
         shapes = COMMON_SHAPES if precision is best else ()
         compile_network(arguments.checkpoint, arguments.counted, precision, arguments.out, shapes)
+        if arguments.here:
+            check_network(arguments.checkpoint, arguments.counted, precision, arguments.out)
 
 
 if __name__ == "__main__":

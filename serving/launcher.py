@@ -31,6 +31,11 @@ def main() -> None:
     parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
     parser.add_argument("--console", action="store_true", help="log for people instead of machines")
     parser.add_argument("--sample", default="", help="a picture for the line that --console prints")
+    parser.add_argument(
+        "--compiled",
+        type=Path,
+        help="folder in which a compiled network is made for the next start, as make serve does",
+    )
     code = _serve(parser.parse_args())
     sys.stdout.flush()
     os._exit(code)  # a download may still run in a thread
@@ -118,6 +123,8 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
         torchserve=torchserve,
         checkpoint=os.environ.get("AIP_STORAGE_URI", ""),
         sample=arguments.sample,
+        # A GPU needs none, and a network from elsewhere is not the archive's.
+        compiled=None if gpus() or os.environ.get("AIP_STORAGE_URI") else arguments.compiled,
         grace=setting("HEADCOUNT_GRACE_SECONDS", int(Options.grace), least=0),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import simplejpeg
 
 from serving import connections
 from serving.front import Front, FrontSettings
+from serving.local_compile import compile_in_background
 from serving.logs import log
 from serving.run_folder import RunFolder
 from serving.storage import StorageError, download_checkpoint
@@ -31,6 +33,7 @@ class Options:
     """The options of a start. checkpoint: folder with the weights to use instead of the archive's, local or gs://.
 
     sample: a picture for the line that is printed for people. grace: seconds after SIGTERM in which requests are taken.
+    compiled: folder in which a compiled network is made for the next start, if any.
     """
 
     host: str
@@ -40,6 +43,7 @@ class Options:
     checkpoint: str = ""
     sample: str = ""
     grace: float = 3
+    compiled: Path | None = None
 
 
 class Supervisor:
@@ -54,7 +58,8 @@ class Supervisor:
         self.options = options
         self.folder: RunFolder = options.torchserve.folder
         self.torchserve: TorchServe | None = None
-        self.ready, self.url = False, ""
+        self.url = ""
+        self._ready = asyncio.Event()
         self._stop, self._grace_over, self._at_once = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
@@ -70,6 +75,7 @@ class Supervisor:
         server = connections.server(front)
         serving = asyncio.create_task(server.serve([public]))
         watching = asyncio.create_task(self._serve_model(front))
+        compiling = asyncio.create_task(self._compile())
         stopping = asyncio.create_task(self._stop.wait())
         try:
             done, _ = await asyncio.wait((serving, watching, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -78,13 +84,18 @@ class Supervisor:
             await self._finish(front, watching)
         finally:
             watching.cancel()
-            await asyncio.wait([watching])
+            compiling.cancel()
+            await asyncio.wait([watching, compiling])
             if self.torchserve is not None:
                 self.torchserve.end()  # requests that did not end in time are answered 503 now
             server.should_exit = True
             await asyncio.wait([serving], timeout=CLOSE_SECONDS)
             server.force_exit = True
             front.close()
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.is_set()
 
     def _interrupt(self) -> None:
         if self._grace_over.is_set():
@@ -125,7 +136,7 @@ class Supervisor:
             if not self.torchserve.running():
                 raise StartError(f"TorchServe ended by itself with status {self.torchserve.end()}")
             if front.healthy() and not self.ready:
-                self.ready = True
+                self._ready.set()
                 self._report(time.monotonic() - began)
             elif not self.ready and time.monotonic() > began + START_SECONDS:
                 raise StartError(f"no worker was ready within {START_SECONDS} s; the log above says why")
@@ -138,6 +149,13 @@ class Supervisor:
             if self.ready and len(probes) < workers:
                 probes.add(asyncio.create_task(front.probe(picture)))
             await asyncio.sleep(front.settings.stuck_seconds / 10 if self.ready else 0.1)
+
+    async def _compile(self) -> None:
+        """Make a compiled network for the next start, if that is wanted. The start comes first."""
+        if self.options.compiled is not None:
+            await self._ready.wait()
+            checkpoint = next(self.options.torchserve.archive.glob("*.pt"))
+            await compile_in_background(checkpoint, self.options.compiled, os.environ.get("HEADCOUNT_CLASS", "person"))
 
     async def _checkpoint(self) -> Path | None:
         """Returns the weights to use instead of the archive's. A failure that may pass does not end the start at once,
