@@ -27,6 +27,7 @@ class Foundation(pulumi.ComponentResource):
         names = settings.names
         self._settings = settings
         self._parent = pulumi.ResourceOptions(parent=self)
+        self._key_grants: dict[str, pulumi.Resource] = {}  # by service
         self._token = gcp.organizations.get_client_config_output().access_token
         #: The project's number, as Google's host names have it.
         self.project_number: pulumi.Output[str] = self._token.apply(
@@ -36,7 +37,8 @@ class Foundation(pulumi.ComponentResource):
         self._usable = {api.service: self._enable(api) for api in apis}
         #: Vertex AI's service agent, which pulls the images. It exists as soon as this resource does.
         self.agent = self._identity("aiplatform.googleapis.com")
-        encrypted = self._grant_key(settings.kms_key) if settings.kms_key else {}
+        if settings.kms_key:
+            self._key_grants = self._grant_key(settings.kms_key)
 
         #: Pictures that requests name by gs://. They show people, so none is kept for long.
         self.bucket = gcp.storage.Bucket(
@@ -52,7 +54,7 @@ class Foundation(pulumi.ComponentResource):
             encryption={"default_kms_key_name": settings.kms_key} if settings.kms_key else None,
             force_destroy=not settings.production,
             labels=settings.all_labels,
-            opts=self._after("storage.googleapis.com", encrypted.get("storage")),
+            opts=self._after("storage.googleapis.com"),
         )
         self.repository = gcp.artifactregistry.Repository(
             "images",
@@ -75,7 +77,7 @@ class Foundation(pulumi.ComponentResource):
                 "enablement_config": "INHERITED" if settings.scan_images else "DISABLED",
             },
             labels=settings.all_labels,
-            opts=self._after("artifactregistry.googleapis.com", encrypted.get("artifactregistry")),
+            opts=self._after("artifactregistry.googleapis.com"),
         )
         readers: dict[str, pulumi.Input[str]] = {"agent": self.agent.member, **{m: m for m in settings.image_readers}}
         #: Permissions to pull images; resources that pull one depend on them.
@@ -115,12 +117,15 @@ class Foundation(pulumi.ComponentResource):
         return pulumi.Output.secret(self._token)
 
     def after(self, service: str) -> pulumi.ResourceOptions:
-        """Options of a resource that waits until `service` can be used."""
-        return pulumi.ResourceOptions(depends_on=self._usable[service])
+        """Options of a resource that waits until `service` can be used, and may use the stack's key if there is one."""
+        grant = self._key_grants.get(service)
+        return pulumi.ResourceOptions.merge(
+            pulumi.ResourceOptions(depends_on=self._usable[service]),
+            pulumi.ResourceOptions(depends_on=[grant] if grant else []),
+        )
 
-    def _after(self, service: str, grant: pulumi.Resource | None = None) -> pulumi.ResourceOptions:
-        options = pulumi.ResourceOptions.merge(self._parent, self.after(service))
-        return pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[grant] if grant else []))
+    def _after(self, service: str) -> pulumi.ResourceOptions:
+        return pulumi.ResourceOptions.merge(self._parent, self.after(service))
 
     def _identity(self, service: str) -> gcp.projects.ServiceIdentity:
         """Creates the service agent of a Google service, so that it can be granted roles before its first use."""
@@ -131,13 +136,13 @@ class Foundation(pulumi.ComponentResource):
         """Lets the agents of the services that store data use the Cloud KMS key, keyed by service."""
         storage = gcp.storage.get_project_service_account_output(project=self._settings.project)
         agents = {
-            "storage": pulumi.Output.concat("serviceAccount:", storage.email_address),
-            "artifactregistry": self._identity("artifactregistry.googleapis.com").member,
-            "aiplatform": self.agent.member,
+            "storage.googleapis.com": pulumi.Output.concat("serviceAccount:", storage.email_address),
+            "artifactregistry.googleapis.com": self._identity("artifactregistry.googleapis.com").member,
+            "aiplatform.googleapis.com": self.agent.member,
         }
         return {
             service: gcp.kms.CryptoKeyIAMMember(
-                f"key-{service}",
+                f"key-{service.partition('.')[0]}",
                 crypto_key_id=key,
                 role="roles/cloudkms.cryptoKeyEncrypterDecrypter",
                 member=member,

@@ -221,7 +221,15 @@ KEY = "projects/my-project/locations/europe-west4/keyRings/r/cryptoKeys/k"
 
 
 def test_a_key_encrypts_all_that_is_stored_and_its_agents_may_use_it(run: Run) -> None:
-    asked = run("dev", kmsKey=KEY).recorder
+    program = run("dev", kmsKey=KEY)
+    asked = program.recorder
+    for kind, agent in (
+        ("storage/bucket:Bucket", "storage"),
+        ("Repository", "artifactregistry"),
+        ("index:ModelVersion", "aiplatform"),
+        ("AiEndpoint", "aiplatform"),
+    ):
+        assert any(urn.endswith(f"::key-{agent}") for urn in program.request(kind).dependencies), kind
     assert asked.one("Bucket")["encryption"] == {"defaultKmsKeyName": KEY}
     assert asked.one("Repository")["kmsKeyName"] == KEY
     assert asked.one("AiEndpoint")["encryptionSpec"] == {"kmsKeyName": KEY}
