@@ -195,3 +195,42 @@ def test_different_stacks_have_different_names(one: str, other: str) -> None:
         a, b = Names("my-project", "europe-west4", one), Names("my-project", "europe-west4", other)
         for name in ("bucket", "repository", "service_account", "model", "endpoint", "predictor_role"):
             assert getattr(a, name) != getattr(b, name)
+
+
+def test_names_stay_as_they_are() -> None:
+    """Other names would replace what serves, and lose the endpoint's URL. Long names of stacks end in a hash."""
+    assert vars(Names("my-project", "europe-west4", "dev")) == {
+        "bucket": "my-project-headcount-dev",
+        "repository": "headcount-dev",
+        "service_account": "headcount-dev",
+        "predictor_role": "headcount_predictor_dev",
+        "model": "headcount-dev",
+        "endpoint": "817808147",
+        "labels": {"project": "headcount", "stack": "dev"},
+    }
+    long = Names("my-project", "europe-west4", "x" * 80)
+    lengths = [len(getattr(long, name)) for name in ("bucket", "repository", "service_account", "predictor_role")]
+    assert lengths == [43, 60, 30, 50]
+
+
+@pytest.mark.parametrize(
+    ("setting", "least", "most"),
+    [("maxReplicas", 1, None), ("drainSeconds", 0, 3600), ("pictureDays", 1, 3650), ("keepDeletedDays", 0, 3650)],
+)
+def test_numbers_have_limits(setting: str, least: int, most: int | None) -> None:
+    for right in (least, most):
+        if right is not None:
+            read(GOOD | {f"headcount:{setting}": str(right)}, "dev")
+    assert f"greater than or equal to {least}" in error(GOOD | {f"headcount:{setting}": str(least - 1)})
+    if most is not None:
+        assert f"less than or equal to {most}" in error(GOOD | {f"headcount:{setting}": str(most + 1)})
+
+
+def test_a_request_log_stores_all_requests_unless_told_otherwise() -> None:
+    table = "bq://my-project.headcount.requests"
+    settings = read(GOOD | {"headcount:requestLog": f'{{"table": "{table}"}}'}, "dev")
+    assert settings.request_log
+    assert settings.request_log.sampling == 1
+    said = error(GOOD | {"headcount:requestLog": f'{{"table": "{table}", "sampling": 2}}'})
+    assert "fraction of the requests that is stored" in said
+    assert "set --path headcount:requestLog.sampling 0.1" in said
