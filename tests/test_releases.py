@@ -41,6 +41,12 @@ def test_the_first_release_gets_everything() -> None:
     assert releases.canary({}, "main", OLD, 10, {}) == {"main": {"image": OLD, "traffic": 100}}
 
 
+def test_a_second_canary_takes_from_all_in_their_proportions() -> None:
+    three = {n: {"image": OLD, "traffic": share} for n, share in {"main": 60, "next": 30, "odd": 10}.items()}
+    shares = {n: r["traffic"] for n, r in releases.canary(three, "new", NEW, 20, {}).items()}
+    assert shares == {"main": 48, "next": 24, "odd": 8, "new": 20}
+
+
 def test_promotion_and_rollback_are_two_numbers() -> None:
     both = releases.canary(MAIN, "next", BUILD, 10, RUNNING)
     promoted = releases.promote(both, "next")
