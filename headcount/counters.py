@@ -136,8 +136,9 @@ class InProcess:
         from serving.work import annotate_count
 
         try:
-            picture = self._detector.prepare(data, self._limits)
-            (found,) = self._detector.count([picture], [parameters])
+            picture = self._detector.prepare(data, self._limits, parameters)
+            (first,) = self._detector.count([picture], [parameters])
+            found = self._detector.look_closer(picture, first, parameters, self._limits.looks)
             answer = Answer.from_json(found.as_json(parameters, self._detector.model))
             if parameters.annotate:
                 drawn = annotate_count(data, found, parameters, self._limits)

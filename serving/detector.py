@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from serving.contract import Limits, Parameters
+from serving.looks import (
+    AUTO_GAIN,
+    AUTO_LOOKS,
+    AUTO_STEP,
+    FAINT,
+    Boxes,
+    Look,
+    Seen,
+    full_looks,
+    look_where_promising,
+    merge,
+    scales,
+    whole,
+)
 from serving.network import Head, Network, load_network
-from serving.pictures import Letterbox, letterbox
+from serving.pictures import Letterbox, PictureError, Pixels, closer_look, letterbox
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 
 # More candidates than this above the confidence are noise; YOLOv5 caps them too. Bounds the suppression's time.
 MAX_CANDIDATES = 3000
+TOGETHER = 16  # pictures, or parts of one, that go through a GPU together
 
 
 class Person(NamedTuple):
@@ -37,24 +53,48 @@ class Person(NamedTuple):
 
 @dataclass(frozen=True)
 class Count:
-    """The people in one picture. width, height: of the upright picture in pixels. people: most confident first."""
+    """The people in one picture.
+
+    width, height: of the upright picture in pixels. people: most confident first. looks: times that the network looked
+    at the picture or a part of it. note: what the caller should know of how it was counted. seen: what a first look
+    found, candidates included, if closer ones may follow.
+    """
 
     people: list[Person]
     width: int
     height: int
+    looks: int = 1
+    note: str = ""
+    seen: Seen | None = field(default=None, compare=False, repr=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def as_json(self, parameters: Parameters, model: dict[str, str]) -> dict[str, Any]:
         listed = self.people[: parameters.max_people]
-        return {
+        answer: dict[str, Any] = {
             "count": len(self.people),
             "people": [
                 {"box": [round(v, 1) for v in person.box], "confidence": round(person.confidence, 3)}
                 for person in listed
             ],
             "image": {"width": self.width, "height": self.height},
+            "looks": self.looks,
             "model": model,
         }
+        if parameters.grid is not None:
+            answer["grid"] = self.in_cells(*parameters.grid)
+        if self.note:
+            answer["note"] = self.note
+        return answer
+
+    def in_cells(self, columns: int, rows: int) -> list[list[int]]:
+        """How many people stand in each cell of a grid: rows from the top, cells from the left."""
+        counts = [[0] * columns for _ in range(rows)]
+        for person in self.people:
+            x, y = foot(person)
+            # On the right and the lower edge of the picture, people are in the last cell.
+            column, row = int(x / self.width * columns), int(y / self.height * rows)
+            counts[min(row, rows - 1)][min(column, columns - 1)] += 1
+        return counts
 
 
 class Detector:
@@ -83,13 +123,114 @@ class Detector:
             if library is not None:
                 self._forward, self.compiled = library, True
 
-    def prepare(self, data: bytes | memoryview, limits: Limits) -> Letterbox:
-        """Decode one picture for `count`. Raises PictureError."""
-        return letterbox(data, self.stride, limits.max_pixels)
+    def prepare(self, data: bytes | memoryview, limits: Limits, parameters: Parameters | None = None) -> Letterbox:
+        """Decode one picture for `count` with these parameters. Raises PictureError."""
+        # Where many pictures are counted together, their own pixels would be too much for the memory.
+        keep = parameters is not None and parameters.detail != "fast" and not self.batches
+        return letterbox(data, self.stride, limits.max_pixels, keep)
 
     def count(self, pictures: Sequence[Letterbox], parameters: Sequence[Parameters]) -> list[Count]:
-        """Count in pictures, each with parameters of its own; those of one shape go through the network together."""
-        counts: dict[int, Count] = {}
+        """Take one look at each picture, with parameters of its own; `look_closer` takes the others, if any.
+
+        Pictures of one shape go through the network together.
+        """
+        spent: dict[str, float] = {}
+        closer = [_may_look_closer(*both) for both in zip(pictures, parameters, strict=True)]
+        least = [min(FAINT, p.confidence) if more else p.confidence
+                 for p, more in zip(parameters, closer, strict=True)]  # fmt: skip
+        counts = []
+        for picture, candidates, own, more in zip(
+            pictures, self._candidates(pictures, least, spent), parameters, closer, strict=True
+        ):
+            began = time.perf_counter()
+            boxes = suppress(candidates, picture, own.iou)
+            sure = boxes[boxes[:, 4] >= own.confidence]
+            people = people_of(sure, picture.width, picture.height, own)
+            seen = Seen(whole(picture.width, picture.height), boxes) if more else None
+            counts.append(Count(people, picture.width, picture.height, seen=seen))
+            _spend(spent, "nms", began)
+        if counts:
+            counts[0].milliseconds.update(spent)
+        return counts
+
+    def look_closer(
+        self,
+        picture: Letterbox,
+        count: Count,
+        parameters: Parameters,
+        most: int,
+        alive: Callable[[], None] | None = None,
+    ) -> Count:
+        """Take the closer looks that the parameters ask for, after the look at the whole picture that gave the count.
+
+        most: closer looks that may be taken. alive: called after each few. Raises PictureError, for a picture that is
+        damaged where the first look did not need it, and for one that takes too many looks.
+        """
+        if count.seen is None or picture.own is None:
+            return count
+        width, height, note = count.width, count.height, ""
+        spent = dict(count.milliseconds)
+        see = partial(self._see, picture.own, parameters, spent, alive)
+        everything = full_looks(width, height)
+        if parameters.detail == "full":
+            if len(everything) > most:
+                raise PictureError(
+                    f"detail=full takes {len(everything)} closer looks at a picture of {width}×{height}, and {most} of "
+                    "this request's are left: send it smaller or by itself, use detail=auto, or raise "
+                    "HEADCOUNT_MAX_LOOKS where the server runs"
+                )
+            seen = [count.seen, *see(everything)]
+        else:
+            seen, more = look_where_promising(
+                count.seen, width, height, parameters.confidence, min(most, AUTO_LOOKS), see
+            )
+            if more:
+                note = (
+                    f"there are signs of people in more places than {len(seen) - 1} closer looks could reach; "
+                    f"detail=full takes {len(everything)}"
+                )
+        began = time.perf_counter()
+        people = count.people
+        if len(seen) > 1:
+            people = people_of(merge(seen, parameters.confidence, parameters.iou), width, height, parameters)
+        _spend(spent, "merge", began)
+        return Count(people, width, height, len(seen), note, milliseconds=spent)
+
+    def _see(
+        self,
+        own: Callable[[], Pixels],
+        parameters: Parameters,
+        spent: dict[str, float],
+        alive: Callable[[], None] | None,
+        looks: Sequence[Look],
+    ) -> list[Seen]:
+        """Take closer looks at a picture, a few at a time. own: returns its own pixels."""
+        began = time.perf_counter()
+        pixels = own()
+        _spend(spent, "decode", began)
+        seen = []
+        step = TOGETHER if self.batches else 1
+        for start in range(0, len(looks), step):
+            some = looks[start : start + step]
+            began = time.perf_counter()
+            parts = [closer_look(pixels, look, self.stride) for look in some]
+            _spend(spent, "resize", began)
+            found = self._candidates(parts, [min(FAINT, parameters.confidence)] * len(parts), spent)
+            began = time.perf_counter()
+            for look, part, candidates in zip(some, parts, found, strict=True):
+                boxes = suppress(candidates, part, parameters.iou)
+                boxes[:, :4] += [look.left, look.top] * 2
+                seen.append(Seen(look, boxes))
+            _spend(spent, "nms", began)
+            if alive is not None:
+                alive()
+        return seen
+
+    def _candidates(
+        self, pictures: Sequence[Letterbox], least: Sequence[float], spent: dict[str, float]
+    ) -> list[NDArray[np.float64]]:
+        """What the network sees in each picture, as `decode_head` returns it. least: the confidence for each."""
+        found: dict[int, NDArray[np.float64]] = {}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for i, picture in enumerate(pictures):
             key = picture.pixels.shape if self.batches else (i,)
@@ -99,21 +240,21 @@ class Detector:
             batch = torch.from_numpy(np.stack([pictures[i].pixels for i in members]))
             with torch.inference_mode():
                 logits = [level.cpu() for level in self._forward(batch.to(self.device))]
-            inferred = time.perf_counter()
-            found = [
-                decode_head([level[row] for level in logits], self.head, parameters[i].confidence)
-                for row, i in enumerate(members)
-            ]
-            decoded = time.perf_counter()
-            for i, candidates in zip(members, found, strict=True):
-                people = choose_people(candidates, pictures[i], parameters[i])
-                counts[i] = Count(people, pictures[i].width, pictures[i].height)
-            counts[members[0]].milliseconds.update(
-                inference=(inferred - began) * 1e3,
-                head=(decoded - inferred) * 1e3,
-                nms=(time.perf_counter() - decoded) * 1e3,
-            )
-        return [counts[i] for i in range(len(pictures))]
+            _spend(spent, "inference", began)
+            began = time.perf_counter()
+            for row, i in enumerate(members):
+                found[i] = decode_head([level[row] for level in logits], self.head, least[i])
+            _spend(spent, "head", began)
+        return [found[i] for i in range(len(pictures))]
+
+
+def _may_look_closer(picture: Letterbox, parameters: Parameters) -> bool:
+    least = {"fast": math.inf, "full": 1.0, "auto": AUTO_GAIN}[parameters.detail]
+    return bool(scales(picture.width, picture.height, AUTO_STEP, least))
+
+
+def _spend(spent: dict[str, float], stage: str, began: float) -> None:
+    spent[stage] = spent.get(stage, 0) + (time.perf_counter() - began) * 1e3
 
 
 class FromPictures(nn.Module):
@@ -204,20 +345,29 @@ def decode_head(logits: Sequence[Tensor], head: Head, confidence: float) -> NDAr
 
 def choose_people(candidates: NDArray[np.float64], picture: Letterbox, parameters: Parameters) -> list[Person]:
     """The candidates that overlap no better one too much and stand in the region, in the picture's own pixels."""
-    if not len(candidates):
-        return []
-    kept = cv2.dnn.NMSBoxes(candidates[:, :4].tolist(), candidates[:, 4].tolist(), 0, parameters.iou)
+    return people_of(suppress(candidates, picture, parameters.iou), picture.width, picture.height, parameters)
+
+
+def suppress(candidates: NDArray[np.float64], picture: Letterbox, iou: float) -> Boxes:
+    """The candidates of `decode_head` that overlap no better one by more than iou, in the picture's own pixels."""
+    kept = cv2.dnn.NMSBoxes(candidates[:, :4].tolist(), candidates[:, 4].tolist(), 0, iou) if len(candidates) else ()
     boxes = candidates[np.asarray(kept, dtype=np.intp).reshape(-1)]
     corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]), 1)
     corners = (corners - np.array([picture.left, picture.top] * 2)) / np.array(picture.scale * 2)
     corners = np.clip(corners, 0, np.array([picture.width, picture.height] * 2))
-    people = [Person((c[0], c[1], c[2], c[3]), float(b[4])) for c, b in zip(corners.tolist(), boxes, strict=True)]
+    return np.concatenate((corners, boxes[:, 4:5]), 1)
+
+
+def people_of(boxes: Boxes, width: int, height: int, parameters: Parameters) -> list[Person]:
+    """The people of these boxes who stand in the region, if there is one. width, height: of the picture."""
+    people = [Person((b[0], b[1], b[2], b[3]), b[4]) for b in boxes.tolist()]
     if parameters.region is not None:
-        region = np.array(parameters.region, np.float32) * np.array([picture.width, picture.height], np.float32)
-        people = [person for person in people if _stands_in(person, region)]
+        region = np.array(parameters.region, np.float32) * np.array([width, height], np.float32)
+        people = [person for person in people if cv2.pointPolygonTest(region, foot(person), False) >= 0]
     return people
 
 
-def _stands_in(person: Person, region: NDArray[np.float32]) -> bool:
+def foot(person: Person) -> tuple[float, float]:
+    """Where a person stands: the middle of the box's lower edge."""
     left, _, right, bottom = person.box
-    return bool(cv2.pointPolygonTest(region, ((left + right) / 2, bottom), False) >= 0)
+    return (left + right) / 2, bottom

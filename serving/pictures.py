@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from serving.contract import Limits
+from serving.looks import Look
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -57,7 +59,8 @@ class Letterbox:
 
     pixels: (h, w, 3), h and w multiples of the stride, the longer one LONGEST_SIDE rounded up to it.
     width, height: the upright picture's own size. scale: letterboxed over own pixels, per axis (x, y).
-    left, top: padding in letterboxed pixels. milliseconds: what decoding and resizing took.
+    left, top: padding in letterboxed pixels. own: returns the upright picture's own pixels; may raise PictureError.
+    milliseconds: what decoding and resizing took.
     """
 
     pixels: Pixels
@@ -66,13 +69,17 @@ class Letterbox:
     scale: tuple[float, float]
     left: int
     top: int
+    own: Callable[[], Pixels] | None = field(default=None, compare=False, repr=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
-def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limits.max_pixels) -> Letterbox:
+def letterbox(
+    data: bytes | memoryview, stride: int = 32, max_pixels: int = Limits.max_pixels, keep: bool = False
+) -> Letterbox:
     """Decode a picture, turn it upright and fit it into a rectangle as YOLOv5 does.
 
-    A JPEG is decoded at 1/2 or 1/4 of its size where that still has all the pixels the network sees.
+    A JPEG is decoded at 1/2 or 1/4 of its size where that still has all the pixels the network sees. keep: if the own
+    pixels were decoded, keep them in memory for closer looks, which decode the picture again otherwise.
     Raises PictureError.
     """
     began = time.perf_counter()
@@ -82,24 +89,45 @@ def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limi
     ratio = LONGEST_SIDE / max(width, height)
     inner_w, inner_h = max(1, round(width * ratio)), max(1, round(height * ratio))
     stored = (inner_h, inner_w) if turned else (inner_w, inner_h)
-    pixels = opened.decode(stored)
+    small = opened.decode(stored)  # or larger
     decoded = time.perf_counter()
-    pixels = _upright(_resize(pixels, stored), opened.orientation)
+    box = _padded(_upright(_resize(small, stored), opened.orientation), width, height, stride)
+    spent = {"decode": (decoded - began) * 1e3, "resize": (time.perf_counter() - decoded) * 1e3}
+    if keep and small.shape[:2] == (opened.height, opened.width):
+        own = partial(_turned, small, opened.orientation)
+    else:
+        own = partial(_own, data, max_pixels)
+    return replace(box, own=own, milliseconds=spent)
+
+
+def closer_look(own: Pixels, look: Look, stride: int = 32) -> Letterbox:
+    """A part of a picture as `letterbox` makes the whole: own is the picture, `width` and `height` are the part's."""
+    part = np.ascontiguousarray(own[look.top : look.bottom, look.left : look.right])
+    height, width = part.shape[:2]
+    size = (max(1, round(width * look.scale)), max(1, round(height * look.scale)))
+    return _padded(_resize(part, size), width, height, stride)
+
+
+def _padded(pixels: Pixels, width: int, height: int, stride: int) -> Letterbox:
+    """A picture, or a part of one, of width × height own pixels, resized to these pixels, in the middle of its box."""
+    inner_h, inner_w = pixels.shape[:2]
     outer_w, outer_h = (math.ceil(side / stride) * stride for side in (inner_w, inner_h))
     left, top = (outer_w - inner_w) // 2, (outer_h - inner_h) // 2
     if (outer_w, outer_h) != (inner_w, inner_h):
         canvas = np.full((outer_h, outer_w, 3), PADDING, np.uint8)
         canvas[top : top + inner_h, left : left + inner_w] = pixels
         pixels = canvas
-    pixels = np.ascontiguousarray(pixels)
-    spent = {"decode": (decoded - began) * 1e3, "resize": (time.perf_counter() - decoded) * 1e3}
-    return Letterbox(pixels, width, height, (inner_w / width, inner_h / height), left, top, spent)
+    return Letterbox(np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top)
 
 
 def upright(data: bytes | memoryview, max_pixels: int = Limits.max_pixels) -> Pixels:
     """All of a picture's pixels as a viewer shows them. Raises PictureError."""
+    return np.ascontiguousarray(_own(data, max_pixels))
+
+
+def _own(data: bytes | memoryview, max_pixels: int) -> Pixels:
     opened = _open(data, max_pixels)
-    return _upright(opened.decode(None), opened.orientation)
+    return _turned(opened.decode(None), opened.orientation)
 
 
 def annotate(
@@ -225,10 +253,13 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    return np.ascontiguousarray(_turned(pixels, orientation))
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """A view of the stored pixels as a viewer shows them."""
     mirror, turns = _ORIENTATIONS.get(orientation, (False, 0))
-    if mirror:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if mirror or turns else pixels
+    return np.rot90(pixels[:, ::-1] if mirror else pixels, turns)
 
 
 def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:

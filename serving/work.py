@@ -28,12 +28,13 @@ class Work:
     """A request, its pictures, and the milliseconds that each step took.
 
     pictures: an object of a bucket that the request names several times is one picture. places: for each instance, the
-    index of its picture. error: the request failed as a whole.
+    index of its picture. closer_looks: those that were taken at its pictures. error: the request failed as a whole.
     """
 
     request: Request | None = None
     pictures: list[Picture] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    closer_looks: int = 0
     error: RequestError | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
 
