@@ -62,6 +62,17 @@ def count(
             help="Count those who stand in this polygon: 'x,y x,y x,y' or JSON, as fractions of the sides.",
         ),
     ] = None,
+    detail: Annotated[
+        str,
+        typer.Option(
+            metavar="fast|full|auto",
+            help="Look once at each picture, at all of it closely, or closely where it seems crowded.",
+        ),
+    ] = Parameters.detail,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMNSxROWS", help="Count also in the cells of a grid, such as 4x3; needs --json."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, boxes included.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, each row as soon as it is known.")] = False,
 ) -> None:
@@ -73,7 +84,10 @@ def count(
 
     Exit code: 0 all pictures were counted, 1 some or all were not, 2 the command was not understood.
     """
-    given = {"confidence": confidence, "iou": iou, "max_people": max_people, "annotate": annotate is not None}
+    given = {
+        "confidence": confidence, "iou": iou, "max_people": max_people, "annotate": annotate is not None,
+        "detail": detail, "grid": grid,
+    }  # fmt: skip
     try:
         if region is not None:
             given["region"] = parse_region(region)
@@ -82,6 +96,8 @@ def count(
         raise typer.BadParameter(str(error)) from None
     if as_json and as_csv:
         raise typer.BadParameter("--json and --csv are two formats; give one of them")
+    if grid is not None and not as_json:
+        raise typer.BadParameter("--grid needs --json, because tables and CSV have no place for its cells")
     inputs = find_inputs(pictures, annotate)
     try:
         results = list(_counted(inputs, parameters, annotate, (url, grpc, stack, endpoint), as_csv))

@@ -53,8 +53,9 @@ class Answer:
     """The people in one picture.
 
     people: most confident first, at most max_people of them; count is of all. width, height: of the upright
-    picture in pixels. model: its name and version. annotated: if asked, a JPEG with the boxes drawn. note: what the
-    caller should know of how it was counted.
+    picture in pixels. looks: times that the network looked at the picture or a part of it. model: its name and version.
+    grid: if asked, the number of people in each cell, row by row from the top. annotated: if asked, a JPEG with the
+    boxes drawn. note: what the caller should know of how it was counted.
     """
 
     count: int
@@ -62,6 +63,8 @@ class Answer:
     width: int
     height: int
     model: dict[str, str] = field(default_factory=dict)
+    looks: int = 1
+    grid: list[list[int]] | None = None
     annotated: bytes | None = field(default=None, repr=False)
     note: str = ""
 
@@ -71,26 +74,31 @@ class Answer:
         try:
             if "error" in content:
                 raise CountError(str(content["error"]["message"]))
-            annotated = content.get("annotated")
+            annotated, grid = content.get("annotated"), content.get("grid")
             return cls(
                 int(content["count"]),
                 [Person(_box(person["box"]), float(person["confidence"])) for person in content["people"]],
                 int(content["image"]["width"]),
                 int(content["image"]["height"]),
                 dict(content["model"]),
+                int(content.get("looks", 1)),  # servers of earlier versions do not say
+                [[int(cell) for cell in row] for row in grid] if grid else None,
                 base64.b64decode(annotated["b64"]) if annotated else None,
+                str(content.get("note", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CountError(f"the answer is not Headcount's: {_start(repr(content))}; check the address") from None
 
     def as_json(self) -> dict[str, Any]:
         """As the serving contract writes it, without the annotated picture."""
-        return {
+        answer: dict[str, Any] = {
             "count": self.count,
             "people": [{"box": list(p.box), "confidence": p.confidence} for p in self.people],
             "image": {"width": self.width, "height": self.height},
+            "looks": self.looks,
             "model": self.model,
         }
+        return answer | ({"grid": self.grid} if self.grid else {}) | ({"note": self.note} if self.note else {})
 
 
 class Counter(Protocol):

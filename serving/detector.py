@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ class Detector:
             return count
         width, height, note = count.width, count.height, ""
         spent = dict(count.milliseconds)
-        see = partial(self._see, picture.own, parameters, spent, alive)
+        see = partial(self._see, cache(picture.own), parameters, spent, alive)
         everything = full_looks(width, height)
         if parameters.detail == "full":
             if len(everything) > most:

@@ -38,7 +38,7 @@ AUTO_GAIN = 1.25  # least enlargement for which `promising` looks closer
 # The constants below were chosen on one half of coco128, on mosaics and enlarged pictures; `python -m bench.crowds`
 # reports on the other half. The results change little around them.
 FAINT = 0.02  # confidence of the faintest candidates that count as evidence
-WORTH = 0.5  # people a closer look must be expected to add
+WORTH = 0.4  # people a closer look must be expected to add
 SAME = 0.4  # intersection over union above which boxes of two looks are one person, in what both looks saw
 SAME_CUT = 0.6  # intersection over the smaller area above which a cut box is part of another
 LARGE = 48  # pixels in the look at the whole picture: who is larger is seen well there

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import cv2
 import numpy as np
@@ -34,6 +34,8 @@ FORMATS: dict[bytes, type[ImageFile.ImageFile]] = {
 }
 LONGEST_SIDE = 640  # pixels of the letterboxed picture's longer side, as YOLOv5 was trained
 PADDING = 114  # YOLOv5's letterbox grey
+GREEN = (0, 200, 90)  # of boxes that are drawn
+SMALLEST_LABEL = 10  # pixels, of letters that can be read
 
 # The eight EXIF orientations as (mirror left-right first?, quarter turns counter-clockwise then).
 # EXIF 2.3, tag 0x0112.
@@ -94,9 +96,9 @@ def letterbox(
     box = _padded(_upright(_resize(small, stored), opened.orientation), width, height, stride)
     spent = {"decode": (decoded - began) * 1e3, "resize": (time.perf_counter() - decoded) * 1e3}
     if keep and small.shape[:2] == (opened.height, opened.width):
-        own = partial(_turned, small, opened.orientation)
+        own = partial(_upright, small, opened.orientation)
     else:
-        own = partial(_own, data, max_pixels)
+        own = partial(upright, data, max_pixels)
     return replace(box, own=own, milliseconds=spent)
 
 
@@ -122,12 +124,8 @@ def _padded(pixels: Pixels, width: int, height: int, stride: int) -> Letterbox:
 
 def upright(data: bytes | memoryview, max_pixels: int = Limits.max_pixels) -> Pixels:
     """All of a picture's pixels as a viewer shows them. Raises PictureError."""
-    return np.ascontiguousarray(_own(data, max_pixels))
-
-
-def _own(data: bytes | memoryview, max_pixels: int) -> Pixels:
     opened = _open(data, max_pixels)
-    return _turned(opened.decode(None), opened.orientation)
+    return _upright(opened.decode(None), opened.orientation)
 
 
 def annotate(
@@ -137,23 +135,40 @@ def annotate(
     region: Iterable[tuple[float, float]] | None = None,
     max_pixels: int = Limits.max_pixels,
 ) -> bytes:
-    """The upright picture as JPEG with boxes (upright pixels), their labels and the region drawn on it."""
+    """The upright picture as JPEG with boxes (upright pixels), their labels and the region drawn on it.
+
+    Lines and labels are as large as the picture wants and as small as the box needs. A box that is too narrow for a
+    label that can be read has none.
+    """
     picture = Image.fromarray(upright(data, max_pixels))
     draw = ImageDraw.Draw(picture)
-    line = max(2, round(max(picture.size) / 400))
-    font = ImageFont.load_default(max(12, round(max(picture.size) / 55)))
+    thick, large = max(2, round(max(picture.size) / 400)), max(SMALLEST_LABEL, round(max(picture.size) / 55))
     if region is not None:
         corners = [(x * picture.width, y * picture.height) for x, y in region]
-        draw.line([*corners, corners[0]], fill=(255, 200, 0), width=line, joint="curve")
+        draw.line([*corners, corners[0]], fill=(255, 200, 0), width=thick, joint="curve")
+    labelled = []
     for box, label in zip(boxes, labels, strict=True):
-        draw.rectangle(box, outline=(0, 200, 90), width=line)
+        width, height = box[2] - box[0], box[3] - box[1]
+        line = max(2, min(thick, round(min(width, height) / 25)))
+        out = line // 2  # so that the middle of the line is the box
+        draw.rectangle((box[0] - out, box[1] - out, box[2] + out, box[3] + out), outline=GREEN, width=line)
+        size = min(large, int(0.8 * width / max(1, len(label))))
+        if size >= SMALLEST_LABEL:
+            labelled.append((box, label, line, size))
+    for box, label, line, size in labelled:  # after all boxes, whose lines would cross them
+        font = _font(size)
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font, anchor="lt")
         width, height = right - left + 2 * line, bottom - top + 2 * line
         # Above the box, but inside the picture.
         x, y = max(0, min(box[0], picture.width - width)), max(0, box[1] - height)
-        draw.rectangle((x, y, x + width, y + height), fill=(0, 200, 90))
+        draw.rectangle((x, y, x + width, y + height), fill=GREEN)
         draw.text((x + line, y + line), label, fill=(0, 0, 0), font=font, anchor="lt")
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90))
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
 
 
 @dataclass(frozen=True)
@@ -253,13 +268,10 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    return np.ascontiguousarray(_turned(pixels, orientation))
-
-
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
-    """A view of the stored pixels as a viewer shows them."""
     mirror, turns = _ORIENTATIONS.get(orientation, (False, 0))
-    return np.rot90(pixels[:, ::-1] if mirror else pixels, turns)
+    if mirror:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if mirror or turns else pixels
 
 
 def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
