@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from headcount.data import fetch, find_weights
 from serving.contract import DETAILS, Limits, Parameters
 from serving.detector import Count, Detector
-from serving.looks import Boxes, Seen
+from serving.looks import Boxes, Budget, Seen
 from serving.pictures import PADDING, Pixels
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -147,9 +147,9 @@ def count(detector: Detector, data: bytes, way: str) -> Count:
     picture = detector.prepare(data, Limits(), parameters)
     (first,) = detector.count([picture], [parameters])
     if way != OVERLAP_ONLY:
-        return detector.look_closer(picture, first, parameters, Limits.looks)
+        return detector.look_closer(picture, first, parameters, Budget(Limits.looks))
     with mock.patch("serving.detector.merge", merge_by_overlap):
-        return detector.look_closer(picture, first, parameters, Limits.looks)
+        return detector.look_closer(picture, first, parameters, Budget(Limits.looks))
 
 
 def merge_by_overlap(seen: Sequence[Seen], confidence: float, _: float) -> Boxes:

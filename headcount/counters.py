@@ -140,13 +140,14 @@ class InProcess:
             raise CountError(str(error)) from None
 
     def count(self, data: bytes, parameters: Parameters) -> Answer:
+        from serving.looks import Budget
         from serving.pictures import PictureError
         from serving.work import annotate_count
 
         try:
             picture = self._detector.prepare(data, self._limits, parameters)
             (first,) = self._detector.count([picture], [parameters])
-            found = self._detector.look_closer(picture, first, parameters, self._limits.looks)
+            found = self._detector.look_closer(picture, first, parameters, Budget(self._limits.looks))
             answer = Answer.from_json(found.as_json(parameters, self._detector.model))
             if parameters.annotate:
                 drawn = annotate_count(data, found, parameters, self._limits)

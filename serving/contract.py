@@ -73,25 +73,27 @@ class Limits:
     """What one request may ask for; each has an environment variable of its own.
 
     instances: pictures a request. request_bytes: size of a body, and of a picture read from a bucket.
-    max_pixels: width × height of a picture. looks: closer looks at all pictures of a request together.
-    buckets: the Cloud Storage buckets that may be read.
+    max_pixels: width × height of a picture. looks, look_seconds: closer looks at all pictures of a request together,
+    and the time that they may take. buckets: the Cloud Storage buckets that may be read.
     """
 
     instances: int = 128
     request_bytes: int = 32_000_000
     max_pixels: int = 50_000_000
     looks: int = 256
+    look_seconds: int = 45  # shared endpoints of Vertex AI wait 60 s for an answer
     buckets: frozenset[str] = frozenset()
 
     @classmethod
     def from_environment(cls) -> Limits:
-        """HEADCOUNT_MAX_INSTANCES, _MAX_REQUEST_BYTES, _MAX_PIXELS, _MAX_LOOKS, and HEADCOUNT_BUCKETS (a,b)."""
+        """HEADCOUNT_MAX_INSTANCES, _MAX_REQUEST_BYTES, _MAX_PIXELS, _MAX_LOOKS, _LOOK_SECONDS, _BUCKETS (a,b)."""
         buckets = os.environ.get("HEADCOUNT_BUCKETS", "")
         return cls(
             instances=setting("HEADCOUNT_MAX_INSTANCES", cls.instances),
             request_bytes=setting("HEADCOUNT_MAX_REQUEST_BYTES", cls.request_bytes),
             max_pixels=setting("HEADCOUNT_MAX_PIXELS", cls.max_pixels),
             looks=setting("HEADCOUNT_MAX_LOOKS", cls.looks),
+            look_seconds=setting("HEADCOUNT_LOOK_SECONDS", cls.look_seconds),
             buckets=frozenset(b.strip().removeprefix("gs://").strip("/") for b in buckets.split(",") if b.strip()),
         )
 

@@ -26,6 +26,7 @@ from serving.looks import (
     AUTO_STEP,
     FAINT,
     Boxes,
+    Budget,
     Look,
     Seen,
     full_looks,
@@ -158,32 +159,32 @@ class Detector:
         picture: Letterbox,
         count: Count,
         parameters: Parameters,
-        most: int,
+        budget: Budget,
         alive: Callable[[], None] | None = None,
     ) -> Count:
         """Take the closer looks that the parameters ask for, after the look at the whole picture that gave the count.
 
-        most: closer looks that may be taken. alive: called after each few. Raises PictureError, for a picture that is
-        damaged where the first look did not need it, and for one that takes too many looks.
+        budget: what they may take; what they took is subtracted. alive: called after each look or few.
+        Raises PictureError for a picture that is damaged where the first look did not need it, and for one at which
+        detail=full takes more than the budget.
         """
         if count.seen is None or picture.own is None:
             return count
         width, height, note = count.width, count.height, ""
         spent = dict(count.milliseconds)
-        see = partial(self._see, cache(picture.own), parameters, spent, alive)
+        see = partial(self._see, cache(picture.own), parameters, spent, budget, alive)
         everything = full_looks(width, height)
         if parameters.detail == "full":
-            if len(everything) > most:
-                raise PictureError(
-                    f"detail=full takes {len(everything)} closer looks at a picture of {width}×{height}, and {most} of "
-                    "this request's are left: send it smaller or by itself, use detail=auto, or raise "
-                    "HEADCOUNT_MAX_LOOKS where the server runs"
-                )
+            if len(everything) > budget.looks:
+                why = f"{budget.looks} of this request's are left", "HEADCOUNT_MAX_LOOKS"
+                raise _too_much(len(everything), width, height, *why)
             seen = [count.seen, *see(everything)]
+            if len(seen) <= len(everything):
+                why = f"the time for them was over after {len(seen) - 1}", "HEADCOUNT_LOOK_SECONDS"
+                raise _too_much(len(everything), width, height, *why)
         else:
-            seen, more = look_where_promising(
-                count.seen, width, height, parameters.confidence, min(most, AUTO_LOOKS), see
-            )
+            most = min(budget.looks, AUTO_LOOKS)
+            seen, more = look_where_promising(count.seen, width, height, parameters.confidence, most, see)
             if more:
                 note = (
                     f"there are signs of people in more places than {len(seen) - 1} closer looks could reach; "
@@ -201,17 +202,20 @@ class Detector:
         own: Callable[[], Pixels],
         parameters: Parameters,
         spent: dict[str, float],
+        budget: Budget,
         alive: Callable[[], None] | None,
         looks: Sequence[Look],
     ) -> list[Seen]:
-        """Take closer looks at a picture, a few at a time. own: returns its own pixels."""
-        began = time.perf_counter()
-        pixels = own()
-        _spend(spent, "decode", began)
-        seen = []
+        """Take closer looks at a picture, a few at a time, until the time is over. own: returns its own pixels."""
+        seen: list[Seen] = []
         step = TOGETHER if self.batches else 1
         for start in range(0, len(looks), step):
+            if budget.seconds <= 0:
+                break
             some = looks[start : start + step]
+            first = began = time.perf_counter()
+            pixels = own()  # decodes once
+            _spend(spent, "decode", began)
             began = time.perf_counter()
             parts = [closer_look(pixels, look, self.stride) for look in some]
             _spend(spent, "resize", began)
@@ -222,6 +226,8 @@ class Detector:
                 boxes[:, :4] += [look.left, look.top] * 2
                 seen.append(Seen(look, boxes))
             _spend(spent, "nms", began)
+            budget.looks -= len(some)
+            budget.seconds -= time.perf_counter() - first
             if alive is not None:
                 alive()
         return seen
@@ -246,6 +252,13 @@ class Detector:
                 found[i] = decode_head([level[row] for level in logits], self.head, least[i])
             _spend(spent, "head", began)
         return [found[i] for i in range(len(pictures))]
+
+
+def _too_much(looks: int, width: int, height: int, why: str, setting: str) -> PictureError:
+    return PictureError(
+        f"detail=full takes {looks} closer looks at a picture of {width}×{height}, and {why}: send it smaller or by "
+        f"itself, use detail=auto, or raise {setting} where the server runs"
+    )
 
 
 def _may_look_closer(picture: Letterbox, parameters: Parameters) -> bool:

@@ -79,7 +79,7 @@ class PeopleHandler:
     def decode(self, row: dict[str, Any]) -> Work:
         """From a row to a parsed request. Raises RequestError."""
         began = time.perf_counter()
-        work = Work.of(self._request(row))
+        work = Work.of(self._request(row), self.limits)
         work.spend("decode", (time.perf_counter() - began) * 1e3)
         return work
 
@@ -114,8 +114,7 @@ class PeopleHandler:
         """Look closer at a picture, and draw on it, if the request asks for that. first: what the first look gave."""
         alive = self.run_folder.sign_of_life
         try:
-            count = self.detector.look_closer(box, first, work.parameters, self.limits.looks - work.closer_looks, alive)
-            work.closer_looks += count.looks - 1
+            count = self.detector.look_closer(box, first, work.parameters, work.budget, alive)
             for step, milliseconds in count.milliseconds.items():
                 work.spend(step, milliseconds)
             if work.annotated:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,14 @@ class Seen(NamedTuple):
 
     look: Look
     boxes: Boxes
+
+
+@dataclass
+class Budget:
+    """What is left for closer looks at the pictures of a request: their number, and the seconds that they may take."""
+
+    looks: int
+    seconds: float = math.inf
 
 
 def whole(width: int, height: int) -> Look:
@@ -113,18 +122,19 @@ def look_where_promising(
 ) -> tuple[list[Seen], bool]:
     """Look closer where the first look missed people, by its evidence, and again inside of what that shows.
 
-    first: the look at the whole picture. most: closer looks that may be taken. see: takes them. Returns all that was
-    seen, the first look included, and whether more looks than that would have been worth it.
+    first: the look at the whole picture. most: closer looks that may be taken. see: takes them, or fewer if there is no
+    time for more. Returns all that was seen, the first look included, and whether more looks than that would have been
+    worth it.
     """
     seen, last, more = [first], [first], False
     for scale in scales(width, height, AUTO_STEP, AUTO_GAIN):
         left = most + 1 - len(seen)
         looks = promising(last, width, height, scale, confidence, left + 1)
-        more = more or len(looks) > left
-        if not looks[:left]:
-            break
         last = see(looks[:left])
         seen += last
+        more = more or len(last) < len(looks)
+        if not last:
+            break
     return seen, more
 
 
@@ -189,26 +199,30 @@ def merge(seen: Sequence[Seen], confidence: float, iou: float) -> Boxes:
     cut_after = (boxes[:, 2:4] >= windows[:, 2:] - slack) & (windows[:, 2:] < seen[0].look[2:4])
     cut = (cut_before | cut_after).any(1)
 
-    def same(i: int) -> NDArray[np.bool_]:
+    def same(i: int) -> NDArray[np.intp]:
         """The boxes of other looks that show the person of box i."""
-        both = np.hstack((np.maximum(windows[:, :2], windows[i, :2]), np.minimum(windows[:, 2:], windows[i, 2:])))
-        agree = _overlap(_clipped(boxes[i, :4], both), _clipped(boxes[:, :4], both)) > min(iou, SAME)
-        part = _shared(boxes[i], boxes) > SAME_CUT * np.minimum(_area(boxes[i]), _area(boxes))
-        others: NDArray[np.bool_] = (of != of[i]) & (agree | (part & (cut | cut[i])))
-        return others
+        near = (boxes[:, :2] < boxes[i, 2:4]) & (boxes[:, 2:4] > boxes[i, :2])  # few share any pixel with it
+        others = np.flatnonzero(near[:, 0] & near[:, 1] & (of != of[i]))
+        theirs, windows_of = boxes[others], windows[others]
+        both = np.hstack((np.maximum(windows_of[:, :2], windows[i, :2]), np.minimum(windows_of[:, 2:], windows[i, 2:])))
+        agree = _overlap(_clipped(boxes[i, :4], both), _clipped(theirs[:, :4], both)) > min(iou, SAME)
+        part = _shared(boxes[i], theirs) > SAME_CUT * np.minimum(_area(boxes[i]), _area(theirs))
+        found: NDArray[np.intp] = others[agree | (part & (cut[others] | cut[i]))]
+        return found
 
     left = np.ones(len(boxes), bool)
     people = []
     for i in range(len(boxes)):
         if left[i] and not cut[i]:
-            left &= ~same(i)
+            left[same(i)] = False
             people.append(boxes[i])
     left &= cut
     while left.any():  # pieces of people of whom no look has the whole
         pieces = [int(left.argmax())]
         left[pieces[0]] = False
         for piece in pieces:
-            more = np.flatnonzero(left & same(piece))
+            more = same(piece)
+            more = more[left[more]]
             left[more] = False
             pieces += more.tolist()
         joined = boxes[pieces]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from serving import pictures
 from serving.contract import Limits, Parameters
 from serving.detector import TOGETHER, Count, Detector, Person, choose_people, decode_head
-from serving.looks import Look, full_looks
+from serving.looks import Budget, Look, full_looks
 from serving.pictures import PADDING, Letterbox, PictureError, closer_look, letterbox
 
 FAST, FULL, AUTO = (Parameters(detail=detail) for detail in ("fast", "full", "auto"))
@@ -48,10 +49,22 @@ def field(width: int = 1920, height: int = 1440) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def count(detector: Detector, data: bytes, parameters: Parameters, most: int = Limits.looks) -> Count:
+def crowd(bus: bytes) -> bytes:
+    """The same four people 144 times, 2592×1944."""
+    picture = Image.open(io.BytesIO(bus)).resize((162, 216), Image.Resampling.BOX)
+    canvas = Image.new("RGB", (2592, 1944))
+    for x in range(0, 2592, 162):
+        for y in range(0, 1944, 216):
+            canvas.paste(picture, (x, y))
+    return encode(canvas)
+
+
+def count(
+    detector: Detector, data: bytes, parameters: Parameters, most: int = Limits.looks, seconds: float = math.inf
+) -> Count:
     box = detector.prepare(data, Limits(), parameters)
     (first,) = detector.count([box], [parameters])
-    return detector.look_closer(box, first, parameters, most)
+    return detector.look_closer(box, first, parameters, Budget(most, seconds))
 
 
 # What `fast` answers
@@ -195,7 +208,7 @@ def test_auto_decodes_once_for_the_looks_of_every_scale(detector: Detector, bus:
         return own()
 
     (first,) = detector.count([box], [AUTO])
-    seen = detector.look_closer(replace(box, own=watched), first, AUTO, Limits.looks)
+    seen = detector.look_closer(replace(box, own=watched), first, AUTO, Budget(Limits.looks))
     assert seen.looks > 3
     assert decoded == [1]
 
@@ -223,12 +236,7 @@ def test_full_is_refused_where_it_takes_more_looks_than_are_left(tiny: Detector)
 
 
 def test_auto_takes_as_many_looks_as_it_may_and_says_that_there_is_more(detector: Detector, bus: bytes) -> None:
-    picture = Image.open(io.BytesIO(bus)).resize((162, 216), Image.Resampling.BOX)
-    canvas = Image.new("RGB", (2592, 1944))
-    for x in range(0, 2592, 162):
-        for y in range(0, 1944, 216):
-            canvas.paste(picture, (x, y))
-    data = encode(canvas)
+    data = crowd(bus)
     auto = count(detector, data, AUTO)
     assert auto.note == ""
     little = count(detector, data, AUTO, most=2)
@@ -236,6 +244,17 @@ def test_auto_takes_as_many_looks_as_it_may_and_says_that_there_is_more(detector
     assert "more places than 2 closer looks could reach; detail=full takes 20" in little.note
     assert little.as_json(AUTO, {})["note"] == little.note
     assert len(little.people) < len(auto.people)
+
+
+def test_the_time_for_closer_looks_ends_between_two_of_them(detector: Detector, tiny: Detector, bus: bytes) -> None:
+    """`full` is refused, because its count would be wrong; `auto` says that there is more."""
+    data = encode(field())
+    for seconds, after in ((0, 0), (1e-9, 1)):
+        with pytest.raises(PictureError, match=rf"the time for them was over after {after}: .* HEADCOUNT_LOOK_SECONDS"):
+            count(tiny, data, FULL, seconds=seconds)
+        auto = count(detector, crowd(bus), AUTO, seconds=seconds)
+        assert auto.looks == 1 + after
+        assert f"in more places than {after} closer looks could reach" in auto.note
 
 
 # Cells of a grid

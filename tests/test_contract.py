@@ -240,5 +240,6 @@ def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> N
 def test_limits_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADCOUNT_MAX_INSTANCES", "3")
     monkeypatch.setenv("HEADCOUNT_MAX_LOOKS", "7")
+    monkeypatch.setenv("HEADCOUNT_LOOK_SECONDS", "9")
     monkeypatch.setenv("HEADCOUNT_BUCKETS", "one, gs://two/,")
-    assert Limits.from_environment() == Limits(instances=3, looks=7, buckets=frozenset({"one", "two"}))
+    assert Limits.from_environment() == Limits(instances=3, looks=7, look_seconds=9, buckets=frozenset({"one", "two"}))

@@ -339,6 +339,10 @@ def test_a_request_has_so_many_looks_for_all_its_pictures(
     assert len(alive) > 24
     assert context.headers["X-Headcount-Count"] == str(2 * SQUARES)
     assert [answer["looks"] for answer in predictions(quick, context, sent, detail="fast")] == [1, 1, 1]
+    monkeypatch.setattr(quick, "limits", Limits(look_seconds=0))
+    fine, late = predictions(quick, context, [instance(yolo_checkpoint.squares(3)), sent[0]], detail="full")
+    assert fine["count"] == 3
+    assert "the time for them was over after 0" in late["error"]["message"]
 
 
 def test_a_picture_that_is_damaged_where_only_tiles_look_is_refused_in_its_place(

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from serving import looks
 from serving.contract import Limits
 from serving.looks import (
     AUTO_LOOKS,
@@ -118,13 +120,13 @@ def test_a_person_larger_than_a_tile_counts_once() -> None:
 
 def test_a_person_of_whom_no_look_has_the_whole_is_put_together() -> None:
     """On two tiles, and on four, of which those that lie crosswise share a corner only."""
-    for person, looks in (
+    for person, touching in (
         ((500, 100, 660, 300), [LEFT, RIGHT]),
         ((500, 500, 660, 660), [LEFT, BELOW_RIGHT, RIGHT, BELOW_LEFT]),
     ):
         sure = (0.5, 0.6, 0.7, 0.8)
-        pieces = [seen(look, (*cut(person, look), one)) for look, one in zip(looks, sure, strict=False)]
-        assert merged(seen(PICTURE), *pieces) == [(*person, sure[len(looks) - 1])]
+        pieces = [seen(look, (*cut(person, look), one)) for look, one in zip(touching, sure, strict=False)]
+        assert merged(seen(PICTURE), *pieces) == [(*person, sure[len(touching) - 1])]
 
 
 def cut(box: Sequence[float], look: Look) -> Box:
@@ -157,6 +159,25 @@ def test_a_stricter_overlap_holds_between_looks_too() -> None:
     assert len(merged(seen(PICTURE, a), seen(RIGHT, b), iou=0.9)) == 1
     a, b = (520, 100, 600, 200, 0.8), (570, 100, 630, 200, 0.7)  # of 0.27
     assert [len(merged(seen(PICTURE, a), seen(RIGHT, b), iou=iou)) for iou in (0.2, 0.45)] == [1, 2]
+
+
+def test_merging_compares_only_boxes_that_share_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of boxes would take so long otherwise that the worker seems stuck."""
+    compared: list[int] = []
+    overlap = looks._overlap
+
+    def watched(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        compared.append(len(b))
+        return overlap(a, b)
+
+    monkeypatch.setattr(looks, "_overlap", watched)
+    crowd = [(x, y, x + 9.0, y + 9.0, 0.5) for x in range(10, 600, 10) for y in range(10, 600, 10)]
+    found = merge([seen(PICTURE), seen(LEFT, *crowd)], 0.25, 0.45)
+    assert len(found) == len(crowd)
+    assert sum(compared) == 0
+    again = merge([seen(PICTURE), seen(LEFT, *crowd), seen(Look(0, 0, 640, 640, 1.0), *crowd)], 0.25, 0.45)
+    assert len(again) == len(crowd)
+    assert sum(compared) == len(crowd)
 
 
 def test_nothing_seen_is_nobody() -> None:
