@@ -77,6 +77,7 @@ class Client:
         annotate: bool = False,
         detail: str = Parameters.detail,
         grid: str | None = None,
+        candidates: float | None = None,
     ) -> Answer:
         """The people in a picture.
 
@@ -92,6 +93,7 @@ class Client:
             "annotate": annotate,
             "detail": detail,
             "grid": grid,
+            "candidates": candidates,
         }
         try:
             parameters = Parameters.parse(given)

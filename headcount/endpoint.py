@@ -138,13 +138,17 @@ class Fitted:
         """The answer in the original picture's pixels."""
         if self.size is None or self.original is None:
             return answer
-        people = [
-            Person(tuple(round(side / self.scale, 1) for side in p.box), p.confidence)  # type: ignore[arg-type]
-            for p in answer.people
-        ]
+
+        def enlarged(people: list[Person]) -> list[Person]:
+            sides = ([round(side / self.scale, 1) for side in p.box] for p in people)
+            return [Person((a, b, c, d), p.confidence) for (a, b, c, d), p in zip(sides, people, strict=True)]
+
+        people = enlarged(answer.people)
+        candidates = None if answer.candidates is None else enlarged(answer.candidates)
         note = f"sent at {self.size[0]}x{self.size[1]}: the endpoint takes {room / 1e6:.3g} MB a request"
         note = "; ".join(filter(None, (note, answer.note)))
-        return replace(answer, people=people, width=self.original[0], height=self.original[1], note=note)
+        width, height = self.original
+        return replace(answer, people=people, candidates=candidates, width=width, height=height, note=note)
 
 
 def longest_side(detail: str) -> int:

@@ -107,7 +107,8 @@ class Parameters:
     in fractions of width and height; those count whose foot point (middle of the lower edge) lies inside.
     annotate: also answer with the picture, boxes drawn. detail: how closely the picture is looked at, see DETAILS.
     grid: columns and rows of a grid over the picture; the answer has the number of people in each cell, by their foot
-    points, as for a region.
+    points, as for a region. candidates: also answer with those who have at least this confidence, 0.01…1, and less than
+    `confidence`; they do not count.
     """
 
     confidence: float = 0.25
@@ -117,6 +118,7 @@ class Parameters:
     annotate: bool = False
     detail: str = "auto"
     grid: tuple[int, int] | None = None
+    candidates: float | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Parameters:
@@ -141,6 +143,8 @@ class Parameters:
             values["detail"] = _detail(given["detail"])
         if given.get("grid") is not None:
             values["grid"] = _grid(given["grid"])
+        if given.get("candidates") is not None:
+            values["candidates"] = _number("candidates", given["candidates"], 0.01, 1)
         return cls(**values)
 
     def as_json(self) -> dict[str, Any]:

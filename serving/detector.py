@@ -56,7 +56,8 @@ class Person(NamedTuple):
 class Count:
     """The people in one picture.
 
-    width, height: of the upright picture in pixels. people: most confident first. looks: times that the network looked
+    width, height: of the upright picture in pixels. people: most confident first. candidates: likewise, those who are
+    less confident and were asked for. looks: times that the network looked
     at the picture or a part of it. note: what the caller should know of how it was counted. seen: what a first look
     found, candidates included, if closer ones may follow.
     """
@@ -65,24 +66,23 @@ class Count:
     width: int
     height: int
     looks: int = 1
+    candidates: list[Person] = field(default_factory=list)
     note: str = ""
     seen: Seen | None = field(default=None, compare=False, repr=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def as_json(self, parameters: Parameters, model: dict[str, str]) -> dict[str, Any]:
-        listed = self.people[: parameters.max_people]
         answer: dict[str, Any] = {
             "count": len(self.people),
-            "people": [
-                {"box": [round(v, 1) for v in person.box], "confidence": round(person.confidence, 3)}
-                for person in listed
-            ],
+            "people": [_as_json(person) for person in self.people[: parameters.max_people]],
             "image": {"width": self.width, "height": self.height},
             "looks": self.looks,
             "model": model,
         }
         if parameters.grid is not None:
             answer["grid"] = self.in_cells(*parameters.grid)
+        if parameters.candidates is not None:
+            answer["candidates"] = [_as_json(person) for person in self.candidates]
         if self.note:
             answer["note"] = self.note
         return answer
@@ -96,6 +96,10 @@ class Count:
             column, row = int(x / self.width * columns), int(y / self.height * rows)
             counts[min(row, rows - 1)][min(column, columns - 1)] += 1
         return counts
+
+
+def _as_json(person: Person) -> dict[str, Any]:
+    return {"box": [round(v, 1) for v in person.box], "confidence": round(person.confidence, 3)}
 
 
 class Detector:
@@ -137,18 +141,17 @@ class Detector:
         """
         spent: dict[str, float] = {}
         closer = [_may_look_closer(*both) for both in zip(pictures, parameters, strict=True)]
-        least = [min(FAINT, p.confidence) if more else p.confidence
-                 for p, more in zip(parameters, closer, strict=True)]  # fmt: skip
+        least = [_faintest(*both) for both in zip(parameters, closer, strict=True)]
         counts = []
         for picture, candidates, own, more in zip(
             pictures, self._candidates(pictures, least, spent), parameters, closer, strict=True
         ):
             began = time.perf_counter()
             boxes = suppress(candidates, picture, own.iou)
-            sure = boxes[boxes[:, 4] >= own.confidence]
-            people = people_of(sure, picture.width, picture.height, own)
-            seen = Seen(whole(picture.width, picture.height), boxes) if more else None
-            counts.append(Count(people, picture.width, picture.height, seen=seen))
+            size = picture.width, picture.height
+            people = people_of(boxes[boxes[:, 4] >= own.confidence], *size, own)
+            seen = Seen(whole(*size), boxes) if more else None
+            counts.append(Count(people, *size, candidates=_candidates(boxes, *size, own), seen=seen))
             _spend(spent, "nms", began)
         if counts:
             counts[0].milliseconds.update(spent)
@@ -191,11 +194,14 @@ class Detector:
                     f"detail=full takes {len(everything)}"
                 )
         began = time.perf_counter()
-        people = count.people
+        people, candidates = count.people, count.candidates
         if len(seen) > 1:
             people = people_of(merge(seen, parameters.confidence, parameters.iou), width, height, parameters)
+            if parameters.candidates is not None:
+                fainter = merge(seen, parameters.candidates, parameters.iou)
+                candidates = _candidates(fainter, width, height, parameters)
         _spend(spent, "merge", began)
-        return Count(people, width, height, len(seen), note, milliseconds=spent)
+        return Count(people, width, height, len(seen), candidates, note, milliseconds=spent)
 
     def _see(
         self,
@@ -219,7 +225,7 @@ class Detector:
             began = time.perf_counter()
             parts = [closer_look(pixels, look, self.stride) for look in some]
             _spend(spent, "resize", began)
-            found = self._candidates(parts, [min(FAINT, parameters.confidence)] * len(parts), spent)
+            found = self._candidates(parts, [_faintest(parameters, True)] * len(parts), spent)
             began = time.perf_counter()
             for look, part, candidates in zip(some, parts, found, strict=True):
                 boxes = suppress(candidates, part, parameters.iou)
@@ -252,6 +258,20 @@ class Detector:
                 found[i] = decode_head([level[row] for level in logits], self.head, least[i])
             _spend(spent, "head", began)
         return [found[i] for i in range(len(pictures))]
+
+
+def _faintest(parameters: Parameters, closer: bool) -> float:
+    """The least confidence that matters. closer: whether closer looks may follow, which use faint evidence."""
+    return min(parameters.confidence, parameters.candidates or 1, FAINT if closer else 1)
+
+
+def _candidates(boxes: Boxes, width: int, height: int, parameters: Parameters) -> list[Person]:
+    """Those who are less confident than the people who count, if they were asked for."""
+    if parameters.candidates is None:
+        return []
+    confidence = boxes[:, 4]
+    fainter = boxes[(confidence >= parameters.candidates) & (confidence < parameters.confidence)]
+    return people_of(fainter, width, height, parameters)
 
 
 def _too_much(looks: int, width: int, height: int, why: str, setting: str) -> PictureError:

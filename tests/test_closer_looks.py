@@ -225,6 +225,29 @@ def test_tiles_are_of_the_upright_picture(tiny: Detector, orientation: int) -> N
         np.testing.assert_allclose(person.box, (1576, 76, 1640, 140), atol=8)
 
 
+def test_candidates_are_those_who_would_count_at_a_lower_confidence(detector: Detector, bus: bytes) -> None:
+    """They are listed, and change neither the count nor the people."""
+    for data, detail in ((bus, "fast"), (crowd(bus), "full")):
+        sure = Parameters(confidence=0.6, detail=detail)
+        few, more = (count(detector, data, replace(sure, candidates=least)) for least in (0.6, 0.3))
+        assert few.people == more.people == count(detector, data, sure).people
+        assert few.candidates == []
+        assert more.candidates
+        assert all(0.3 <= person.confidence < 0.6 for person in more.candidates)
+        if detail == "fast":
+            assert more.people + more.candidates == count(detector, data, replace(sure, confidence=0.3)).people
+        answer = more.as_json(replace(sure, candidates=0.3, max_people=1), {})
+        assert (answer["count"], len(answer["candidates"])) == (len(more.people), len(more.candidates))
+        assert "candidates" not in more.as_json(sure, {})
+
+
+def test_candidates_stand_in_the_region_too(detector: Detector, bus: bytes) -> None:
+    left = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0))
+    sure = Parameters(confidence=0.86, candidates=0.25, detail="fast")
+    everywhere, there = count(detector, bus, sure), count(detector, bus, replace(sure, region=left))
+    assert 0 < len(there.candidates) < len(everywhere.candidates)
+
+
 # Limits
 
 

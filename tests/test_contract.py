@@ -44,6 +44,7 @@ def b64(data: bytes) -> dict[str, Any]:
         ("region", [[0.5, 0], [0.5, 1], [0, 0], [1, 0]], "crosses itself: side 1 meets side 3"),
         ("detail", "close", "detail is 'close'; it must be fast, full or auto"), ("detail", None, "fast, full or auto"),
         ("detail", ["full"], "fast, full or auto"), ("detail", "FULL", "fast, full or auto"),
+        ("candidates", 0, "from 0.01 to 1"),
         ("grid", "4", "must be COLUMNSxROWS, each from 1 to 100, such as 4x3"), ("grid", "0x3", "each from 1 to 100"),
         ("grid", "4x101", "each from 1 to 100"), ("grid", "4x3x2", "COLUMNSxROWS"), ("grid", [4, 3], "COLUMNSxROWS"),
         ("grid", "4x-3", "COLUMNSxROWS"), ("grid", "٤x٣", "COLUMNSxROWS"), ("grid", "4x3\n", "COLUMNSxROWS"),
@@ -64,7 +65,7 @@ def test_a_bad_parameter_is_named_with_what_would_do(name: str, value: object, s
         {},
         {"confidence": 0.5, "iou": 1, "max_people": 0},
         {"region": SQUARE, "annotate": True},
-        {"detail": "full", "grid": "4x3"},
+        {"detail": "full", "grid": "4x3", "candidates": 0.1},
         {"region": [[0, 0], [1, 0], [1, 1], [0.5, 0.5], [0, 1]]},
     ],
 )

@@ -46,7 +46,7 @@ def test_the_wheel_has_the_packages_their_data_and_their_licence(wheel: Path) ->
         "headcount", "infra", "laptop", "pulumi_vertex", "sandbox", "serving",
     }  # fmt: skip
     for needed in ("headcount/py.typed", "pulumi_vertex/py.typed", "pulumi_vertex/plugin/PulumiPlugin.yaml",
-                   "serving/config/log4j2.xml"):  # fmt: skip
+                   "serving/config/log4j2.xml", "serving/page.html"):  # fmt: skip
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
