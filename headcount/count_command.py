@@ -107,9 +107,9 @@ def count(
             terminal = sys.stdout.isatty()
             _print(table_text(results, terminal), sys.stdout.encoding, "replace")
     except KeyboardInterrupt:
-        _leave("stopped", 130)
+        leave("stopped", 130)
     except BrokenPipeError:
-        _leave("", 141)  # what a shell reports for SIGPIPE: the reader has all that it wanted
+        leave("", 141)  # what a shell reports for SIGPIPE: the reader has all that it wanted
     raise typer.Exit(1 if any(result.error for result in results) else 0)
 
 
@@ -260,10 +260,10 @@ def _print(text: str, encoding: str = "utf-8", errors: str = "surrogateescape") 
     except BrokenPipeError:
         raise
     except OSError as error:
-        _leave(f"the results cannot be written: {error.strerror}", 1)
+        leave(f"the results cannot be written: {error.strerror}", 1)
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def leave(message: str, code: int) -> NoReturn:
     """End now: without waiting for pictures that other threads are at, without flushing what nobody reads."""
     if message:
         _say(message)

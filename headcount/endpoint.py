@@ -99,6 +99,11 @@ class Endpoint:
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
         self._patience = Patience()
 
+    @property
+    def largest_picture(self) -> int:
+        """Bytes of a picture that is sent as it is, with parameters of 1,000 bytes."""
+        return (self._room - 1200) * 3 // 4
+
     def count(self, data: bytes, parameters: Parameters) -> Answer:
         given = replace(parameters, annotate=False).as_json()
         try:

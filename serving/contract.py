@@ -24,13 +24,16 @@ Point = tuple[float, float]
 # Google's names for HTTP statuses: https://cloud.google.com/apis/design/errors
 STATUS = {
     400: "INVALID_ARGUMENT",
+    403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
     405: "UNIMPLEMENTED",
     408: "DEADLINE_EXCEEDED",
+    411: "INVALID_ARGUMENT",
     413: "INVALID_ARGUMENT",
     431: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL",
+    502: "UNAVAILABLE",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }

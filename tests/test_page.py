@@ -18,12 +18,12 @@ from typing import Any
 
 import front_harness
 import httpx
-import machine
 import pytest
+from browser import SIZES, add, opened, settled
 from conftest import Server
 from helpers import PEOPLE, encode, eventually
 from PIL import Image
-from playwright.sync_api import Browser, Page, Playwright, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
 from serving.page import page as make_page
 
@@ -117,27 +117,6 @@ def test_a_setting_that_is_neither_on_nor_off_is_named(tmp_path: Path) -> None:
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    machine.require("chromium")
-    with sync_playwright() as playwright:
-        yield from launched(playwright)
-
-
-def launched(playwright: Playwright) -> Iterator[Browser]:
-    # Chromium's sandbox does not start for root.
-    arguments = [] if os.geteuid() else ["--no-sandbox"]
-    browser = playwright.chromium.launch(executable_path=machine.chromium(), args=arguments)
-    yield browser
-    browser.close()
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"},
-    "desktop": {"viewport": {"width": 1280, "height": 900}},
-}
-
-
 @pytest.fixture
 def page(chromium: Browser, server: Server) -> Iterator[Page]:
     yield from opened(chromium, server.url, "desktop")
@@ -146,30 +125,6 @@ def page(chromium: Browser, server: Server) -> Iterator[Page]:
 @pytest.fixture(params=SIZES)
 def sized(chromium: Browser, server: Server, request: pytest.FixtureRequest) -> Iterator[Page]:
     yield from opened(chromium, server.url, request.param)
-
-
-def opened(browser: Browser, url: str, size: str) -> Iterator[Page]:
-    """The page, which must have violated no policy and thrown no error when the test is over."""
-    context = browser.new_context(**SIZES[size])
-    wrong: list[str] = []
-    one = context.new_page()
-    one.on("pageerror", lambda error: wrong.append(str(error)))
-    one.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
-    one.goto(url)
-    yield one
-    context.close()
-    assert wrong == []
-
-
-def add(page: Page, *files: Path | str | dict[str, Any]) -> None:
-    """Choose files, and wait until all of them are counted, or not."""
-    page.get_by_label("Choose pictures").set_input_files(list(files))  # type: ignore[arg-type]
-    settled(page)
-
-
-def settled(page: Page) -> None:
-    expect(page.get_by_role("region", name="Pictures", exact=True)).not_to_contain_text("…")
-    expect(page.locator("#busy")).to_be_hidden()
 
 
 def file(content: bytes, name: str, kind: str = "image/png") -> dict[str, Any]:
