@@ -42,7 +42,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev
 ENV PYTHONPATH=/opt/headcount:/opt/packages:/opt/torch
 ARG WEIGHTS=yolov5n
 ARG REQUIRE=
-COPY serving/__init__.py serving/compile.py serving/contract.py serving/detector.py serving/network.py serving/pictures.py /opt/headcount/serving/
+COPY serving/__init__.py serving/compile.py serving/contract.py serving/detector.py serving/looks.py serving/network.py \
+     serving/pictures.py /opt/headcount/serving/
 COPY .headcount/weights/${WEIGHTS}.pt /build/
 RUN --mount=type=bind,from=torch,source=/opt/torch,target=/opt/torch \
     --mount=type=bind,from=packages,source=/opt/packages,target=/opt/packages \

@@ -9,10 +9,12 @@ import typer
 
 from headcount.count_command import count
 from headcount.release_command import recover, release
+from headcount.web_command import web
 
 # Plain help and errors, because rich's panels wrap a message over framed lines, which scripts and logs cannot use.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command(no_args_is_help=True)(count)
+app.command()(web)
 app.command(no_args_is_help=True)(recover)
 app.add_typer(release, name="release")
 

@@ -75,12 +75,15 @@ class Client:
         max_people: int | None = None,
         region: Sequence[Point] | None = None,
         annotate: bool = False,
+        detail: str = Parameters.detail,
+        grid: str | None = None,
+        candidates: float | None = None,
     ) -> Answer:
         """The people in a picture.
 
         picture: its bytes, or the path of a JPEG, PNG, WebP or GIF file. The parameters are those of
-        `serving.contract.Parameters`. Raises CountError for a picture or a server that will not do,
-        ValueError for a parameter out of range, OSError for a file that cannot be read.
+        `serving.contract.Parameters`; grid is written COLUMNSxROWS. Raises CountError for a picture or a server that
+        will not do, ValueError for a parameter out of range, OSError for a file that cannot be read.
         """
         given = {
             "confidence": confidence,
@@ -88,6 +91,9 @@ class Client:
             "max_people": max_people,
             "region": region,
             "annotate": annotate,
+            "detail": detail,
+            "grid": grid,
+            "candidates": candidates,
         }
         try:
             parameters = Parameters.parse(given)

@@ -62,6 +62,17 @@ def count(
             help="Count those who stand in this polygon: 'x,y x,y x,y' or JSON, as fractions of the sides.",
         ),
     ] = None,
+    detail: Annotated[
+        str,
+        typer.Option(
+            metavar="fast|full|auto",
+            help="Look once at each picture, at all of it closely, or closely where it seems crowded.",
+        ),
+    ] = Parameters.detail,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMNSxROWS", help="Count also in the cells of a grid, such as 4x3; needs --json."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, boxes included.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, each row as soon as it is known.")] = False,
 ) -> None:
@@ -73,7 +84,10 @@ def count(
 
     Exit code: 0 all pictures were counted, 1 some or all were not, 2 the command was not understood.
     """
-    given = {"confidence": confidence, "iou": iou, "max_people": max_people, "annotate": annotate is not None}
+    given = {
+        "confidence": confidence, "iou": iou, "max_people": max_people, "annotate": annotate is not None,
+        "detail": detail, "grid": grid,
+    }  # fmt: skip
     try:
         if region is not None:
             given["region"] = parse_region(region)
@@ -82,6 +96,8 @@ def count(
         raise typer.BadParameter(str(error)) from None
     if as_json and as_csv:
         raise typer.BadParameter("--json and --csv are two formats; give one of them")
+    if grid is not None and not as_json:
+        raise typer.BadParameter("--grid needs --json, because tables and CSV have no place for its cells")
     inputs = find_inputs(pictures, annotate)
     try:
         results = list(_counted(inputs, parameters, annotate, (url, grpc, stack, endpoint), as_csv))
@@ -91,9 +107,9 @@ def count(
             terminal = sys.stdout.isatty()
             _print(table_text(results, terminal), sys.stdout.encoding, "replace")
     except KeyboardInterrupt:
-        _leave("stopped", 130)
+        leave("stopped", 130)
     except BrokenPipeError:
-        _leave("", 141)  # what a shell reports for SIGPIPE: the reader has all that it wanted
+        leave("", 141)  # what a shell reports for SIGPIPE: the reader has all that it wanted
     raise typer.Exit(1 if any(result.error for result in results) else 0)
 
 
@@ -244,10 +260,10 @@ def _print(text: str, encoding: str = "utf-8", errors: str = "surrogateescape") 
     except BrokenPipeError:
         raise
     except OSError as error:
-        _leave(f"the results cannot be written: {error.strerror}", 1)
+        leave(f"the results cannot be written: {error.strerror}", 1)
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def leave(message: str, code: int) -> NoReturn:
     """End now: without waiting for pictures that other threads are at, without flushing what nobody reads."""
     if message:
         _say(message)

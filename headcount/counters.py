@@ -47,14 +47,19 @@ class Person(NamedTuple):
     box: tuple[float, float, float, float]
     confidence: float
 
+    def as_json(self) -> dict[str, Any]:
+        return {"box": list(self.box), "confidence": self.confidence}
+
 
 @dataclass(frozen=True)
 class Answer:
     """The people in one picture.
 
     people: most confident first, at most max_people of them; count is of all. width, height: of the upright
-    picture in pixels. model: its name and version. annotated: if asked, a JPEG with the boxes drawn. note: what the
-    caller should know of how it was counted.
+    picture in pixels. looks: times that the network looked at the picture or a part of it. model: its name and version.
+    grid: if asked, the number of people in each cell, row by row from the top. candidates: if asked, those who are less
+    confident and do not count. annotated: if asked, a JPEG with the boxes drawn. note: what the caller should know of
+    how it was counted.
     """
 
     count: int
@@ -62,6 +67,9 @@ class Answer:
     width: int
     height: int
     model: dict[str, str] = field(default_factory=dict)
+    looks: int = 1
+    grid: list[list[int]] | None = None
+    candidates: list[Person] | None = None
     annotated: bytes | None = field(default=None, repr=False)
     note: str = ""
 
@@ -71,26 +79,36 @@ class Answer:
         try:
             if "error" in content:
                 raise CountError(str(content["error"]["message"]))
-            annotated = content.get("annotated")
+            annotated, grid, candidates = (content.get(name) for name in ("annotated", "grid", "candidates"))
             return cls(
                 int(content["count"]),
-                [Person(_box(person["box"]), float(person["confidence"])) for person in content["people"]],
+                _people(content["people"]),
                 int(content["image"]["width"]),
                 int(content["image"]["height"]),
                 dict(content["model"]),
+                int(content.get("looks", 1)),  # servers of earlier versions do not say
+                [[int(cell) for cell in row] for row in grid] if grid else None,
+                None if candidates is None else _people(candidates),
                 base64.b64decode(annotated["b64"]) if annotated else None,
+                str(content.get("note", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CountError(f"the answer is not Headcount's: {_start(repr(content))}; check the address") from None
 
     def as_json(self) -> dict[str, Any]:
         """As the serving contract writes it, without the annotated picture."""
-        return {
+        answer: dict[str, Any] = {
             "count": self.count,
-            "people": [{"box": list(p.box), "confidence": p.confidence} for p in self.people],
+            "people": [person.as_json() for person in self.people],
             "image": {"width": self.width, "height": self.height},
+            "looks": self.looks,
             "model": self.model,
         }
+        if self.grid:
+            answer["grid"] = self.grid
+        if self.candidates is not None:
+            answer["candidates"] = [person.as_json() for person in self.candidates]
+        return answer | ({"note": self.note} if self.note else {})
 
 
 class Counter(Protocol):
@@ -132,12 +150,14 @@ class InProcess:
             raise CountError(str(error)) from None
 
     def count(self, data: bytes, parameters: Parameters) -> Answer:
+        from serving.looks import Budget
         from serving.pictures import PictureError
         from serving.work import annotate_count
 
         try:
-            picture = self._detector.prepare(data, self._limits)
-            (found,) = self._detector.count([picture], [parameters])
+            picture = self._detector.prepare(data, self._limits, parameters)
+            (first,) = self._detector.count([picture], [parameters])
+            found = self._detector.look_closer(picture, first, parameters, Budget(self._limits.looks))
             answer = Answer.from_json(found.as_json(parameters, self._detector.model))
             if parameters.annotate:
                 drawn = annotate_count(data, found, parameters, self._limits)
@@ -335,6 +355,10 @@ def _limits() -> Limits:
         return Limits.from_environment()
     except ValueError as error:
         raise CountError(str(error)) from None
+
+
+def _people(content: Any) -> list[Person]:
+    return [Person(_box(person["box"]), float(person["confidence"])) for person in content]
 
 
 def _box(values: Any) -> tuple[float, float, float, float]:

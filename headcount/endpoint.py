@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ NAME: Final = r"projects/[^/]+/locations/([a-z0-9-]+)/endpoints/[^/]+"
 # Request size limit, keyed by whether the endpoint is dedicated:
 # https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
 MAX_REQUEST_BYTES: Final = {True: 10 * 2**20, False: 1_500_000}
-LONGEST_SIDE = 2560  # pixels of a picture that is sent smaller: the network sees 640
+LONGEST_SIDE = 2560  # pixels of a picture that is sent smaller for one look: the network sees 640
 QUALITY = 90
 
 
@@ -98,10 +99,15 @@ class Endpoint:
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
         self._patience = Patience()
 
+    @property
+    def largest_picture(self) -> int:
+        """Bytes of a picture that is sent as it is, with parameters of 1,000 bytes."""
+        return (self._room - 1200) * 3 // 4
+
     def count(self, data: bytes, parameters: Parameters) -> Answer:
-        given = {name: json.loads(text) for name, text in replace(parameters, annotate=False).as_query().items()}
+        given = replace(parameters, annotate=False).as_json()
         try:
-            sent = fit(data, self._room - len(json.dumps(given)) - 200)
+            sent = fit(data, self._room - len(json.dumps(given)) - 200, longest_side(parameters.detail))
             answer = self._patience.ask(lambda: self._ask(sent.data, given))
             answer = sent.back(answer, self._room)
             if parameters.annotate:
@@ -137,22 +143,35 @@ class Fitted:
         """The answer in the original picture's pixels."""
         if self.size is None or self.original is None:
             return answer
-        people = [
-            Person(tuple(round(side / self.scale, 1) for side in p.box), p.confidence)  # type: ignore[arg-type]
-            for p in answer.people
-        ]
+
+        def enlarged(people: list[Person]) -> list[Person]:
+            sides = ([round(side / self.scale, 1) for side in p.box] for p in people)
+            return [Person((a, b, c, d), p.confidence) for (a, b, c, d), p in zip(sides, people, strict=True)]
+
+        people = enlarged(answer.people)
+        candidates = None if answer.candidates is None else enlarged(answer.candidates)
         note = f"sent at {self.size[0]}x{self.size[1]}: the endpoint takes {room / 1e6:.3g} MB a request"
-        return replace(answer, people=people, width=self.original[0], height=self.original[1], note=note)
+        note = "; ".join(filter(None, (note, answer.note)))
+        width, height = self.original
+        return replace(answer, people=people, candidates=candidates, width=width, height=height, note=note)
 
 
-def fit(data: bytes, room: int) -> Fitted:
-    """The picture, made smaller if its base64 needs more than room bytes. Raises PictureError."""
+def longest_side(detail: str) -> int:
+    """Pixels of the longer side that a picture has at most, if it must be sent smaller."""
+    return LONGEST_SIDE if detail == "fast" else sys.maxsize
+
+
+def fit(data: bytes, room: int, longest: int) -> Fitted:
+    """The picture, made smaller if its base64 needs more than room bytes, and then at most longest pixels a side.
+
+    Raises PictureError.
+    """
     if len(data) * 4 / 3 <= room:
         return Fitted(data)
     from PIL import Image
 
     picture = Image.fromarray(upright(data))
-    original, side = picture.size, min(LONGEST_SIDE, max(picture.size))
+    original, side = picture.size, min(longest, max(picture.size))
     while True:
         scale = side / max(original)
         size = (max(1, round(original[0] * scale)), max(1, round(original[1] * scale)))

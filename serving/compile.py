@@ -17,6 +17,7 @@ import torch
 from torch.export import Dim
 
 from serving.detector import FromPictures, best_precision, compiled_network, cpu_flags, file_sha256, word
+from serving.looks import TILE
 from serving.network import load_network
 from serving.pictures import LONGEST_SIDE
 
@@ -30,9 +31,9 @@ TARGETS = {
 }  # fmt: skip
 
 
-# Heights and widths after the letterbox of the shapes that cameras and phones make, at a stride of 32: a library
-# that knows its shape is a tenth faster.
-COMMON_SHAPES = ((640, 480), (480, 640))
+# Heights and widths after the letterbox of the shapes that cameras and phones make, at a stride of 32, and of a tile: a
+# library that knows its shape is a tenth faster.
+COMMON_SHAPES = ((640, 480), (480, 640), (TILE, TILE))
 MOST_APART = 0.05  # in probability; bfloat16 rounds by 0.014
 
 

@@ -24,19 +24,26 @@ Point = tuple[float, float]
 # Google's names for HTTP statuses: https://cloud.google.com/apis/design/errors
 STATUS = {
     400: "INVALID_ARGUMENT",
+    403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
     405: "UNIMPLEMENTED",
     408: "DEADLINE_EXCEEDED",
+    411: "INVALID_ARGUMENT",
     413: "INVALID_ARGUMENT",
     431: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL",
+    502: "UNAVAILABLE",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
 PREDICT_ROUTE = "/predictions/people"
 COUNT_HEADER = "X-Headcount-Count"
 MAX_REGION_POINTS = 100
+MAX_GRID = 100  # columns, and rows
+# One look at the whole picture; closer looks at all of it, at its own resolution; closer looks where the first lets
+# expect people whom it missed.
+DETAILS = ("fast", "full", "auto")
 
 
 class RequestError(Exception):
@@ -69,22 +76,27 @@ class Limits:
     """What one request may ask for; each has an environment variable of its own.
 
     instances: pictures a request. request_bytes: size of a body, and of a picture read from a bucket.
-    max_pixels: width × height of a picture. buckets: the Cloud Storage buckets that may be read.
+    max_pixels: width × height of a picture. looks, look_seconds: closer looks at all pictures of a request together,
+    and the time that they may take. buckets: the Cloud Storage buckets that may be read.
     """
 
     instances: int = 128
     request_bytes: int = 32_000_000
     max_pixels: int = 50_000_000
+    looks: int = 256
+    look_seconds: int = 45  # shared endpoints of Vertex AI wait 60 s for an answer
     buckets: frozenset[str] = frozenset()
 
     @classmethod
     def from_environment(cls) -> Limits:
-        """HEADCOUNT_MAX_INSTANCES, HEADCOUNT_MAX_REQUEST_BYTES, HEADCOUNT_MAX_PIXELS, HEADCOUNT_BUCKETS (a,b)."""
+        """HEADCOUNT_MAX_INSTANCES, _MAX_REQUEST_BYTES, _MAX_PIXELS, _MAX_LOOKS, _LOOK_SECONDS, _BUCKETS (a,b)."""
         buckets = os.environ.get("HEADCOUNT_BUCKETS", "")
         return cls(
             instances=setting("HEADCOUNT_MAX_INSTANCES", cls.instances),
             request_bytes=setting("HEADCOUNT_MAX_REQUEST_BYTES", cls.request_bytes),
             max_pixels=setting("HEADCOUNT_MAX_PIXELS", cls.max_pixels),
+            looks=setting("HEADCOUNT_MAX_LOOKS", cls.looks),
+            look_seconds=setting("HEADCOUNT_LOOK_SECONDS", cls.look_seconds),
             buckets=frozenset(b.strip().removeprefix("gs://").strip("/") for b in buckets.split(",") if b.strip()),
         )
 
@@ -96,7 +108,10 @@ class Parameters:
     confidence: least confidence of a person, 0.01…1. iou: overlap above which two boxes are one person, 0…1.
     max_people: longest list of boxes, the count is never capped. region: polygon of at least three (x, y)
     in fractions of width and height; those count whose foot point (middle of the lower edge) lies inside.
-    annotate: also answer with the picture, boxes drawn.
+    annotate: also answer with the picture, boxes drawn. detail: how closely the picture is looked at, see DETAILS.
+    grid: columns and rows of a grid over the picture; the answer has the number of people in each cell, by their foot
+    points, as for a region. candidates: also answer with those who have at least this confidence, 0.01…1, and less than
+    `confidence`; they do not count.
     """
 
     confidence: float = 0.25
@@ -104,6 +119,9 @@ class Parameters:
     max_people: int | None = None
     region: tuple[Point, ...] | None = None
     annotate: bool = False
+    detail: str = "auto"
+    grid: tuple[int, int] | None = None
+    candidates: float | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Parameters:
@@ -124,12 +142,24 @@ class Parameters:
             values["region"] = _region(given["region"])
         if "annotate" in given:
             values["annotate"] = _boolean("annotate", given["annotate"])
+        if "detail" in given:
+            values["detail"] = _detail(given["detail"])
+        if given.get("grid") is not None:
+            values["grid"] = _grid(given["grid"])
+        if given.get("candidates") is not None:
+            values["candidates"] = _number("candidates", given["candidates"], 0.01, 1)
         return cls(**values)
+
+    def as_json(self) -> dict[str, Any]:
+        """The parameters that differ from the defaults, as a JSON request carries them."""
+        given = {k: v for k, v in asdict(self).items() if v != getattr(Parameters, k)}
+        if self.grid is not None:
+            given["grid"] = "{}x{}".format(*self.grid)
+        return given
 
     def as_query(self) -> dict[str, str]:
         """The parameters that differ from the defaults, as a query string carries them."""
-        given = {k: v for k, v in asdict(self).items() if v != getattr(Parameters, k)}
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.as_json().items()}
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
@@ -148,6 +178,20 @@ def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {_short(value)}; it must be true or false")
     return value
+
+
+def _detail(value: Any) -> str:
+    if not isinstance(value, str) or value not in DETAILS:
+        raise RequestError(f"detail is {_short(value)}; it must be {', '.join(DETAILS[:-1])} or {DETAILS[-1]}")
+    return value
+
+
+def _grid(value: Any) -> tuple[int, int]:
+    match = re.fullmatch(r"0*(\d{1,3})x0*(\d{1,3})", value, re.ASCII) if isinstance(value, str) else None
+    columns, rows = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (1 <= columns <= MAX_GRID and 1 <= rows <= MAX_GRID):
+        raise RequestError(f"grid is {_short(value)}; it must be COLUMNSxROWS, each from 1 to {MAX_GRID}, such as 4x3")
+    return columns, rows
 
 
 def _region(value: Any) -> tuple[Point, ...]:

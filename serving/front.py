@@ -19,6 +19,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from serving.contract import COUNT_HEADER, PREDICT_ROUTE, RequestError
+from serving.openapi import openapi
+from serving.page import page
 from serving.run_folder import RunFolder
 from serving.spool import BODY, Body, Spool
 from serving.upstream import Upstream, UpstreamAnswer
@@ -39,7 +41,8 @@ class FrontSettings:
     torchserve: its port on loopback. request_bytes: largest body. spool_bytes: all bodies together. queue: admitted
     requests, running ones included. head_bytes, head_seconds: the largest request line with headers, and the time to
     send them. body_seconds: to send a body. slow_seconds: as in Spool. answer_seconds: to answer a request.
-    stuck_seconds: without a sign of life from any worker until /ping says so.
+    stuck_seconds: without a sign of life from any worker until /ping says so. page: whether GET / answers with the page
+    that counts in a browser.
     """
 
     run_folder: RunFolder
@@ -55,6 +58,7 @@ class FrontSettings:
     slow_seconds: float = 5
     answer_seconds: float = 120
     stuck_seconds: float = 10
+    page: bool = True
 
 
 class Metrics:
@@ -101,6 +105,12 @@ class Front:
             settings.run_folder.spool, settings.request_bytes, settings.spool_bytes, settings.slow_seconds
         )
         self.metrics = Metrics(self)
+        # Body, type and further headers of what GET answers, by path.
+        self.documents: dict[str, tuple[bytes, str, dict[str, str]]] = {
+            "/openapi.json": (_json(openapi()), "application/json", {})
+        }
+        if settings.page:
+            self.documents["/"] = page(settings.request_bytes, "this server")
         self.upstream = Upstream("127.0.0.1", settings.torchserve, PREDICT_ROUTE)
         self._looked, self._had_worker = 0.0, False
 
@@ -108,20 +118,31 @@ class Front:
         if scope["type"] != "http":
             return
         path, method = scope["path"], scope["method"]
-        if path in self.predict_routes:
-            if method == "POST":
-                await self._predict(scope, receive, send)
-            else:
-                await _answer_error(send, RequestError(f"{path} takes POST with a picture, not {method}", 405))
-        elif path in (self.settings.health_route, FrontSettings.health_route):
+        predicts = path in self.predict_routes
+        if not predicts and path not in (
+            self.settings.health_route,
+            FrontSettings.health_route,
+            "/metrics",
+            *self.documents,
+        ):
+            route = self.settings.predict_route
+            await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
+        elif method not in (("POST",) if predicts else ("GET", "HEAD")):
+            takes, allow = ("POST with a picture", b"POST") if predicts else ("GET", b"GET, HEAD")
+            error = RequestError(f"{path} takes {takes}, not {method}", 405)
+            await _answer_error(send, error, [(b"allow", allow)])
+        elif predicts:
+            await self._predict(scope, receive, send)
+        elif path == "/metrics":
+            await _answer(send, 200, generate_latest(self.metrics.registry), b"text/plain; version=0.0.4")
+        elif path in self.documents:
+            body, content_type, headers = self.documents[path]
+            extra = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await _answer(send, 200, body, content_type.encode(), extra)
+        else:
             healthy = self.healthy()
             word = "Healthy" if healthy else "Draining" if self.leaving else "Unhealthy"
             await _answer(send, 200 if healthy else 503, _json({"status": word}))
-        elif path == "/metrics":
-            await _answer(send, 200, generate_latest(self.metrics.registry), b"text/plain; version=0.0.4")
-        else:
-            route = self.settings.predict_route
-            await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
 
     def expect(self, scope: Mapping[str, Any]) -> Body | None:
         """Returns the body to fill for a request whose headers were parsed, or None if its route takes none."""

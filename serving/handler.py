@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from serving.contract import COUNT_HEADER, Limits, Parameters, Request, RequestError, parse_request
-from serving.detector import Count, Detector, word
+from serving.detector import TOGETHER, Count, Detector, word
 from serving.pictures import Letterbox, PictureError
 from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
@@ -35,7 +35,6 @@ from serving.work import Picture, Work, annotate_count
 
 logger = logging.getLogger("handler")
 READERS = 8  # pictures of one request that are in memory together, read side by side if they lie in buckets
-GPU_PICTURES = 16  # pictures that go through a GPU together
 
 
 class PeopleHandler:
@@ -80,7 +79,7 @@ class PeopleHandler:
     def decode(self, row: dict[str, Any]) -> Work:
         """From a row to a parsed request. Raises RequestError."""
         began = time.perf_counter()
-        work = Work.of(self._request(row))
+        work = Work.of(self._request(row), self.limits)
         work.spend("decode", (time.perf_counter() - began) * 1e3)
         return work
 
@@ -91,7 +90,7 @@ class PeopleHandler:
         names may be larger than the memory, and none is read twice.
         """
         pictures = [(work, picture) for work in works for picture in work.pictures if picture.error is None]
-        step = GPU_PICTURES if self.detector.batches else READERS
+        step = TOGETHER if self.detector.batches else READERS
         for start in range(0, len(pictures), step):
             part = [(work, picture) for work, picture in pictures[start : start + step] if work.error is None]
             try:
@@ -103,25 +102,28 @@ class PeopleHandler:
 
     def _count(self, part: list[tuple[Work, Picture]]) -> None:
         self._read(part)
-        boxes = [self._letterbox(work, picture) for work, picture in part]
-        ready = [(work, picture, box) for (work, picture), box in zip(part, boxes, strict=True) if box is not None]
-        # On a CPU one picture after the other, so that the sign of life stays fresh.
-        for some in [ready] if self.detector.batches else [[one] for one in ready]:
-            counts = self.detector.count([box for _, _, box in some], [work.parameters for work, _, _ in some])
-            for (work, picture, _), count in zip(some, counts, strict=True):
-                picture.count = count
-                for step, milliseconds in count.milliseconds.items():
-                    work.spend(step, milliseconds)
-                if work.annotated:
-                    self._annotate(picture, count, work.parameters)
-                picture.content = b""
-                self.run_folder.sign_of_life()
+        # On a CPU one picture after the other, so that few pixels are in memory and the sign of life stays fresh.
+        for some in [part] if self.detector.batches else [[one] for one in part]:
+            boxes = [self._letterbox(work, picture) for work, picture in some]
+            ready = [(work, picture, box) for (work, picture), box in zip(some, boxes, strict=True) if box is not None]
+            counts = self.detector.count([box for _, _, box in ready], [work.parameters for work, _, _ in ready])
+            for (work, picture, box), count in zip(ready, counts, strict=True):
+                self._finish(work, picture, box, count)
 
-    def _annotate(self, picture: Picture, count: Count, parameters: Parameters) -> None:
+    def _finish(self, work: Work, picture: Picture, box: Letterbox, first: Count) -> None:
+        """Look closer at a picture, and draw on it, if the request asks for that. first: what the first look gave."""
+        alive = self.run_folder.sign_of_life
         try:
-            picture.annotated = annotate_count(picture.content, count, parameters, self.limits)
-        except PictureError as error:  # it could be read at a fraction of its size, but not whole
-            picture.count, picture.error = None, error
+            count = self.detector.look_closer(box, first, work.parameters, work.budget, alive)
+            for step, milliseconds in count.milliseconds.items():
+                work.spend(step, milliseconds)
+            if work.annotated:
+                picture.annotated = annotate_count(picture.content, count, work.parameters, self.limits)
+            picture.count = count
+        except PictureError as error:  # for one, it could be read at a fraction of its size, but not whole
+            picture.error = error
+        picture.content = b""
+        alive()
 
     def encode(self, work: Work, context: Any, row: int) -> bytes:
         """The answer's bytes; status and headers go into TorchServe's context."""
@@ -227,7 +229,7 @@ class PeopleHandler:
             return None
         began = time.perf_counter()
         try:
-            return self.detector.prepare(picture.content, self.limits)
+            return self.detector.prepare(picture.content, self.limits, work.parameters)
         except PictureError as error:
             picture.error = error
             return None

@@ -87,6 +87,9 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
     fitting = workers_that_fit(available_cpus(), available_memory(), gpus(), spool_bytes)
     workers = setting("HEADCOUNT_WORKERS", fitting)
     answer_seconds = setting("HEADCOUNT_TIMEOUT", int(FrontSettings.answer_seconds))
+    page = os.environ.get("HEADCOUNT_PAGE") or "on"
+    if page not in ("on", "off"):
+        raise ValueError(f"HEADCOUNT_PAGE is {page!r}; it must be on or off")
     front = FrontSettings(
         run_folder=folder,
         torchserve=free_ports(1)[0],
@@ -98,6 +101,7 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
         answer_seconds=answer_seconds,
         body_seconds=setting("HEADCOUNT_BODY_TIMEOUT", int(FrontSettings.body_seconds)),
         stuck_seconds=setting("HEADCOUNT_STUCK_SECONDS", int(FrontSettings.stuck_seconds)),
+        page=page == "on",
     )
     port = setting("AIP_HTTP_PORT", 8080, least=0) if arguments.port is None else arguments.port
     grpc = re.fullmatch(r"(.+):(\d{1,5})", arguments.grpc)

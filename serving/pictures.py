@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from serving.contract import Limits
+from serving.looks import Look
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -32,6 +34,8 @@ FORMATS: dict[bytes, type[ImageFile.ImageFile]] = {
 }
 LONGEST_SIDE = 640  # pixels of the letterboxed picture's longer side, as YOLOv5 was trained
 PADDING = 114  # YOLOv5's letterbox grey
+GREEN = (0, 200, 90)  # of boxes that are drawn
+SMALLEST_LABEL = 10  # pixels, of letters that can be read
 
 # The eight EXIF orientations as (mirror left-right first?, quarter turns counter-clockwise then).
 # EXIF 2.3, tag 0x0112.
@@ -57,7 +61,8 @@ class Letterbox:
 
     pixels: (h, w, 3), h and w multiples of the stride, the longer one LONGEST_SIDE rounded up to it.
     width, height: the upright picture's own size. scale: letterboxed over own pixels, per axis (x, y).
-    left, top: padding in letterboxed pixels. milliseconds: what decoding and resizing took.
+    left, top: padding in letterboxed pixels. own: returns the upright picture's own pixels; may raise PictureError.
+    milliseconds: what decoding and resizing took.
     """
 
     pixels: Pixels
@@ -66,13 +71,17 @@ class Letterbox:
     scale: tuple[float, float]
     left: int
     top: int
+    own: Callable[[], Pixels] | None = field(default=None, compare=False, repr=False)
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
-def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limits.max_pixels) -> Letterbox:
+def letterbox(
+    data: bytes | memoryview, stride: int = 32, max_pixels: int = Limits.max_pixels, keep: bool = False
+) -> Letterbox:
     """Decode a picture, turn it upright and fit it into a rectangle as YOLOv5 does.
 
-    A JPEG is decoded at 1/2 or 1/4 of its size where that still has all the pixels the network sees.
+    A JPEG is decoded at 1/2 or 1/4 of its size where that still has all the pixels the network sees. keep: if the own
+    pixels were decoded, keep them in memory for closer looks, which decode the picture again otherwise.
     Raises PictureError.
     """
     began = time.perf_counter()
@@ -82,18 +91,35 @@ def letterbox(data: bytes | memoryview, stride: int = 32, max_pixels: int = Limi
     ratio = LONGEST_SIDE / max(width, height)
     inner_w, inner_h = max(1, round(width * ratio)), max(1, round(height * ratio))
     stored = (inner_h, inner_w) if turned else (inner_w, inner_h)
-    pixels = opened.decode(stored)
+    small = opened.decode(stored)  # or larger
     decoded = time.perf_counter()
-    pixels = _upright(_resize(pixels, stored), opened.orientation)
+    box = _padded(_upright(_resize(small, stored), opened.orientation), width, height, stride)
+    spent = {"decode": (decoded - began) * 1e3, "resize": (time.perf_counter() - decoded) * 1e3}
+    if keep and small.shape[:2] == (opened.height, opened.width):
+        own = partial(_upright, small, opened.orientation)
+    else:
+        own = partial(upright, data, max_pixels)
+    return replace(box, own=own, milliseconds=spent)
+
+
+def closer_look(own: Pixels, look: Look, stride: int = 32) -> Letterbox:
+    """A part of a picture as `letterbox` makes the whole: own is the picture, `width` and `height` are the part's."""
+    part = np.ascontiguousarray(own[look.top : look.bottom, look.left : look.right])
+    height, width = part.shape[:2]
+    size = (max(1, round(width * look.scale)), max(1, round(height * look.scale)))
+    return _padded(_resize(part, size), width, height, stride)
+
+
+def _padded(pixels: Pixels, width: int, height: int, stride: int) -> Letterbox:
+    """A picture, or a part of one, of width × height own pixels, resized to these pixels, in the middle of its box."""
+    inner_h, inner_w = pixels.shape[:2]
     outer_w, outer_h = (math.ceil(side / stride) * stride for side in (inner_w, inner_h))
     left, top = (outer_w - inner_w) // 2, (outer_h - inner_h) // 2
     if (outer_w, outer_h) != (inner_w, inner_h):
         canvas = np.full((outer_h, outer_w, 3), PADDING, np.uint8)
         canvas[top : top + inner_h, left : left + inner_w] = pixels
         pixels = canvas
-    pixels = np.ascontiguousarray(pixels)
-    spent = {"decode": (decoded - began) * 1e3, "resize": (time.perf_counter() - decoded) * 1e3}
-    return Letterbox(pixels, width, height, (inner_w / width, inner_h / height), left, top, spent)
+    return Letterbox(np.ascontiguousarray(pixels), width, height, (inner_w / width, inner_h / height), left, top)
 
 
 def upright(data: bytes | memoryview, max_pixels: int = Limits.max_pixels) -> Pixels:
@@ -109,23 +135,40 @@ def annotate(
     region: Iterable[tuple[float, float]] | None = None,
     max_pixels: int = Limits.max_pixels,
 ) -> bytes:
-    """The upright picture as JPEG with boxes (upright pixels), their labels and the region drawn on it."""
+    """The upright picture as JPEG with boxes (upright pixels), their labels and the region drawn on it.
+
+    Lines and labels are as large as the picture wants and as small as the box needs. A box that is too narrow for a
+    label that can be read has none.
+    """
     picture = Image.fromarray(upright(data, max_pixels))
     draw = ImageDraw.Draw(picture)
-    line = max(2, round(max(picture.size) / 400))
-    font = ImageFont.load_default(max(12, round(max(picture.size) / 55)))
+    thick, large = max(2, round(max(picture.size) / 400)), max(SMALLEST_LABEL, round(max(picture.size) / 55))
     if region is not None:
         corners = [(x * picture.width, y * picture.height) for x, y in region]
-        draw.line([*corners, corners[0]], fill=(255, 200, 0), width=line, joint="curve")
+        draw.line([*corners, corners[0]], fill=(255, 200, 0), width=thick, joint="curve")
+    labelled = []
     for box, label in zip(boxes, labels, strict=True):
-        draw.rectangle(box, outline=(0, 200, 90), width=line)
+        width, height = box[2] - box[0], box[3] - box[1]
+        line = max(2, min(thick, round(min(width, height) / 25)))
+        out = line // 2  # so that the middle of the line is the box
+        draw.rectangle((box[0] - out, box[1] - out, box[2] + out, box[3] + out), outline=GREEN, width=line)
+        size = min(large, int(0.8 * width / max(1, len(label))))
+        if size >= SMALLEST_LABEL:
+            labelled.append((box, label, line, size))
+    for box, label, line, size in labelled:  # after all boxes, whose lines would cross them
+        font = _font(size)
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font, anchor="lt")
         width, height = right - left + 2 * line, bottom - top + 2 * line
         # Above the box, but inside the picture.
         x, y = max(0, min(box[0], picture.width - width)), max(0, box[1] - height)
-        draw.rectangle((x, y, x + width, y + height), fill=(0, 200, 90))
+        draw.rectangle((x, y, x + width, y + height), fill=GREEN)
         draw.text((x + line, y + line), label, fill=(0, 0, 0), font=font, anchor="lt")
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90))
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from serving.contract import Instance, Limits, Parameters, Request, RequestError
 from serving.detector import Count
+from serving.looks import Budget
 from serving.pictures import PictureError, annotate
 
 
@@ -28,18 +29,19 @@ class Work:
     """A request, its pictures, and the milliseconds that each step took.
 
     pictures: an object of a bucket that the request names several times is one picture. places: for each instance, the
-    index of its picture. error: the request failed as a whole.
+    index of its picture. budget: what is left for closer looks. error: the request failed as a whole.
     """
 
     request: Request | None = None
     pictures: list[Picture] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    budget: Budget = field(default_factory=lambda: Budget(0))
     error: RequestError | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Request) -> Work:
-        work = cls(request)
+    def of(cls, request: Request, limits: Limits) -> Work:
+        work = cls(request, budget=Budget(limits.looks, limits.look_seconds))
         first: dict[str, int] = {}
         for instance in request.instances:
             place = len(work.pictures) if instance.uri is None else first.setdefault(instance.uri, len(work.pictures))

@@ -21,7 +21,9 @@ import hypothesis
 import images
 import machine
 import pytest
+from browser import launched
 from helpers import ROOT, free_port
+from playwright.sync_api import Browser
 
 from headcount.data import fetch, find_weights
 from sandbox.artifact_registry.registry import Registry
@@ -256,6 +258,12 @@ def _command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     return ""
+
+
+@pytest.fixture(scope="module")  # no longer, because it occupies the thread's event loop
+def chromium() -> Iterator[Browser]:
+    machine.require("chromium")
+    yield from launched()
 
 
 @pytest.fixture(scope="session")

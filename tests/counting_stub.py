@@ -83,6 +83,7 @@ def prediction(count: int) -> dict[str, Any]:
         "count": count,
         "people": [{"box": [1, 2, 3, 4.5], "confidence": 0.9}] * count,
         "image": {"width": 30, "height": 20},
+        "looks": 1,
         "model": {"name": "stub", "version": "1"},
     }
 

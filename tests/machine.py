@@ -109,6 +109,12 @@ def _no_command(name: str) -> str:
     return "" if shutil.which(name) else f"there is no command `{name}`"
 
 
+def chromium() -> str | None:
+    """Chromium's command, or Chrome's."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def _no_ipv6() -> str:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
@@ -154,6 +160,11 @@ PARTS: dict[str, Part] = {
     "engine": Part("Pulumi's command line", "`make up` installs it, or see pulumi.com/docs/install", _no_engine),
     "ipv6": Part("IPv6 on loopback", "enable it", _no_ipv6),
     "curl": Part("curl", "install the package curl", lambda: _no_command("curl")),
+    "chromium": Part(
+        "Chromium",
+        "install the package chromium",
+        lambda: "" if chromium() else "there is no command `chromium` and no `google-chrome`",
+    ),
     "promtool": Part("Prometheus' promtool", "install the package prometheus", lambda: _no_command("promtool")),
     "compiler": Part("a C++ compiler for AVX2", "install the package g++", _no_compiler),
 }

@@ -25,8 +25,9 @@ def test_parameters_are_sent_and_the_route_is_added_once(stub: Stub) -> None:
     for url in (stub.url, f"{stub.url}/", f"{stub.url}/predictions/people", f"{stub.url}/predictions/people/"):
         with Client(url) as client:
             region = [(0, 0), (1, 0), (1, 0.5)]
-            client.count(b"1", confidence=0.5, max_people=3, region=region, annotate=True)
+            client.count(b"1", confidence=0.5, max_people=3, region=region, annotate=True, detail="full", grid="4x3")
     sent = {
+        "detail": ["full"], "grid": ["4x3"],
         "confidence": ["0.5"], "max_people": ["3"], "annotate": ["true"],
         "region": ["[[0.0, 0.0], [1.0, 0.0], [1.0, 0.5]]"],
     }  # fmt: skip
@@ -44,6 +45,15 @@ def test_the_client_answers_with_numbers(stub: Stub, pictures: Path) -> None:
             client.count(b"?")
     with pytest.raises(ValueError, match="give one of them"):
         Client(stub.url, grpc="localhost:7070")
+
+
+def test_an_answer_says_how_it_was_counted() -> None:
+    said = prediction(2) | {"looks": 5, "grid": [[1, 0], [0, 1]], "note": "there is more"}
+    answer = Answer.from_json(said)
+    assert (answer.looks, answer.grid, answer.note) == (5, [[1, 0], [0, 1]], "there is more")
+    assert answer.as_json() == said
+    del said["looks"]
+    assert Answer.from_json(said).looks == 1, "servers of earlier versions do not say"
 
 
 def busy(status: int, **headers: str) -> tuple[int, dict[str, str], str]:

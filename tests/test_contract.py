@@ -42,6 +42,12 @@ def b64(data: bytes) -> dict[str, Any]:
         ("region", [[0, 0], [1, 1], [1, 0], [0, 1]], "crosses itself: side 1 meets side 3"),
         ("region", [[0, 0], [1, 0], [0.5, 0], [0.5, 1]], "crosses itself: side 1 meets side 2"),
         ("region", [[0.5, 0], [0.5, 1], [0, 0], [1, 0]], "crosses itself: side 1 meets side 3"),
+        ("detail", "close", "detail is 'close'; it must be fast, full or auto"), ("detail", None, "fast, full or auto"),
+        ("detail", ["full"], "fast, full or auto"), ("detail", "FULL", "fast, full or auto"),
+        ("candidates", 0, "from 0.01 to 1"),
+        ("grid", "4", "must be COLUMNSxROWS, each from 1 to 100, such as 4x3"), ("grid", "0x3", "each from 1 to 100"),
+        ("grid", "4x101", "each from 1 to 100"), ("grid", "4x3x2", "COLUMNSxROWS"), ("grid", [4, 3], "COLUMNSxROWS"),
+        ("grid", "4x-3", "COLUMNSxROWS"), ("grid", "٤x٣", "COLUMNSxROWS"), ("grid", "4x3\n", "COLUMNSxROWS"),
         ("region", [[0, 0], [0.5, 0.5], [1, 1]], "no area"), ("region", [[0.5, 0.5]] * 101, "at most 100"),
     ],
 )  # fmt: skip
@@ -59,12 +65,14 @@ def test_a_bad_parameter_is_named_with_what_would_do(name: str, value: object, s
         {},
         {"confidence": 0.5, "iou": 1, "max_people": 0},
         {"region": SQUARE, "annotate": True},
+        {"detail": "full", "grid": "4x3", "candidates": 0.1},
         {"region": [[0, 0], [1, 0], [1, 1], [0.5, 0.5], [0, 1]]},
     ],
 )
 def test_a_query_string_says_what_json_says(given: dict[str, object]) -> None:
     parameters = Parameters.parse(given)
     assert Parameters.parse(parameters.as_query()) == parameters
+    assert Parameters.parse(json.loads(json.dumps(parameters.as_json()))) == parameters
     defaults = Parameters()
     for name in Parameters.__dataclass_fields__:
         if name not in given:
@@ -232,5 +240,7 @@ def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> N
 
 def test_limits_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADCOUNT_MAX_INSTANCES", "3")
+    monkeypatch.setenv("HEADCOUNT_MAX_LOOKS", "7")
+    monkeypatch.setenv("HEADCOUNT_LOOK_SECONDS", "9")
     monkeypatch.setenv("HEADCOUNT_BUCKETS", "one, gs://two/,")
-    assert Limits.from_environment() == Limits(instances=3, buckets=frozenset({"one", "two"}))
+    assert Limits.from_environment() == Limits(instances=3, looks=7, look_seconds=9, buckets=frozenset({"one", "two"}))

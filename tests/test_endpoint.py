@@ -15,6 +15,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from helpers import encode
 from PIL import Image
 from pytest_httpserver import HTTPServer
 from typer.testing import CliRunner
@@ -108,11 +109,24 @@ def test_a_picture_over_the_limit_is_sent_smaller_and_says_so(stack: HTTPServer,
         assert drawn.size == (1200, 900), "the original, drawn on here"
 
 
+def test_a_picture_is_sent_with_the_pixels_that_will_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look sees no more than those of a smaller picture; closer looks see what fits into the request."""
+    large = encode(Image.effect_noise((3000, 20), 5), "PNG")
+    room = len(large)  # its base64 is larger
+    monkeypatch.setattr(endpoint, "LONGEST_SIDE", 2000)
+    for detail, size in (("fast", (2000, 13)), ("full", (3000, 20)), ("auto", (3000, 20))):
+        sent = endpoint.fit(large, room, endpoint.longest_side(detail))
+        assert sent.size == size
+        assert len(sent.data) * 4 / 3 <= room
+
+
 def test_parameters_reach_the_endpoint(stack: HTTPServer, pictures: Path) -> None:
     with Client(stack="dev") as client:
-        client.count(pictures / "small.jpg", confidence=0.5, max_people=3, region=[(0, 0), (1, 0), (1, 1)])
+        region = [(0, 0), (1, 0), (1, 1)]
+        client.count(pictures / "small.jpg", confidence=0.5, max_people=3, region=region, detail="full", grid="4x3")
     sent = json.loads(stack.log[0][0].data)["parameters"]
-    assert sent == {"confidence": 0.5, "max_people": 3, "region": [[0, 0], [1, 0], [1, 1]]}
+    assert sent.pop("region") == [[0, 0], [1, 0], [1, 1]]
+    assert sent == {"confidence": 0.5, "max_people": 3, "detail": "full", "grid": "4x3"}
 
 
 def test_what_is_wrong_with_the_stack_is_said_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,26 @@ import base64
 import contextlib
 import io
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
+import simplejpeg
 import torch
 import yolo_checkpoint
-from helpers import instance
+from helpers import encode, instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_closer_looks import SQUARES, field
 
-from serving.contract import COUNT_HEADER
+from serving import pictures
+from serving.contract import COUNT_HEADER, DETAILS, Limits
 from serving.handler import READERS, PeopleHandler
 from serving.pictures import PictureError
 from serving.run_folder import RunFolder
@@ -91,6 +96,7 @@ PARAMETERS = st.fixed_dictionaries(
     optional={
         "confidence": st.floats(0.01, 1), "iou": st.floats(0, 1), "max_people": st.integers(0, 5),
         "annotate": st.booleans(), "region": st.just([[0, 0], [1, 0], [1, 0.5], [0, 0.5]]),
+        "detail": st.sampled_from(DETAILS),
     },
 )  # fmt: skip
 BODIES = st.one_of(
@@ -117,7 +123,8 @@ def check_error(answer: Any, code: int) -> None:
 
 
 def check_prediction(answer: Any, model: dict[str, str], annotated: bool, most: int | None) -> int:
-    assert set(answer) == {"count", "people", "image", "model"} | ({"annotated"} if annotated else set())
+    assert set(answer) == {"count", "people", "image", "looks", "model"} | ({"annotated"} if annotated else set())
+    assert answer["looks"] == 1, "the picture has no more pixels than the network sees"
     assert answer["model"] == model
     assert answer["image"] == {"width": 640, "height": 640}
     assert len(answer["people"]) == min(answer["count"], answer["count"] if most is None else most)
@@ -312,3 +319,73 @@ def test_a_batch_answers_each_request_in_its_place(
     assert context.statuses == {1: 400}
     for one, other in zip(alone, together, strict=True):
         assert one.get("count") == other.get("count")
+
+
+def test_a_request_has_so_many_looks_for_all_its_pictures(
+    quick: PeopleHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sign of life is given for each of them, because health depends on it."""
+    monkeypatch.setattr(quick, "limits", Limits(looks=30))
+    alive: list[int] = []
+    monkeypatch.setattr(quick.run_folder, "sign_of_life", lambda: alive.append(1))
+    sent = [instance(encode(field()))] * 3
+    context = Context(Path())
+    first, second, third = predictions(quick, context, sent, detail="full")
+    assert first["count"] == second["count"] == SQUARES
+    assert first["looks"] == 13
+    assert third["error"]["message"].startswith(
+        "instances[2]: detail=full takes 12 closer looks at a picture of 1920×1440, and 6"
+    )
+    assert len(alive) > 24
+    assert context.headers["X-Headcount-Count"] == str(2 * SQUARES)
+    assert [answer["looks"] for answer in predictions(quick, context, sent, detail="fast")] == [1, 1, 1]
+    monkeypatch.setattr(quick, "limits", Limits(look_seconds=0))
+    fine, late = predictions(quick, context, [instance(yolo_checkpoint.squares(3)), sent[0]], detail="full")
+    assert fine["count"] == 3
+    assert "the time for them was over after 0" in late["error"]["message"]
+
+
+def test_a_picture_that_is_damaged_where_only_tiles_look_is_refused_in_its_place(
+    quick: PeopleHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpeg = simplejpeg.encode_jpeg(np.asarray(field()))
+
+    def broken(*_: object) -> pictures.Pixels:
+        raise PictureError("the picture is damaged")
+
+    monkeypatch.setattr(pictures, "upright", broken)
+    for batches in (False, True):
+        monkeypatch.setattr(quick.detector, "batches", batches)
+        good, bad = predictions(
+            quick, Context(Path()), [instance(yolo_checkpoint.squares(3)), instance(jpeg)], detail="full"
+        )
+        assert (good["count"], good["looks"]) == (3, 1)
+        assert bad["error"]["message"] == "instances[1]: the picture is damaged"
+
+
+def test_every_way_in_takes_detail_and_grid(quick: PeopleHandler) -> None:
+    picture = encode(field())
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="detail"\r\n\r\nfull\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="grid"\r\n\r\n2x1\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + picture + b"\r\n--x--\r\n"
+    )
+    wanted = {"detail": "full", "grid": "2x1"}
+    body = json.dumps({"instances": [instance(picture)], "parameters": wanted}).encode()
+    over_grpc = {"data": picture, **{name: text.encode() for name, text in wanted.items()}}
+
+    def spooled(content: bytes, kind: str, query: str) -> dict[str, bytes]:
+        name = uuid.uuid4().hex
+        (quick.run_folder.spool / name).write_bytes(content)
+        told = {"spooled": name, "size": len(content), "content_type": kind, "query": query, "accept": ""}
+        return {"body": json.dumps(told).encode()}
+
+    for row in (
+        over_grpc, {"data": body}, spooled(picture, "image/png", "detail=full&grid=2x1"),
+        spooled(form, "multipart/form-data; boundary=x", ""), spooled(body, "application/json", ""),
+    ):  # fmt: skip
+        answer = json.loads(quick.handle([row], Context(Path()))[0])
+        answer = answer["predictions"][0] if "predictions" in answer else answer
+        assert (answer["count"], answer["looks"], answer["grid"]) == (SQUARES, 13, [[15, 15]])
+    refused = json.loads(quick.handle([{"data": picture, "detail": b"close"}], Context(Path()))[0])
+    assert refused["error"]["message"] == "detail is 'close'; it must be fast, full or auto"

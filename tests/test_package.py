@@ -1,6 +1,8 @@
 """The package as it is built and installed elsewhere."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -44,9 +46,31 @@ def test_the_wheel_has_the_packages_their_data_and_their_licence(wheel: Path) ->
         "headcount", "infra", "laptop", "pulumi_vertex", "sandbox", "serving",
     }  # fmt: skip
     for needed in ("headcount/py.typed", "pulumi_vertex/py.typed", "pulumi_vertex/plugin/PulumiPlugin.yaml",
-                   "serving/config/log4j2.xml"):  # fmt: skip
+                   "serving/config/log4j2.xml", "serving/page.html"):  # fmt: skip
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_stage_that_compiles_the_network_has_the_modules_that_it_imports(tmp_path: Path) -> None:
+    """It has no others, so that a change of those leaves the compiled network in the builder's cache."""
+    copied = re.search(r"^COPY (serving/__init__\.py(?:[^\n]|\\\n)*?) /opt/headcount/serving/$",
+                       (ROOT / "Dockerfile").read_text(), re.MULTILINE)  # fmt: skip
+    assert copied
+    (tmp_path / "serving").mkdir()
+    for name in copied[1].replace("\\\n", " ").split():
+        shutil.copy(ROOT / name, tmp_path / "serving")
+    program = (
+        "import sys, serving.compile\n"
+        "for name, module in sys.modules.items():\n"
+        "    if name.startswith('serving'): print(module.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    imported = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert imported.returncode == 0, imported.stderr
+    # The checkout, which is installed here, has the others.
+    assert {Path(file).parent for file in imported.stdout.split()} == {tmp_path / "serving"}
 
 
 def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ MANAGEMENT = "org.pytorch.serve.grpc.management"
 def test_raw_picture(server: Server, bus: bytes) -> None:
     answer = post(server, bus, params={"max_people": 2})
     content = answer.json()
-    assert list(content) == ["count", "people", "image", "model"]
+    assert list(content) == ["count", "people", "image", "looks", "model"]
     assert content["count"] == 4, "max_people caps the list, never the count"
     assert content["image"] == {"width": 810, "height": 1080}
     assert list(content["model"]) == ["name", "version"]
