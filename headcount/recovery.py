@@ -130,12 +130,14 @@ def promote_pending(state: Mapping[str, Any], project: str, region: str) -> tupl
     """Returns the state with its pending creates promoted to resources, and their names."""
     promoted = json.loads(json.dumps(state))
     deployment, names = promoted["deployment"], []
+    known = {resource["urn"] for resource in deployment["resources"] if not resource.get("delete")}
     for operation in deployment.pop("pending_operations", None) or []:
         resource = operation["resource"]
         if operation["type"] != "creating":
             continue
         names.append(resource["urn"].rpartition("::")[2])
-        if pattern := _IDS.get(resource["type"]):
+        # Pulumi may have been killed after it had saved the resource and before it had removed the pending create.
+        if (pattern := _IDS.get(resource["type"])) and resource["urn"] not in known:
             id_ = pattern.format(**{"project": project, "region": region, **resource["inputs"]})
             # Without outputs the google provider reads the whole resource, as for an import.
             deployment["resources"].append({**resource, "id": id_, "outputs": {}})

@@ -41,6 +41,22 @@ def test_what_was_being_created_counts_as_created_until_a_refresh_has_looked() -
     assert all(one["outputs"] == {} for one in after["deployment"]["resources"])
 
 
+def test_a_pending_create_whose_resource_was_saved_already_is_no_second_resource() -> None:
+    endpoint = {
+        "urn": "urn:pulumi:dev::headcount::gcp:vertex/aiEndpoint:AiEndpoint::endpoint",
+        "type": "gcp:vertex/aiEndpoint:AiEndpoint",
+        "inputs": {"name": "7"},
+    }
+    saved = endpoint | {"id": "projects/my-project/locations/europe-west4/endpoints/7", "outputs": {"name": "7"}}
+    pending = [{"resource": endpoint, "type": "creating"}]
+    state = {"deployment": {"resources": [saved], "pending_operations": pending}}
+    after, names = recovery.promote_pending(state, "my-project", "europe-west4")
+    assert (after, names) == ({"deployment": {"resources": [saved]}}, ["endpoint"])
+    state["deployment"]["resources"] = [saved | {"delete": True}]
+    after, _ = recovery.promote_pending(state, "my-project", "europe-west4")
+    assert [one.get("delete", False) for one in after["deployment"]["resources"]] == [True, False]
+
+
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The path of a lock of stack dev, whose state is in files."""
