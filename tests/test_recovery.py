@@ -49,11 +49,11 @@ def test_a_pending_create_whose_resource_was_saved_already_is_no_second_resource
     }
     saved = endpoint | {"id": "projects/my-project/locations/europe-west4/endpoints/7", "outputs": {"name": "7"}}
     pending = [{"resource": endpoint, "type": "creating"}]
-    state = {"deployment": {"resources": [saved], "pending_operations": pending}}
-    after, names = recovery.promote_pending(state, "my-project", "europe-west4")
+    before: dict[str, Any] = {"deployment": {"resources": [saved], "pending_operations": pending}}
+    after, names = recovery.promote_pending(before, "my-project", "europe-west4")
     assert (after, names) == ({"deployment": {"resources": [saved]}}, ["endpoint"])
-    state["deployment"]["resources"] = [saved | {"delete": True}]
-    after, _ = recovery.promote_pending(state, "my-project", "europe-west4")
+    before["deployment"]["resources"] = [saved | {"delete": True}]
+    after, _ = recovery.promote_pending(before, "my-project", "europe-west4")
     assert [one.get("delete", False) for one in after["deployment"]["resources"]] == [True, False]
 
 
