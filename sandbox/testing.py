@@ -64,6 +64,10 @@ class RunningSandbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, and removes what this object has made."""
         self.stop()
         self._http.close()
         if self._temporary:

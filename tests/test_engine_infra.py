@@ -134,7 +134,7 @@ class Project:
         return str(json.loads(body)["id"])
 
     def close(self) -> None:
-        self.sandbox.stop()
+        self.sandbox.close()
         forget_images(f"127.0.0.1:{self.registry_port}")
 
 

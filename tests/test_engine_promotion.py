@@ -61,7 +61,7 @@ class Stack:
 def running(folder: Path, *options: str) -> Iterator[Project]:
     """A project with a sandbox of these options."""
     project = Project(folder)
-    project.sandbox.__exit__(None, None, None)  # the one of test_engine_infra, which was not started
+    project.sandbox.close()  # the one of test_engine_infra, which was not started
     port = str(project.registry_port)
     project.sandbox = RunningSandbox("--registry-port", port, *options, runner="docker", state=folder / "sandbox")
     try:
@@ -69,7 +69,6 @@ def running(folder: Path, *options: str) -> Iterator[Project]:
         yield project
     finally:
         project.close()
-        project.sandbox.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
