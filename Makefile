@@ -20,6 +20,11 @@ COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 
+# Most fast tests wait for other processes, so three run at a time. Tests of a file stay together: they share fixtures.
+FAST = $(BIN)/pytest -m "not slow" -n 3 --dist loadfile
+# Of the slow tests only the kills of the provider run beside others (tests/conftest.py), because they only wait.
+SLOW = $(BIN)/pytest -m slow -n 2 --dist loadgroup
+
 .PHONY: help serve test check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
@@ -29,10 +34,11 @@ serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PO
 	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --compiled $(COMPILED) --port $(PORT) --grpc 127.0.0.1:$(GRPC) --sample "$(SAMPLE)"
 
 test: lint samples ## lint, types and every test (PYTEST=options)
-	$(BIN)/pytest $(PYTEST)
+	$(FAST) $(PYTEST) || test $$? = 5 # PYTEST names none of them
+	$(SLOW) $(PYTEST) || test $$? = 5
 
 check: lint samples ## lint, types and the fast tests
-	$(BIN)/pytest -m "not slow" $(PYTEST)
+	$(FAST) $(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -44,7 +50,7 @@ samples: .venv/.dev $(CHECKPOINT) # without them the tests say which ones did no
 install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; then: source .venv/bin/activate
 
 coverage: lint samples ## the fast tests, and the lines that they do not reach
-	$(BIN)/pytest -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
+	$(FAST) --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
 	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py $(PYTEST)

@@ -36,7 +36,8 @@ _DROPPED = ("HEADCOUNT_", "AIP_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCP_", "PU
 for _name in list(os.environ):
     if _name.upper().startswith(_DROPPED) and _name not in _KEPT:
         del os.environ[_name]
-RUN = uuid.uuid4().hex[:12]
+# One for a run, whatever processes it takes (pytest-xdist).
+RUN = os.environ["HEADCOUNT_TEST_RUN"] if "PYTEST_XDIST_WORKER" in os.environ else uuid.uuid4().hex[:12]
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # two threads of arithmetic that wait for each other on a busy machine are slower by far
     "HEADCOUNT_ACCELERATOR": "cpu",  # the expectations are a CPU's, also on a machine with a GPU
@@ -49,6 +50,13 @@ hypothesis.settings.load_profile("tests")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*parts): parts of the machine, by their names in tests/machine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets the slow tests run one after the other, beside those that only wait."""
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.name != "test_vertex_kills.py":
+            item.add_marker(pytest.mark.xdist_group("one at a time"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -72,6 +80,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails the run if a process that a test started is still there."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     left = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):

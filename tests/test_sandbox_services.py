@@ -399,7 +399,9 @@ def test_who_may_predict_is_granted_on_an_endpoint_alone(
         wanted = {"policy": {"bindings": [{"role": role, "members": [member]}]}}
         with pytest.raises(HttpError, match="is not found"):
             endpoints.getIamPolicy(resource=f"{parent}/endpoints/people").execute()
-        endpoints.create(parent=parent, endpointId="people", body={"displayName": "people"}).execute()
+        stub_sandbox.done(
+            endpoints.create(parent=parent, endpointId="people", body={"displayName": "people"}).execute()
+        )
         with pytest.raises(HttpError, match="does not exist in the resource's hierarchy"):
             endpoints.setIamPolicy(resource=f"{parent}/endpoints/people", body=wanted).execute()
         roles.create(parent=f"projects/{project}", body={"roleId": "predictor", "role": PREDICTOR}).execute()

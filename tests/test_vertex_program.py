@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class RecordingMocks(pulumi.runtime.Mocks):
 def mocks() -> Iterator[RecordingMocks]:
     """Mocks of Pulumi's engine, which are gone after the test, as is the configuration."""
     mocks = RecordingMocks()
+    asyncio.set_event_loop(asyncio.new_event_loop())
     pulumi.runtime.set_mocks(mocks, project="digits", stack="dev")
     yield mocks
     pulumi.runtime.set_all_config({})

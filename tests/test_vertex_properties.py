@@ -36,6 +36,10 @@ GIVEN: dict[str, st.SearchStrategy[Any]] = {
     "versionDescription": st.text(min_size=1, max_size=20),
     "artifactUri": st.just("gs://bucket/folder"),
     "serviceAccount": st.just("a@b.iam.gserviceaccount.com"),
+    # In the region of the model.
+    "encryptionKey": st.from_regex(
+        r"a-project/locations/europe-west4/keyRings/[\w-]{1,9}/cryptoKeys/[\w-]{1,9}", fullmatch=True
+    ).map("projects/{}".format),
     "aliases": st.lists(st.sampled_from(["live", "blue", "next-one"]), unique=True),
 }
 

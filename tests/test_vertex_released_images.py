@@ -239,6 +239,7 @@ def test_an_expired_token_is_said_to_be_one(repositories: Repositories) -> None:
         Stack(URN).up(late, released(target, digest))
 
 
+@real
 def test_a_preview_knows_the_image_before_it_is_there(plugin: Plugin) -> None:
     target = Remote("europe-west4-docker.pkg.dev/prod/images/people")
     image = Stack(URN)
@@ -249,6 +250,7 @@ def test_a_preview_knows_the_image_before_it_is_there(plugin: Plugin) -> None:
     assert unknown["image"] == UNKNOWN
 
 
+@real
 def test_wrong_inputs_are_said_at_a_preview(plugin: Plugin) -> None:
     target = Remote("europe-west4-docker.pkg.dev/prod/images/people")
     wrong = released(Remote(f"{target.path}:1"), "latest", Remote("https://x/y"), tag="-x")
@@ -376,6 +378,7 @@ def test_another_manifest_than_the_one_that_was_asked_for_is_refused(liar: Liar)
         client().manifest(call(), liar.repository, NOWHERE)
 
 
+@real
 def test_a_source_that_may_not_be_read_is_said_with_the_role(liar: Liar, plugin: Plugin) -> None:
     liar.statuses = {"manifests": [404, 403]}
     here, there = liar.remote, Remote(liar.remote.path + "-source")
