@@ -29,6 +29,8 @@ from headcount.data import fetch, find_weights
 from sandbox.artifact_registry.registry import Registry
 from sandbox.testing import RunningSandbox
 
+# One for a run, whatever processes it takes (pytest-xdist).
+RUN = os.environ["HEADCOUNT_TEST_RUN"] if "PYTEST_XDIST_WORKER" in os.environ else uuid.uuid4().hex[:12]
 # The user's environment changes no result. HEADCOUNT_HOME and HEADCOUNT_MIRROR only say where files are.
 _KEPT = {"HEADCOUNT_REQUIRE", "HEADCOUNT_HOME", "HEADCOUNT_MIRROR"}
 _DROPPED = ("HEADCOUNT_", "AIP_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCP_", "PULUMI_", "STORAGE_EMULATOR_HOST",
@@ -36,8 +38,6 @@ _DROPPED = ("HEADCOUNT_", "AIP_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCP_", "PU
 for _name in list(os.environ):
     if _name.upper().startswith(_DROPPED) and _name not in _KEPT:
         del os.environ[_name]
-# One for a run, whatever processes it takes (pytest-xdist).
-RUN = os.environ["HEADCOUNT_TEST_RUN"] if "PYTEST_XDIST_WORKER" in os.environ else uuid.uuid4().hex[:12]
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # two threads of arithmetic that wait for each other on a busy machine are slower by far
     "HEADCOUNT_ACCELERATOR": "cpu",  # the expectations are a CPU's, also on a machine with a GPU
