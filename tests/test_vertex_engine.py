@@ -346,7 +346,8 @@ def test_the_engine_accepts_the_schema(project: Project) -> None:
     said = project.pulumi("package", "get-schema", str(program))
     text = said[said.index("{") :]
     schema = json.loads(text)
-    assert set(schema["resources"]) == {"vertex:index:ModelVersion", "vertex:index:Rollout"}
+    resources = {f"vertex:index:{name}" for name in ("ModelVersion", "ReleasedImage", "Rollout")}
+    assert set(schema["resources"]) == resources
     inputs = schema["resources"]["vertex:index:Rollout"]["inputProperties"]
     assert inputs["models"]["additionalProperties"]["$ref"] == "#/types/vertex:index:Deployed"
     (project.folder / "schema.json").write_text(text)
