@@ -83,10 +83,11 @@ def installed() -> bool:
 
 def pulumi(stack: str, *arguments: str) -> str:
     """Returns the output of a Pulumi command on a stack. Raises StackError with Pulumi's message."""
+    command = _command()
     from pulumi.automation.errors import CommandError, StackNotFoundError
 
     try:
-        done = _command().run([*arguments, "--stack", stack], str(project_folder()), environment(stack))
+        done = command.run([*arguments, "--stack", stack], str(project_folder()), environment(stack))
     except StackNotFoundError:
         raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the existing stacks.") from None
     except CommandError as error:

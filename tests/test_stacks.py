@@ -84,6 +84,13 @@ def test_without_pulumi_it_says_how_to_install_it(project: Path, monkeypatch: py
     assert not stacks.installed()
 
 
+def test_after_make_serve_a_stack_needs_make_install(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("pulumi", "pulumi.automation", "pulumi.automation.errors"):
+        monkeypatch.setitem(sys.modules, module, None)  # `make serve` does not install it
+    with pytest.raises(StackError, match="run `make install` and repeat"):
+        stacks.outputs("dev")
+
+
 @pytest.mark.parametrize(("ends", "raised"), [(1, True), (0, False)])
 def test_ctrl_c_reaches_pulumi_and_is_known_when_it_stopped_something(
     ends: int, raised: bool, project: Path, monkeypatch: pytest.MonkeyPatch
