@@ -17,6 +17,7 @@ from pulumi_vertex.errors import PassingError, ProblemError, RefusedError, Stopp
 from pulumi_vertex.retries import converge
 from pulumi_vertex.rollout import runner
 from pulumi_vertex.rollout.endpoint import Ours, is_available
+from pulumi_vertex.rollout.plan import deployed_id
 from pulumi_vertex.rollout.runner import Runner
 from pulumi_vertex.vertex_api import VertexApi, explained
 from pulumi_vertex.wire import Wire
@@ -186,6 +187,10 @@ class Scripted(VertexApi):
         super().__init__(Access("p", "europe-west4"))
         self.endpoints, self.refusals = list(endpoints), list(refusals)
         self.sent: list[Wire] = []
+        self.operations: list[Wire] = []
+
+    def listed(self, call: EngineCall, path: str, field_name: str) -> list[Wire]:
+        return self.operations
 
     def find(self, call: EngineCall, path: str, *, version: str = "v1") -> Wire | None:
         return self.endpoints.pop(0) if len(self.endpoints) > 1 else self.endpoints[0]
@@ -221,7 +226,7 @@ def sent(*refusals: RefusedError, empty: bool) -> list[tuple[bool, bool]]:
     """Whether each request had an id of our choice, and traffic."""
     api = Scripted({}, refusals=refusals)
     one = run(api)
-    one._start_deployment(one.wanted["main"], empty=empty)
+    one._start_deployment(one.wanted["main"], () if empty else {"another"})
     return [("id" in body["deployedModel"], "trafficSplit" in body) for body in api.sent]
 
 
@@ -234,3 +239,17 @@ def test_what_a_deployment_asks_for_depends_on_what_was_refused() -> None:
     # Where others serve, all the traffic is never asked for.
     with pytest.raises(RefusedError, match="traffic_split"):
         sent(NO_SPLIT, NO_SPLIT, empty=False)
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["runs", "is done"])
+def test_what_another_run_deploys_is_not_deployed_twice(finished: bool) -> None:
+    api = Scripted({}, refusals=(TAKEN,))
+    one = run(api)
+    if finished:
+        api.endpoints = [{"deployedModels": [{**deployed(), "id": deployed_id(ENDPOINT, one.wanted["main"].spec)}]}]
+    else:
+        kind = f"type.googleapis.com/google.cloud.aiplatform.v1.{runner.DEPLOYMENT}"
+        api.operations = [{"name": "1", "metadata": {"@type": kind}}]
+    with pytest.raises(PassingError, match="Another run"):
+        one._start_deployment(one.wanted["main"], {"another"})
+    assert len(api.sent) == 1

@@ -172,6 +172,18 @@ def test_a_deployment_that_still_runs_is_waited_for_and_not_run_into(world: Worl
     assert list(world.deployed.values()) == [(world.named(2), 100)]
 
 
+@pytest.mark.parametrize("method", ["undeployModel", "mutateDeployedModel"])
+def test_what_another_run_undeployed_first_is_looked_at_again(world: World, method: str) -> None:
+    old, new = world.two()
+    served = world.served(old)
+    served.up(world.plugin, world.releases(main=release(old.id, 50), next=release(new.id, 50)))
+    message = 'DeployedModel with ID "7" is not found on Endpoint e.'
+    world.sandbox.fault(f"endpoints.{method}", "refuse", status="NOT_FOUND", message=message)
+    served.up(world.plugin, world.releases(main=release(new.id, minReplicas=2)))
+    assert list(world.deployed.values()) == [(world.named(2), 100)]
+    assert not world.sandbox.unused_faults()
+
+
 # --- unknown behaviour of Vertex AI, both ways --------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ timeout because finding a machine comes on top, and the first model on an endpoi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -100,7 +100,7 @@ class Runner:
         if self.step is None:
             return True
         self.call.say(str(self.step))
-        self.do(self.step, empty=not observed)
+        self.do(self.step, {d.id for d in observed})
         return False
 
     def _take_over(self, call: EngineCall) -> None:
@@ -164,13 +164,17 @@ class Runner:
 
     # -- steps
 
-    def do(self, step: Step, *, empty: bool = False) -> None:
-        """Carries out one step and waits until it is done. `empty` says that nothing is on the endpoint yet."""
+    def do(self, step: Step, there: Collection[str] = ()) -> None:
+        """Carries out one step and waits until it is done. `there` has the ids of the models that were deployed.
+
+        Raises PassingError where another run of the same program did the step first, so that the caller looks again.
+        """
         match step:
             case Deploy(wanted):
-                self._deploy(wanted, empty=empty)
+                self._deploy(wanted, there)
             case Resize():
-                self._resize(step)
+                with _gone_meanwhile(step):
+                    self._resize(step)
             case MoveTraffic():
                 split = {str(share.id): share.traffic or 0 for share in step.new}
                 self.api.change("PATCH", self.endpoint, {"trafficSplit": split}, updateMask="trafficSplit")
@@ -181,10 +185,10 @@ class Runner:
             case Undeploy():
                 self._undeploy(self.call, step)
 
-    def _deploy(self, wanted: Wanted, *, empty: bool) -> None:
+    def _deploy(self, wanted: Wanted, there: Collection[str]) -> None:
         model = str(wanted.spec.model)
         seconds = self._deployment_seconds(model)
-        operation = self._start_deployment(wanted, empty=empty)
+        operation = self._start_deployment(wanted, there)
         self.deploying = True
         try:
             what = f"deploying {model} on {wanted.spec.machine_type}"
@@ -210,7 +214,7 @@ class Runner:
         own = version.get("containerSpec", {}).get("deploymentTimeout", f"{DEPLOYMENT_SECONDS}s")
         return float(own.removesuffix("s")) + MACHINE_SECONDS
 
-    def _start_deployment(self, wanted: Wanted, *, empty: bool) -> str:
+    def _start_deployment(self, wanted: Wanted, there: Collection[str]) -> str:
         """Starts a deployment and returns its operation.
 
         Tries ids of our choice, by which a request that is repeated finds its own work, and leaves the choice to Vertex
@@ -231,13 +235,22 @@ class Runner:
             except RefusedError as error:
                 own_id, split = "id" in body["deployedModel"], "trafficSplit" in body
                 if error.status == "ALREADY_EXISTS" and own_id:
+                    self._refuse_duplicate(wanted, body["deployedModel"]["id"], there)
                     attempt += 1
-                elif error.status == "INVALID_ARGUMENT" and empty and not split and "traffic" in str(error).lower():
+                elif error.status == "INVALID_ARGUMENT" and not there and not split and "traffic" in str(error).lower():
                     body["trafficSplit"] = {"0": 100}
                 elif error.status == "INVALID_ARGUMENT" and own_id:
                     attempt = ID_ATTEMPTS
                 else:
                     raise
+
+    def _refuse_duplicate(self, wanted: Wanted, id_: str, there: Collection[str]) -> None:
+        """Raises PassingError where another run of the same program has deployed the same, or does so now."""
+        if id_ in there:
+            return
+        running = operations.running(self.call, self.api, self.endpoint)
+        if any(operations.kind(o) == DEPLOYMENT for o in running) or any(d["id"] == id_ for d in self._deployed()):
+            raise PassingError(f"Another run deploys {wanted.spec.model} on this endpoint.")
 
     def _deployed(self) -> list[Wire]:
         return deployed_models(self._existing(self.call))
@@ -281,8 +294,9 @@ class Runner:
         operations.wait(self.call.limited(CHANGE_SECONDS), self.api, str(operation["name"]), str(step))
 
     def _undeploy(self, call: EngineCall, step: Undeploy) -> None:
-        operation = self.api.change("POST", f"{self.endpoint}:undeployModel", {"deployedModelId": step.id})
-        operations.wait(call.limited(CHANGE_SECONDS), self.api, str(operation["name"]), str(step))
+        with _gone_meanwhile(step):
+            operation = self.api.change("POST", f"{self.endpoint}:undeployModel", {"deployedModelId": step.id})
+            operations.wait(call.limited(CHANGE_SECONDS), self.api, str(operation["name"]), str(step))
 
     # -- failure
 
@@ -350,6 +364,17 @@ class Runner:
 
         converge(call, step)
         return bool(undone)
+
+
+@contextlib.contextmanager
+def _gone_meanwhile(step: Step) -> Iterator[None]:
+    """Raises PassingError where the deployed model of a step is not found, because another run undeployed it first."""
+    try:
+        yield
+    except RefusedError as error:
+        if error.status != "NOT_FOUND":
+            raise
+        raise PassingError(str(error)) from None
 
 
 def planned(wanted: dict[str, Wanted], observed: list[Observed], endpoint: str, drain_seconds: int = 0) -> list[Step]:
