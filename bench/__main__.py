@@ -24,11 +24,11 @@ import cv2
 import numpy as np
 import torch
 
-from bench.load import OPEN_SHARE, RequestError, closed_loop, open_loop
+from bench.load import OPEN_SHARE, BenchError, closed_loop, open_loop
 from bench.pipelines import CORES, PIPELINES, Pipeline
 from bench.price import cost_lines
 from bench.report import Ratio, Turns, absolute, compare, table
-from bench.served import Flask, Headcount, Server, flask_python
+from bench.served import FlaskServer, HeadcountServer, ServerProcess, flask_python
 from headcount.data import fetch, labelled_people
 from infra.settings import Settings
 from serving.torchserve import ALLOCATOR
@@ -48,7 +48,7 @@ def main() -> None:
     multiprocessing.set_start_method("spawn")
     try:
         lines, kept = _bench(arguments)
-    except RequestError as error:
+    except BenchError as error:
         sys.exit(f"bench: {error}")
     (RESULTS / "bench.txt").write_text("\n".join(lines) + "\n")
     (RESULTS / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
@@ -82,14 +82,14 @@ def _bench(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     bus = fetch("bus.jpg").read_bytes()
     pictures = {"bus.jpg": bus, "12 megapixels": twelve_megapixels(bus)}
     with contextlib.ExitStack() as at_end:
-        servers: list[Server] = []
+        servers: list[ServerProcess] = []
         if arguments.flask:
             python = arguments.flask_python or flask_python(arguments.flask)
             scratch = Path(at_end.enter_context(tempfile.TemporaryDirectory()))
-            servers.append(Flask(arguments.flask, python, arguments.checkpoint, scratch))
+            servers.append(FlaskServer(arguments.flask, python, arguments.checkpoint, scratch))
             at_end.callback(servers[-1].close)
         os.environ["OMP_NUM_THREADS"] = "1"  # Flask chooses its threads itself, and is slower with one
-        servers.append(Headcount(arguments.archive, RESULTS / "server.log"))
+        servers.append(HeadcountServer(arguments.archive, RESULTS / "server.log"))
         at_end.callback(servers[-1].close)
         pipelines = {}
         for name in PIPELINES:
@@ -118,16 +118,20 @@ def _bench(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
 
 
 def counted(pipelines: dict[str, Pipeline], title: str, picture: bytes) -> int:
-    """The people in a picture. Raises RequestError where the pipelines disagree, because they then do unequal work."""
+    """The people in a picture. Raises BenchError where the pipelines disagree, because they then do unequal work."""
     counts = {name: pipeline.counts([picture])[0] for name, pipeline in pipelines.items()}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise RequestError(f"the pipelines count different numbers of people in {title}: {said}")
+        raise BenchError(f"the pipelines count different numbers of people in {title}: {said}")
     return counts["plain"]
 
 
 def rounds(
-    pipelines: dict[str, Pipeline], servers: list[Server], picture: bytes, expected: int, arguments: argparse.Namespace
+    pipelines: dict[str, Pipeline],
+    servers: list[ServerProcess],
+    picture: bytes,
+    expected: int,
+    arguments: argparse.Namespace,
 ) -> Turns:
     """Let all competitors take turns with one picture. Each round begins with another one."""
     turns = Turns()
@@ -140,7 +144,7 @@ def rounds(
         turns.rates.setdefault(name, []).append(rate)
         turns.stages.setdefault(name, []).append(spent)
 
-    def ask(server: Server, seed: int) -> None:
+    def ask(server: ServerProcess, seed: int) -> None:
         question, before = questions[server.name], server.cpu()
         closed = closed_loop(question, arguments.seconds)
         spent = {role: (after - before[role]) / len(closed.latencies) * 1e3 for role, after in server.cpu().items()}
@@ -160,7 +164,7 @@ def rounds(
 
 def memory(arguments: argparse.Namespace, picture: bytes, expected: int) -> tuple[float, float]:
     """Resident megabytes of a fresh server after EARLY requests, and after all."""
-    with contextlib.closing(Headcount(arguments.archive, RESULTS / "server.log")) as server:
+    with contextlib.closing(HeadcountServer(arguments.archive, RESULTS / "server.log")) as server:
         question = server.question(picture, expected)
         closed_loop(question, requests=EARLY)
         early = server.memory()

@@ -23,7 +23,7 @@ ANSWER_SECONDS = 60
 IDLE_SECONDS = 1  # a server may close a connection that was idle for longer
 
 
-class RequestError(Exception):
+class BenchError(Exception):
     """An answer was wrong or missing, so that no figure of this run is worth anything."""
 
 
@@ -43,25 +43,25 @@ class Question:
     count: Callable[[bytes], int]
 
     def ask(self, connection: http.client.HTTPConnection) -> None:
-        """Ask once. Raises RequestError unless the answer is 200 with the expected count."""
+        """Ask once. Raises BenchError unless the answer is 200 with the expected count."""
         try:
             connection.request("POST", self.path, self.body, {"Content-Type": self.content_type})
             answer = connection.getresponse()
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise RequestError(f"{self.server} did not answer a request: {error!r}") from None
+            raise BenchError(f"{self.server} did not answer a request: {error!r}") from None
         if answer.status != 200:
-            raise RequestError(f"{self.server} answered a request with {answer.status}: {content[:300]!r}")
+            raise BenchError(f"{self.server} answered a request with {answer.status}: {content[:300]!r}")
         try:
             counted = self.count(content)
         except (ValueError, KeyError, TypeError):
-            raise RequestError(f"{self.server} answered a request without a count: {content[:300]!r}") from None
+            raise BenchError(f"{self.server} answered a request without a count: {content[:300]!r}") from None
         if counted != self.expected:
-            raise RequestError(f"{self.server} counted {counted} people where there are {self.expected}")
+            raise BenchError(f"{self.server} counted {counted} people where there are {self.expected}")
 
 
 @dataclass
-class Load:
+class LoadResult:
     """What a loop measured, in seconds: each latency, the time by the clock, and the CPU time of the clients."""
 
     latencies: list[float] = field(default_factory=list)
@@ -74,8 +74,8 @@ class Load:
         return len(self.latencies) / self.seconds
 
 
-def closed_loop(question: Question, seconds: float = 0, requests: int = 0, clients: int = CLIENTS) -> Load:
-    """Ask for so many seconds or so often. Raises RequestError."""
+def closed_loop(question: Question, seconds: float = 0, requests: int = 0, clients: int = CLIENTS) -> LoadResult:
+    """Ask for so many seconds or so often. Raises BenchError."""
     end = time.perf_counter() + seconds if seconds else float("inf")
     left = iter(range(requests)) if requests else iter(int, 1)  # the second one never ends
 
@@ -86,8 +86,8 @@ def closed_loop(question: Question, seconds: float = 0, requests: int = 0, clien
     return _run(question, due, clients)
 
 
-def open_loop(question: Question, rate: float, seconds: float, seed: int) -> Load:
-    """Ask at the times of a Poisson process of that rate (a second). Raises RequestError."""
+def open_loop(question: Question, rate: float, seconds: float, seed: int) -> LoadResult:
+    """Ask at the times of a Poisson process of that rate (a second). Raises BenchError."""
     began, times = time.perf_counter(), iter(arrivals(rate, seconds, seed))
 
     def due() -> float | None:
@@ -104,9 +104,9 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times[times < seconds].tolist() or [0.0]
 
 
-def _run(question: Question, due: Callable[[], float | None], clients: int) -> Load:
+def _run(question: Question, due: Callable[[], float | None], clients: int) -> LoadResult:
     """Ask at each time that due() returns, until it returns None."""
-    load, failed = Load(), threading.Event()
+    load, failed = LoadResult(), threading.Event()
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", question.port, timeout=ANSWER_SECONDS)
@@ -120,7 +120,7 @@ def _run(question: Question, due: Callable[[], float | None], clients: int) -> L
                 question.ask(connection)
                 last = time.perf_counter()
                 load.latencies.append(last - at)
-        except RequestError:
+        except BenchError:
             failed.set()
             raise
         finally:
@@ -131,5 +131,5 @@ def _run(question: Question, due: Callable[[], float | None], clients: int) -> L
         running = [pool.submit(client) for _ in range(clients)]
     load.seconds, load.own_cpu = time.perf_counter() - began, time.process_time() - own
     for one in running:
-        one.result()  # raises RequestError
+        one.result()  # raises BenchError
     return load

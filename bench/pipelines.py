@@ -67,7 +67,7 @@ class Plain:
         return torch.cat((centre - size / 2, size, y[..., 4:]), -1).view(1, 3 * h * w, -1)
 
 
-class Headcount:
+class HeadcountPipeline:
     """What the image runs."""
 
     def __init__(self, checkpoint: Path, compiled: Path | None) -> None:
@@ -96,8 +96,8 @@ class _Clock:
 
 PIPELINES: dict[str, Callable[[Path, Path | None], Callable[[bytes], tuple[int, Stages]]]] = {
     "plain": lambda checkpoint, _: Plain(checkpoint),
-    "eager": lambda checkpoint, _: Headcount(checkpoint, None),
-    "headcount": Headcount,
+    "eager": lambda checkpoint, _: HeadcountPipeline(checkpoint, None),
+    "headcount": HeadcountPipeline,
 }
 
 

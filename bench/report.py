@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from bench.load import CLIENTS, OPEN_SHARE, Load
+from bench.load import CLIENTS, OPEN_SHARE, LoadResult
 from bench.pipelines import CORES, CPU, Stages, median_stages
 
 
@@ -19,8 +19,8 @@ class Turns:
 
     rates: dict[str, list[float]] = field(default_factory=dict)  # pictures a second by the clock
     stages: dict[str, list[Stages]] = field(default_factory=dict)  # of pipelines
-    closed: dict[str, list[Load]] = field(default_factory=dict)  # of servers
-    opened: dict[str, list[Load]] = field(default_factory=dict)
+    closed: dict[str, list[LoadResult]] = field(default_factory=dict)  # of servers
+    opened: dict[str, list[LoadResult]] = field(default_factory=dict)
     cpu: dict[str, list[Stages]] = field(default_factory=dict)  # of servers: milliseconds a request by role
 
     def latency(self, loop: str, server: str, percent: float) -> float:

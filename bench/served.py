@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.load import Question, RequestError
+from bench.load import BenchError, Question
 from bench.pipelines import CORES
 from serving.contract import PREDICT_ROUTE
 from serving.torchserve import free_ports
@@ -21,8 +22,8 @@ from serving.torchserve import free_ports
 START_SECONDS = 120
 
 
-class Server:
-    """A server on a port of loopback. Raises RequestError if it does not start."""
+class ServerProcess(ABC):
+    """A server on a port of loopback. Raises BenchError if it does not start."""
 
     name: str
     ready: tuple[int, str]  # the status and path of the answer that says that it serves
@@ -36,7 +37,7 @@ class Server:
         while not self._answers():
             if self.process.poll() is not None or time.perf_counter() > began + START_SECONDS:
                 self.close()
-                raise RequestError(f"{self.name} did not start; {log} says why")
+                raise BenchError(f"{self.name} did not start; {log} says why")
             time.sleep(0.05)
         self.started_after = time.perf_counter() - began
 
@@ -48,9 +49,9 @@ class Server:
             return connection.getresponse().status == status
         return False
 
+    @abstractmethod
     def question(self, picture: bytes, expected: int) -> Question:
         """The request that counts people in a JPEG."""
-        raise NotImplementedError
 
     def tree(self) -> dict[str, list[int]]:
         """Process ids by role."""
@@ -74,7 +75,7 @@ class Server:
             self.process.wait()
 
 
-class Headcount(Server):
+class HeadcountServer(ServerProcess):
     """The server as `make serve` starts it, with a worker for each core of the comparison."""
 
     name, ready = "server", (200, "/ping")
@@ -98,7 +99,7 @@ class Headcount(Server):
         return {"front": [self.process.pid], "java": java, "workers": [pid for one in java for pid in children(one)]}
 
 
-class Flask(Server):
+class FlaskServer(ServerProcess):
     """The Flask REST server of a YOLOv5 checkout, see flask_peer.py. python: an interpreter with its packages."""
 
     name, ready = "flask", (404, "/")
@@ -122,16 +123,16 @@ class Flask(Server):
 
 
 def flask_python(checkout: Path) -> Path:
-    """The interpreter of a checkout's virtual environment. Raises RequestError."""
+    """The interpreter of a checkout's virtual environment. Raises BenchError."""
     if not (checkout / "utils" / "flask_rest_api" / "restapi.py").exists():
-        raise RequestError(
+        raise BenchError(
             f"{checkout} is no checkout of YOLOv5, because it has no utils/flask_rest_api/restapi.py; make one with "
             f"git clone https://github.com/ultralytics/yolov5 {checkout}"
         )
     for name in (".venv", "venv"):
         if (python := checkout / name / "bin" / "python").exists():
             return python.absolute()
-    raise RequestError(
+    raise BenchError(
         f"{checkout} has no virtual environment; make one with python3 -m venv {checkout}/.venv && "
         f"{checkout}/.venv/bin/pip install -r {checkout}/requirements.txt flask, or name one with --flask-python"
     )

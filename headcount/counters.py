@@ -1,6 +1,5 @@
-"""Three ways to count the people in one picture: in this process, over REST, over gRPC. vertex.py has the fourth.
+"""Counters of the people in one picture: in this process, over REST and over gRPC. endpoint.py has Vertex AI's.
 
-Each is a `Counter`; another way (another authentication, another envelope) is another class.
 torch, httpx and grpc are imported where they are used: a client of a server needs no torch.
 """
 
@@ -17,15 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from serving.contract import Limits, Parameters
+from serving.contract import PREDICT_ROUTE, Limits, Parameters, Person
 
 if TYPE_CHECKING:
     import grpc
     import httpx
 
-ROUTE = "/predictions/people"
 TIMEOUT = 60.0  # seconds for one answer; Vertex AI's shared endpoints give no more
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try, unless the server names a longer one
 # What Vertex AI answers, with 429, for a model that is scaled to zero; finding a machine takes minutes.
@@ -39,16 +37,6 @@ log = logging.getLogger("headcount")
 
 class CountError(Exception):
     """A picture that was not counted; the message says why and what would do."""
-
-
-class Person(NamedTuple):
-    """box: left, top, right, bottom in pixels of the upright picture. confidence: 0…1."""
-
-    box: tuple[float, float, float, float]
-    confidence: float
-
-    def as_json(self) -> dict[str, Any]:
-        return {"box": list(self.box), "confidence": self.confidence}
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ class InProcess:
     def count(self, data: bytes, parameters: Parameters) -> Answer:
         from serving.looks import Budget
         from serving.pictures import PictureError
-        from serving.work import annotate_count
+        from serving.request_state import annotate_count
 
         try:
             picture = self._detector.prepare(data, self._limits, parameters)
@@ -185,7 +173,7 @@ class Rest:
         if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"{url!r} is not a server's URL; give one such as http://localhost:8080")
         path = address.path.rstrip("/")
-        self._url = address.copy_with(path=path if path.endswith(ROUTE) else path + ROUTE)
+        self._url = address.copy_with(path=path if path.endswith(PREDICT_ROUTE) else path + PREDICT_ROUTE)
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
         self._patience = Patience()
 

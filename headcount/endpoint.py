@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from headcount.counters import TIMEOUT, Answer, CountError, Patience, Person, post
+from headcount.counters import TIMEOUT, Answer, CountError, Patience, post
 from headcount.stacks import StackError, outputs
-from serving.contract import Parameters
+from serving.contract import Parameters, Person
 from serving.pictures import PictureError, annotate, upright
 
 SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"

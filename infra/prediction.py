@@ -1,6 +1,6 @@
 """Model versions, the endpoint they are deployed on, and how the traffic is shared."""
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import pulumi
 import pulumi_gcp as gcp
@@ -134,13 +134,13 @@ class Prediction(pulumi.ComponentResource):
 
     def _deployed(self, name: str, release: Release) -> vertex.Deployed:
         settings = self._settings
-        least, most = replicas(settings, release)
+        count = replicas(settings, release)
         deployed = vertex.Deployed(
             model=self.versions[name].id,
             traffic=release.traffic,
             machine_type=settings.machine_type,
-            min_replicas=least,
-            max_replicas=most,
+            min_replicas=count.least,
+            max_replicas=count.most,
             service_account=self._foundation.service_account.email,
         )
         if settings.autoscaling:
@@ -195,8 +195,7 @@ class Prediction(pulumi.ComponentResource):
         settings = self._settings
         running = {} if settings.paused else settings.releases
         parts = [
-            f"{least if least == most else f'{least} to {most}'} × {settings.machine_type} for {name}"
-            for name, (least, most) in ((n, replicas(settings, r)) for n, r in running.items())
+            f"{replicas(settings, release)} × {settings.machine_type} for {name}" for name, release in running.items()
         ]
         return f"Machines: {', '.join(parts)}." if parts else "Machines: none, so that nothing is paid for them."
 
@@ -225,8 +224,18 @@ class Prediction(pulumi.ComponentResource):
         return lines
 
 
-def replicas(settings: Settings, release: Release) -> tuple[int, int]:
-    """The least and the most replicas of a release: its own, else the stack's."""
+class Replicas(NamedTuple):
+    """How many replicas of a release run."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
+
+
+def replicas(settings: Settings, release: Release) -> Replicas:
+    """The replicas of a release: its own, else the stack's."""
     least = settings.min_replicas if release.min_replicas is None else release.min_replicas
     most = settings.max_replicas if release.max_replicas is None else release.max_replicas
-    return least, max(least, most, 1)
+    return Replicas(least, max(least, most, 1))

@@ -9,6 +9,9 @@ from sandbox.store import JSON
 
 # ------------------------------------------------------------------------------------ fields of resources
 
+# A key of Cloud KMS; the group is its location.
+KMS_KEY = re.compile(r"projects/[^/]+/locations/([^/]+)/keyRings/[^/]+/cryptoKeys/[^/]+")
+
 # https://cloud.google.com/resource-manager/docs/labels-overview#requirements
 _LABEL_KEY = re.compile(r"[^\W\dA-Z_-][\w-]{0,62}")
 _LABEL_VALUE = re.compile(r"[\w-]{0,63}")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sandbox.clock import now
 from sandbox.context import Call, Cloud
-from sandbox.conventions import check_display_name, check_labels, etag, page, update_mask
+from sandbox.conventions import KMS_KEY, check_display_name, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.iam import check_act_as
 from sandbox.operations import Kind
@@ -26,7 +26,6 @@ MODEL_FIELDS = ("displayName", "description", "createTime", "updateTime")
 
 # What the sandbox can not serve is refused at upload, where Vertex AI would take it.
 UNSUPPORTED = ("explanationSpec", "baseModelSource")
-KMS_KEY = re.compile(r"projects/[^/]+/locations/([^/]+)/keyRings/[^/]+/cryptoKeys/[^/]+")
 
 
 # ------------------------------------------------------------------------------------------- finding

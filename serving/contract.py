@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import python_multipart
@@ -251,6 +251,16 @@ def _touch(a: Point, b: Point, c: Point, d: Point) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+class Person(NamedTuple):
+    """box: left, top, right, bottom in pixels of the upright picture. confidence: 0…1."""
+
+    box: tuple[float, float, float, float]
+    confidence: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {"box": [round(side, 1) for side in self.box], "confidence": round(self.confidence, 3)}
 
 
 @dataclass(frozen=True)

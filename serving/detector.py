@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from serving.contract import Limits, Parameters
+from serving.contract import Limits, Parameters, Person
 from serving.looks import (
     AUTO_GAIN,
     AUTO_LOOKS,
@@ -45,13 +45,6 @@ MAX_CANDIDATES = 3000
 TOGETHER = 16  # pictures, or parts of one, that go through a GPU together
 
 
-class Person(NamedTuple):
-    """box: left, top, right, bottom in pixels of the upright picture. confidence: 0…1."""
-
-    box: tuple[float, float, float, float]
-    confidence: float
-
-
 @dataclass(frozen=True)
 class Count:
     """The people in one picture.
@@ -74,7 +67,7 @@ class Count:
     def as_json(self, parameters: Parameters, model: dict[str, str]) -> dict[str, Any]:
         answer: dict[str, Any] = {
             "count": len(self.people),
-            "people": [_as_json(person) for person in self.people[: parameters.max_people]],
+            "people": [person.as_json() for person in self.people[: parameters.max_people]],
             "image": {"width": self.width, "height": self.height},
             "looks": self.looks,
             "model": model,
@@ -82,7 +75,7 @@ class Count:
         if parameters.grid is not None:
             answer["grid"] = self.in_cells(*parameters.grid)
         if parameters.candidates is not None:
-            answer["candidates"] = [_as_json(person) for person in self.candidates]
+            answer["candidates"] = [person.as_json() for person in self.candidates]
         if self.note:
             answer["note"] = self.note
         return answer
@@ -96,10 +89,6 @@ class Count:
             column, row = int(x / self.width * columns), int(y / self.height * rows)
             counts[min(row, rows - 1)][min(column, columns - 1)] += 1
         return counts
-
-
-def _as_json(person: Person) -> dict[str, Any]:
-    return {"box": [round(v, 1) for v in person.box], "confidence": round(person.confidence, 3)}
 
 
 class Detector:

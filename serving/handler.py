@@ -28,10 +28,10 @@ from PIL import Image
 from serving.contract import COUNT_HEADER, Limits, Parameters, Request, RequestError, parse_request
 from serving.detector import TOGETHER, Count, Detector, word
 from serving.pictures import Letterbox, PictureError
+from serving.request_state import Picture, RequestState, annotate_count
 from serving.run_folder import RunFolder
 from serving.spool import SPOOLED_NAME
 from serving.storage import StorageError, read_object
-from serving.work import Picture, Work, annotate_count
 
 logger = logging.getLogger("handler")
 READERS = 8  # pictures of one request that are in memory together, read side by side if they lie in buckets
@@ -72,107 +72,109 @@ class PeopleHandler:
             return self._handle(rows, context)
 
     def _handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
-        works = [self._guarded(row) for row in rows]
-        self.predict(works)
-        return [self.encode(work, context, i) for i, work in enumerate(works)]
+        states = [self._guarded(row) for row in rows]
+        self.predict(states)
+        return [self.encode(state, context, i) for i, state in enumerate(states)]
 
-    def decode(self, row: dict[str, Any]) -> Work:
+    def decode(self, row: dict[str, Any]) -> RequestState:
         """From a row to a parsed request. Raises RequestError."""
         began = time.perf_counter()
-        work = Work.of(self._request(row), self.limits)
-        work.spend("decode", (time.perf_counter() - began) * 1e3)
-        return work
+        state = RequestState.of(self._request(row), self.limits)
+        state.spend("decode", (time.perf_counter() - began) * 1e3)
+        return state
 
-    def predict(self, works: list[Work]) -> None:
+    def predict(self, states: list[RequestState]) -> None:
         """Count in all pictures of a batch of requests.
 
         A few pictures at a time are read, counted and drawn on before the next are read: the objects that one request
         names may be larger than the memory, and none is read twice.
         """
-        pictures = [(work, picture) for work in works for picture in work.pictures if picture.error is None]
+        pictures = [(state, picture) for state in states for picture in state.pictures if picture.error is None]
         step = TOGETHER if self.detector.batches else READERS
         for start in range(0, len(pictures), step):
-            part = [(work, picture) for work, picture in pictures[start : start + step] if work.error is None]
+            part = [(state, picture) for state, picture in pictures[start : start + step] if state.error is None]
             try:
                 self._count(part)
             except Exception:
                 logger.exception("counting failed")
-                for work, _ in part:
-                    work.error = RequestError("the server failed to count in this request", 500)
+                for state, _ in part:
+                    state.error = RequestError("the server failed to count in this request", 500)
 
-    def _count(self, part: list[tuple[Work, Picture]]) -> None:
+    def _count(self, part: list[tuple[RequestState, Picture]]) -> None:
         self._read(part)
         # On a CPU one picture after the other, so that few pixels are in memory and the sign of life stays fresh.
         for some in [part] if self.detector.batches else [[one] for one in part]:
-            boxes = [self._letterbox(work, picture) for work, picture in some]
-            ready = [(work, picture, box) for (work, picture), box in zip(some, boxes, strict=True) if box is not None]
-            counts = self.detector.count([box for _, _, box in ready], [work.parameters for work, _, _ in ready])
-            for (work, picture, box), count in zip(ready, counts, strict=True):
-                self._finish(work, picture, box, count)
+            boxes = [self._letterbox(state, picture) for state, picture in some]
+            ready = [
+                (state, picture, box) for (state, picture), box in zip(some, boxes, strict=True) if box is not None
+            ]
+            counts = self.detector.count([box for _, _, box in ready], [state.parameters for state, _, _ in ready])
+            for (state, picture, box), count in zip(ready, counts, strict=True):
+                self._finish(state, picture, box, count)
 
-    def _finish(self, work: Work, picture: Picture, box: Letterbox, first: Count) -> None:
+    def _finish(self, state: RequestState, picture: Picture, box: Letterbox, first: Count) -> None:
         """Look closer at a picture, and draw on it, if the request asks for that. first: what the first look gave."""
         alive = self.run_folder.sign_of_life
         try:
-            count = self.detector.look_closer(box, first, work.parameters, work.budget, alive)
+            count = self.detector.look_closer(box, first, state.parameters, state.budget, alive)
             for step, milliseconds in count.milliseconds.items():
-                work.spend(step, milliseconds)
-            if work.annotated:
-                picture.annotated = annotate_count(picture.content, count, work.parameters, self.limits)
+                state.spend(step, milliseconds)
+            if state.annotated:
+                picture.annotated = annotate_count(picture.content, count, state.parameters, self.limits)
             picture.count = count
         except PictureError as error:  # for one, it could be read at a fraction of its size, but not whole
             picture.error = error
         picture.content = b""
         alive()
 
-    def encode(self, work: Work, context: Any, row: int) -> bytes:
+    def encode(self, state: RequestState, context: Any, row: int) -> bytes:
         """The answer's bytes; status and headers go into TorchServe's context."""
         body: bytes | None = None
         try:
-            if work.error is None:
-                body, content_type = self._answer(work)
+            if state.error is None:
+                body, content_type = self._answer(state)
                 context.set_response_content_type(row, content_type)
-                counts = (work.pictures[place].count for place in work.places)
+                counts = (state.pictures[place].count for place in state.places)
                 people = sum(len(count.people) for count in counts if count is not None)
                 context.set_response_header(row, COUNT_HEADER, str(people))
         except RequestError as error:
-            work.error = error
+            state.error = error
         except Exception:
             logger.exception("encoding failed")
-            work.error = RequestError("the server failed to write this answer", 500)
+            state.error = RequestError("the server failed to write this answer", 500)
         if body is None:
-            assert work.error is not None
-            context.set_response_status(work.error.code, "Refused", row)
+            assert state.error is not None
+            context.set_response_status(state.error.code, "Refused", row)
             context.set_response_content_type(row, "application/json")
-            body = _json(work.error.as_json())
-        timing = ", ".join(f"{stage};dur={spent:.2f}" for stage, spent in work.milliseconds.items())
+            body = _json(state.error.as_json())
+        timing = ", ".join(f"{stage};dur={spent:.2f}" for stage, spent in state.milliseconds.items())
         context.set_response_header(row, "Server-Timing", timing)
         return body
 
-    def _answer(self, work: Work) -> tuple[bytes, str]:
-        assert work.request is not None
-        answers = [self._prediction(work, i) for i in range(len(work.places))]
+    def _answer(self, state: RequestState) -> tuple[bytes, str]:
+        assert state.request is not None
+        answers = [self._prediction(state, i) for i in range(len(state.places))]
         errors = [answer for answer in answers if isinstance(answer, RequestError)]
         if len(errors) == len(answers):
             raise errors[0]
-        if work.request.picture_wanted:
-            return work.pictures[0].annotated or b"", "image/jpeg"
-        if work.request.single:
+        if state.request.picture_wanted:
+            return state.pictures[0].annotated or b"", "image/jpeg"
+        if state.request.single:
             return _json(answers[0]), "application/json"
         predictions = [answer.as_json() if isinstance(answer, RequestError) else answer for answer in answers]
         return _json({"predictions": predictions}), "application/json"
 
-    def _prediction(self, work: Work, i: int) -> dict[str, Any] | RequestError:
+    def _prediction(self, state: RequestState, i: int) -> dict[str, Any] | RequestError:
         """The answer to one instance."""
-        assert work.request is not None
-        picture = work.pictures[work.places[i]]
+        assert state.request is not None
+        picture = state.pictures[state.places[i]]
         if isinstance(picture.error, PictureError):
-            return RequestError(str(picture.error) if work.request.single else f"instances[{i}]: {picture.error}")
+            return RequestError(str(picture.error) if state.request.single else f"instances[{i}]: {picture.error}")
         if picture.error is not None:
             return picture.error
         assert picture.count is not None
-        prediction = picture.count.as_json(work.parameters, self.detector.model)
-        if work.parameters.annotate:
+        prediction = picture.count.as_json(state.parameters, self.detector.model)
+        if state.parameters.annotate:
             prediction["annotated"] = {"b64": base64.b64encode(picture.annotated or b"").decode()}
         return prediction
 
@@ -198,10 +200,10 @@ class PeopleHandler:
         request = parse_request(bytes(row.get("data", b"")), "", "", accept, self.limits)
         return replace(request, parameters=Parameters.parse(texts)) if texts else request
 
-    def _read(self, part: list[tuple[Work, Picture]]) -> None:
+    def _read(self, part: list[tuple[RequestState, Picture]]) -> None:
         """Fetch the pictures that lie in buckets, side by side."""
         began = time.perf_counter()
-        remote = [(work, picture, picture.instance.uri) for work, picture in part if picture.instance.uri is not None]
+        remote = [(state, picture, picture.instance.uri) for state, picture in part if picture.instance.uri is not None]
         if not remote:
             return
         uris = list({uri for _, _, uri in remote})
@@ -213,8 +215,8 @@ class PeopleHandler:
                 picture.error = content
             else:
                 picture.content = content
-        for work in {id(work): work for work, _, _ in remote}.values():
-            work.spend("decode", (time.perf_counter() - began) * 1e3)
+        for state in {id(state): state for state, _, _ in remote}.values():
+            state.spend("decode", (time.perf_counter() - began) * 1e3)
 
     def _read_object(self, uri: str) -> bytes | RequestError:
         try:
@@ -224,27 +226,27 @@ class PeopleHandler:
         finally:
             self.run_folder.sign_of_life()
 
-    def _letterbox(self, work: Work, picture: Picture) -> Letterbox | None:
+    def _letterbox(self, state: RequestState, picture: Picture) -> Letterbox | None:
         if picture.error is not None:
             return None
         began = time.perf_counter()
         try:
-            return self.detector.prepare(picture.content, self.limits, work.parameters)
+            return self.detector.prepare(picture.content, self.limits, state.parameters)
         except PictureError as error:
             picture.error = error
             return None
         finally:
-            work.spend("decode", (time.perf_counter() - began) * 1e3)
+            state.spend("decode", (time.perf_counter() - began) * 1e3)
             self.run_folder.sign_of_life()
 
-    def _guarded(self, row: dict[str, Any]) -> Work:
+    def _guarded(self, row: dict[str, Any]) -> RequestState:
         try:
             return self.decode(row)
         except RequestError as error:
-            return Work(error=error)
+            return RequestState(error=error)
         except Exception:
             logger.exception("decoding failed")
-            return Work(error=RequestError("the server failed to read this request", 500))
+            return RequestState(error=RequestError("the server failed to read this request", 500))
 
     def _warm_up(self) -> None:
         for height, width in ((640, 480), (480, 640)):

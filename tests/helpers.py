@@ -41,11 +41,13 @@ def eventually(holds: Callable[[], Any], seconds: float = 60) -> bool:
 class Load:
     """Asks an endpoint without a pause from several threads while its block runs.
 
-    answers: how often each (status, deployed model's id) came; a request without an answer counts as its exception.
+    body: an object to send as JSON, or bytes. says: the field of the answer to note. answers: how often each (status,
+    that field) came; a request without an answer counts as its exception.
     """
 
-    def __init__(self, url: str, body: object, threads: int = 3) -> None:
-        self.url, self.body = url, body
+    def __init__(self, url: str, body: object, says: str = "deployedModelId", threads: int = 3) -> None:
+        self.url, self.says = url, says
+        self.request = {"content": body} if isinstance(body, bytes) else {"json": body}
         self.answers: Counter[tuple[Any, Any]] = Counter()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
@@ -54,8 +56,8 @@ class Load:
         with httpx.Client(timeout=60, trust_env=False) as client:
             while not self._stop.is_set():
                 try:
-                    answer = client.post(self.url, json=self.body)
-                    said: tuple[Any, Any] = answer.status_code, answer.json().get("deployedModelId")
+                    answer = client.post(self.url, **self.request)
+                    said: tuple[Any, Any] = answer.status_code, answer.json().get(self.says)
                 except Exception as error:
                     said = type(error).__name__, str(error)
                 self.answers[said] += 1

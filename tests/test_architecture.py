@@ -11,7 +11,7 @@ import grimp
 import pytest
 from helpers import ROOT
 
-from headcount import counters, stacks
+from headcount import stacks
 from headcount.data import FILES
 from infra import prediction, settings
 from serving import contract, logs
@@ -87,7 +87,7 @@ def test_the_page_names_files_that_exist() -> None:
 
 
 def test_facts_that_two_packages_state_are_the_same() -> None:
-    assert contract.PREDICT_ROUTE == counters.ROUTE == prediction.PREDICT_ROUTE
+    assert contract.PREDICT_ROUTE == prediction.PREDICT_ROUTE
     assert FrontSettings.health_route == prediction.HEALTH_ROUTE
     assert FILES["bus.jpg"].home == logs.SAMPLE_URL
     assert stacks.PROJECT == settings.PROJECT

@@ -19,9 +19,9 @@ from pytest_httpserver import HTTPServer
 
 from bench import __main__ as bench
 from bench import load, price, report, served
-from bench.load import Load, Question, RequestError, arrivals, closed_loop, open_loop
+from bench.load import BenchError, LoadResult, Question, arrivals, closed_loop, open_loop
 from bench.pipelines import CPU, Pipeline
-from bench.served import Flask, Server, flask_python
+from bench.served import FlaskServer, ServerProcess, flask_python
 from infra.settings import Settings
 
 
@@ -48,18 +48,18 @@ def test_a_failed_request_ends_the_run(httpserver: HTTPServer, status: int, cont
     httpserver.expect_oneshot_request("/people").respond_with_data('{"count": 4}')
     httpserver.expect_oneshot_request("/people").respond_with_data(content, status=status)
     httpserver.expect_request("/people").respond_with_data('{"count": 4}')
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(BenchError, match=message):
         closed_loop(question(httpserver.port), requests=100)
 
 
 def test_no_answer_ends_the_run() -> None:
-    with pytest.raises(RequestError, match=r"server did not answer a request: ConnectionRefusedError"):
+    with pytest.raises(BenchError, match=r"server did not answer a request: ConnectionRefusedError"):
         open_loop(question(free_port()), rate=10, seconds=1, seed=0)
 
 
 def test_a_failed_request_is_the_last_line_of_the_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(_: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-        raise RequestError("server counted 3 people where there are 4")
+        raise BenchError("server counted 3 people where there are 4")
 
     monkeypatch.setattr(bench, "_bench", fail)
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
@@ -132,18 +132,18 @@ def test_each_round_begins_with_another_competitor_and_has_all(monkeypatch: pyte
     turns: list[str] = []
     opened: list[tuple[Any, ...]] = []
 
-    def closed_loop(*_: object) -> Load:
+    def closed_loop(*_: object) -> LoadResult:
         turns.append("server")
-        return Load([0.1] * 50, 10, 1)
+        return LoadResult([0.1] * 50, 10, 1)
 
-    def open_loop(*arguments: object) -> Load:
+    def open_loop(*arguments: object) -> LoadResult:
         opened.append(arguments)
-        return Load([0.2], 1, 0)
+        return LoadResult([0.2], 1, 0)
 
     monkeypatch.setattr(bench, "closed_loop", closed_loop)
     monkeypatch.setattr(bench, "open_loop", open_loop)
     pipelines = cast(dict[str, Pipeline], {name: Stub(name, turns) for name in ("plain", "headcount")})
-    servers = cast(list[Server], [Stub("server", turns)])
+    servers = cast(list[ServerProcess], [Stub("server", turns)])
     options = argparse.Namespace(rounds=3, seconds=2)
     measured = bench.rounds(pipelines, servers, b"a picture", 4, options)
     assert turns == [
@@ -156,7 +156,7 @@ def test_each_round_begins_with_another_competitor_and_has_all(monkeypatch: pyte
 
 def test_pipelines_that_disagree_do_unequal_work() -> None:
     pipelines = cast(dict[str, Pipeline], {"plain": Stub("plain", []), "headcount": Stub("headcount", [], 5)})
-    with pytest.raises(RequestError, match=r"different numbers of people in bus.jpg: plain 4, headcount 5"):
+    with pytest.raises(BenchError, match=r"different numbers of people in bus.jpg: plain 4, headcount 5"):
         bench.counted(pipelines, "bus.jpg", b"")
 
 
@@ -175,8 +175,8 @@ def measured_turns(*servers: str) -> report.Turns:
             turns.stages.setdefault(name, []).append({"decode": 2.0, CPU: 2000 / speed})
             turns.cpu.setdefault(name, []).append({"front": 1.0, "workers": 2000 / speed - 1})
     for name in servers:
-        turns.closed[name] = [Load([0.1] * 99 + [0.3], 10, 1)]
-        turns.opened[name] = [Load([0.2] * 50, 10, 1), Load([0.5] * 50, 10, 1)]
+        turns.closed[name] = [LoadResult([0.1] * 99 + [0.3], 10, 1)]
+        turns.opened[name] = [LoadResult([0.2] * 50, 10, 1), LoadResult([0.5] * 50, 10, 1)]
     return turns
 
 
@@ -277,10 +277,10 @@ def checkout(tmp_path: Path) -> Path:
 def test_the_flask_server_of_a_checkout_runs_with_our_checkpoint(checkout: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "four.pt"
     checkpoint.write_text("4")
-    server = Flask(checkout, Path(sys.executable), checkpoint, tmp_path)
+    server = FlaskServer(checkout, Path(sys.executable), checkpoint, tmp_path)
     try:
         assert len(closed_loop(server.question(b"a picture", 4), requests=3).latencies) == 3
-        with pytest.raises(RequestError, match="flask counted 4 people where there are 3"):
+        with pytest.raises(BenchError, match="flask counted 4 people where there are 3"):
             closed_loop(server.question(b"a picture", 3), requests=3)
         assert server.memory() > 1
     finally:
@@ -288,15 +288,15 @@ def test_the_flask_server_of_a_checkout_runs_with_our_checkpoint(checkout: Path,
 
 
 def test_a_server_that_does_not_start_is_said(checkout: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"flask did not start; .*flask.log says why"):
-        Flask(checkout, Path(sys.executable), tmp_path / "missing.pt", tmp_path)
+    with pytest.raises(BenchError, match=r"flask did not start; .*flask.log says why"):
+        FlaskServer(checkout, Path(sys.executable), tmp_path / "missing.pt", tmp_path)
     assert "missing.pt" in (tmp_path / "flask.log").read_text()
 
 
 def test_the_interpreter_of_a_checkout_is_found_or_explained(checkout: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"is no checkout of YOLOv5.*git clone"):
+    with pytest.raises(BenchError, match=r"is no checkout of YOLOv5.*git clone"):
         flask_python(tmp_path)
-    with pytest.raises(RequestError, match=r"has no virtual environment.*--flask-python"):
+    with pytest.raises(BenchError, match=r"has no virtual environment.*--flask-python"):
         flask_python(checkout)
     (checkout / "venv" / "bin").mkdir(parents=True)
     (checkout / "venv" / "bin" / "python").symlink_to(sys.executable)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serving import pictures
-from serving.contract import Limits, Parameters
-from serving.detector import TOGETHER, Count, Detector, Person, choose_people, decode_head
+from serving.contract import Limits, Parameters, Person
+from serving.detector import TOGETHER, Count, Detector, choose_people, decode_head
 from serving.looks import Budget, Look, full_looks
 from serving.pictures import PADDING, Letterbox, PictureError, closer_look, letterbox
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from shapely import Point, Polygon
 from test_contract import stars
 
-from serving.contract import Parameters
-from serving.detector import MAX_CANDIDATES, Count, Person, best_device, best_precision, choose_people, decode_head
+from serving.contract import Parameters, Person
+from serving.detector import MAX_CANDIDATES, Count, best_device, best_precision, choose_people, decode_head
 from serving.network import Head
 from serving.pictures import Letterbox
 

@@ -12,7 +12,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers import ROOT, free_port
+from helpers import ROOT, Load, free_port
 from images import SERVER, forget_images, write_tiny_sources
 from machine import engine
 
@@ -224,49 +223,15 @@ def test_everything_wrong_is_said_at_once(deployed: Project) -> None:
     deployed.pulumi("destroy", "-s", "wrong", "--yes", "--skip-preview", "--remove")
 
 
-class Load:
-    """Requests all the time, from `threads` clients; `lost` says which did not get a count."""
-
-    def __init__(self, url: str, threads: int = 4) -> None:
-        self.url, self.sent, self.lost, self.counts = url, 0, list[str](), set[int]()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
-
-    def _run(self) -> None:
-        with httpx.Client(timeout=60, trust_env=False) as client:
-            while not self._stop.is_set():
-                self.sent += 1
-                try:
-                    answer = client.post(f"{self.url}:rawPredict", content=b"\xff\xd8picture")
-                    if answer.status_code == 200:
-                        self.counts.add(answer.json()["count"])
-                    else:
-                        self.lost.append(answer.text)
-                except httpx.HTTPError as error:
-                    self.lost.append(repr(error))
-                time.sleep(0.02)
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-
 def test_a_changed_handler_is_rolled_out_without_losing_a_request(deployed: Project) -> None:
     before = deployed.outputs()
     deployed.handler(6)
-    with Load(before["url"]) as load:
+    with Load(f"{before['url']}:rawPredict", b"\xff\xd8picture", "count") as load:
         deployed.up()
         time.sleep(1)
     after = deployed.outputs()
-    assert load.lost == []
-    assert load.sent > 50
-    assert load.counts == {4, 6}
+    assert set(load.answers) == {(200, 4), (200, 6)}
+    assert load.answers.total() > 50
     assert after["images"]["main"] != before["images"]["main"]
     assert after["models"]["main"] != before["models"]["main"]
 

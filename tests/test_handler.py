@@ -261,7 +261,7 @@ def test_a_picture_that_cannot_be_drawn_on_is_refused_in_its_place(
     def annotate(*_: object) -> bytes:
         raise PictureError("the picture is damaged")
 
-    monkeypatch.setattr("serving.work.annotate", annotate)
+    monkeypatch.setattr("serving.request_state.annotate", annotate)
     body = json.dumps({"instances": [{"image": {"b64": bus}}], "parameters": {"annotate": True}}).encode()
     answer = json.loads(handler.handle([{"data": body}], context)[0])
     assert answer["error"]["message"] == "instances[0]: the picture is damaged"

@@ -22,7 +22,8 @@ from playwright.sync_api import Browser, expect
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from headcount.counters import Answer, CountError, Person
+from headcount import Person
+from headcount.counters import Answer, CountError
 from headcount.endpoint import Address, Endpoint
 from headcount.web_command import Web
 from serving.contract import Limits, Parameters

@@ -1,7 +1,8 @@
 """`Rollout`.
 
-inputs.py has its inputs and outputs, wanted.py and endpoint.py what is wanted and what is observed, plan.py what is
-done next; runner.py does it, and undoes it after a failure; resource.py is what the engine calls.
+inputs.py has its inputs and outputs, wanted.py and endpoint.py the wanted and the observed state, plan.py the next
+steps. runner.py carries them out with the bodies of requests.py, and undoes them after a failure. resource.py is called
+by the engine.
 """
 
 from .inputs import Deployed, Rollout

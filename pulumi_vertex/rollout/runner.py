@@ -21,13 +21,11 @@ from ..vertex_api import V1, V1BETA1, VertexApi
 from ..wire import Wire
 from .endpoint import Ours, being_deployed, deployed_models, get_endpoint, is_available, observe, outputs, spec_of
 from .plan import (
-    DEFAULT_TARGETS,
     Deploy,
     Drain,
     MoveTraffic,
     Observed,
     Resize,
-    Size,
     Step,
     StrangersError,
     Undeploy,
@@ -36,7 +34,8 @@ from .plan import (
     matches,
     plan,
 )
-from .wanted import METRICS, drain_seconds, short, wanted_of
+from .requests import deployed_model, resize_request
+from .wanted import drain_seconds, short, wanted_of
 
 DEPLOYMENT_SECONDS: Final = 1800  # where a version says nothing of its deployment timeout
 LONGEST_DEPLOYMENT: Final = 7200  # "Limit for deployment timeout is 2 hours", ModelContainerSpec
@@ -268,28 +267,9 @@ class Runner:
             self.call.pause(min(next(delays), limit.left))
 
     def _resize(self, step: Resize) -> None:
-        old, new = step.old, step.new
-        beta = not (old.min_replicas and new.min_replicas)
-        resources = replicas(new)
-        mask = []
-        if old.min_replicas != new.min_replicas:
-            mask.append("dedicatedResources.minReplicaCount")
-        if old.max_replicas != new.max_replicas:
-            mask.append("dedicatedResources.maxReplicaCount")
-        if old.idle != new.idle:
-            mask.append("dedicatedResources.scaleToZeroSpec")
-        if not old.has_targets_of(new):
-            mask.append("dedicatedResources.autoscalingMetricSpecs")
-            resources["autoscalingMetricSpecs"] = metric_specs(targets_to_send(old, new))
-        logging = logging_of(new, beta=beta)
-        if old.container_logging != new.container_logging:
-            mask += logging
-        body = {
-            "deployedModel": {"id": step.id, "dedicatedResources": resources, **logging},
-            "updateMask": ",".join(mask),
-        }
+        body, version = resize_request(step)
         path = f"{self.endpoint}:mutateDeployedModel"
-        operation = self.api.change("POST", path, body, version=V1BETA1 if beta else V1)
+        operation = self.api.change("POST", path, body, version=version)
         self.changed = True
         operations.wait(self.call.limited(CHANGE_SECONDS), self.api, str(operation["name"]), str(step))
 
@@ -396,58 +376,3 @@ def _traffic_note(before: Wire, now: Wire) -> str:
         return "The traffic was not touched." if old else "Nothing was served before, and nothing is now."
     shares = ", ".join(f"{id_} {share} %" for id_, share in new.items())
     return f"The traffic is now: {shares or 'none'}."
-
-
-# --- requests -----------------------------------------------------------------------------------------------
-
-
-def deployed_model(wanted: Wanted, full_name: str, mark: str) -> Wire:
-    """The DeployedModel of a release, without its id.
-
-    https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.endpoints#DeployedModel
-    """
-    spec, size = wanted.spec, wanted.size
-    machine: Wire = {"machineType": spec.machine_type}
-    if spec.accelerator_type:
-        machine |= {"acceleratorType": spec.accelerator_type, "acceleratorCount": spec.accelerator_count}
-    resources = {"machineSpec": machine, **replicas(size)}
-    if size.targets:
-        resources["autoscalingMetricSpecs"] = metric_specs(dict(size.targets))
-    if spec.spot:
-        resources["spot"] = True
-    deployed: Wire = {
-        "model": full_name,
-        "displayName": f"{spec.model} {mark}",
-        "dedicatedResources": resources,
-        **logging_of(size, beta=not size.min_replicas),
-    }
-    if spec.service_account:
-        deployed["serviceAccount"] = spec.service_account
-    if spec.access_logging:
-        deployed["enableAccessLogging"] = True
-    return deployed
-
-
-def replicas(size: Size) -> Wire:
-    counts: Wire = {"minReplicaCount": size.min_replicas, "maxReplicaCount": size.max_replicas}
-    if size.idle:
-        counts["initialReplicaCount"] = 1
-        counts["scaleToZeroSpec"] = {"minScaleupPeriod": f"{size.idle[0]}s", "idleScaledownPeriod": f"{size.idle[1]}s"}
-    return counts
-
-
-def logging_of(size: Size, *, beta: bool) -> Wire:
-    """v1 logs unless told not to, v1beta1 only if told to."""
-    if beta:
-        return {"enableContainerLogging": size.container_logging}
-    return {"disableContainerLogging": not size.container_logging}
-
-
-def metric_specs(targets: dict[str, int]) -> list[Wire]:
-    return [{"metricName": METRICS.get(metric, metric), "target": target} for metric, target in targets.items()]
-
-
-def targets_to_send(old: Size, new: Size) -> dict[str, int]:
-    """The targets of `new`, with defaults written out where `old` had others: what an empty list means is not known."""
-    dropped = {metric: DEFAULT_TARGETS[metric] for metric, _ in old.targets if metric in DEFAULT_TARGETS}
-    return {**dropped, **dict(new.targets)} or {"cpu": DEFAULT_TARGETS["cpu"]}

@@ -12,14 +12,13 @@ from typing import Any
 
 from sandbox import clock
 from sandbox.context import Call
-from sandbox.conventions import check_labels, cut, update_mask
+from sandbox.conventions import KMS_KEY, check_labels, cut, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, unimplemented
 from sandbox.iam import policy_methods
 from sandbox.store import JSON
 
 REPOSITORY_ID = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 PROJECT_ID = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")  # a folder's name
-KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 STANDARD = "STANDARD_REPOSITORY"
 MUTABLE = (
     "description",

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from sandbox import clock
 from sandbox.context import Call
-from sandbox.conventions import check_labels, cut
+from sandbox.conventions import KMS_KEY, check_labels, cut
 from sandbox.discovery import read_request
 from sandbox.errors import GoogleError, invalid, not_found, unimplemented
 from sandbox.iam import policy, set_policy
@@ -23,7 +23,6 @@ from sandbox.store import JSON
 
 # https://cloud.google.com/storage/docs/buckets#naming
 BUCKET = re.compile(r"(?!goog)(?!.*g[o0]{2}gle)[a-z0-9](?:[a-z0-9_.-]{1,220})[a-z0-9]")
-KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 DUAL_REGIONS = {"ASIA1", "EUR4", "EUR5", "EUR7", "EUR8", "NAM4"}
 # https://cloud.google.com/storage/docs/lifecycle#actions
 ACTIONS = ("Delete", "SetStorageClass", "AbortIncompleteMultipartUpload")

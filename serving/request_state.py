@@ -25,7 +25,7 @@ class Picture:
 
 
 @dataclass
-class Work:
+class RequestState:
     """A request, its pictures, and the milliseconds that each step took.
 
     pictures: an object of a bucket that the request names several times is one picture. places: for each instance, the
@@ -40,15 +40,15 @@ class Work:
     milliseconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Request, limits: Limits) -> Work:
-        work = cls(request, budget=Budget(limits.looks, limits.look_seconds))
+    def of(cls, request: Request, limits: Limits) -> RequestState:
+        state = cls(request, budget=Budget(limits.looks, limits.look_seconds))
         first: dict[str, int] = {}
         for instance in request.instances:
-            place = len(work.pictures) if instance.uri is None else first.setdefault(instance.uri, len(work.pictures))
-            if place == len(work.pictures):
-                work.pictures.append(Picture(instance, instance.data or b"", error=instance.error))
-            work.places.append(place)
-        return work
+            place = len(state.pictures) if instance.uri is None else first.setdefault(instance.uri, len(state.pictures))
+            if place == len(state.pictures):
+                state.pictures.append(Picture(instance, instance.data or b"", error=instance.error))
+            state.places.append(place)
+        return state
 
     @property
     def parameters(self) -> Parameters:
