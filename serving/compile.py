@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 
-from serving.detector import FromPictures, best_precision, compiled_network, cpu_flags, file_sha256, word
+from serving.detector import FromPictures, best_precision, compiled_network, cpu_flags, dtype_name, file_sha256
 from serving.looks import TILE
 from serving.network import load_network
 from serving.pictures import LONGEST_SIDE
@@ -55,7 +55,7 @@ def compile_network(
     libraries = {}
     for shape in (None, *(s for s in shapes if s[0] % stride == s[1] % stride == 0)):
         name = f"{shape[0]}x{shape[1]}" if shape else "any"
-        libraries[name] = f"{word(precision)}-{name}.so"
+        libraries[name] = f"{dtype_name(precision)}-{name}.so"
         height, width = shape or (most * stride, (most - 1) * stride)
         picture = torch.zeros((1, height, width, 3), dtype=torch.uint8)
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def compile_network(
         "weights": file_sha256(checkpoint), "counted": counted, "torch": torch.__version__, "cpu_flags": needs,
         "libraries": libraries,
     }  # fmt: skip
-    (out / f"{word(precision)}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / f"{dtype_name(precision)}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def check_network(checkpoint: Path, counted: str, precision: torch.dtype, out: Path) -> None:
@@ -86,7 +86,7 @@ def check_network(checkpoint: Path, counted: str, precision: torch.dtype, out: P
     eager = FromPictures(network.on(torch.device("cpu"), precision)).eval()
     compiled = compiled_network(out, file_sha256(checkpoint), counted, precision)
     if compiled is None:
-        raise RuntimeError(f"{out} has no library for {word(precision)} that fits this machine")
+        raise RuntimeError(f"{out} has no library for {dtype_name(precision)} that fits this machine")
     for height, width in (*COMMON_SHAPES, (640, 640)):
         picture = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8)
         with torch.inference_mode():
@@ -102,7 +102,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--counted", default="person")
     parser.add_argument(
-        "--require", choices=[word(p) for p in TARGETS], default=[], action="append", help="fail without this precision"
+        "--require",
+        choices=[dtype_name(p) for p in TARGETS],
+        default=[],
+        action="append",
+        help="fail without this precision",
     )
     parser.add_argument(
         "--here",
@@ -114,16 +118,16 @@ def main() -> None:
     # float32 also where this processor has better: the image may run where there is no bfloat16.
     for precision in [best] if arguments.here else TARGETS:
         missing = set(TARGETS[precision][2]) - cpu_flags()
-        if missing and word(precision) in arguments.require:
+        if missing and dtype_name(precision) in arguments.require:
             raise SystemExit(
-                f"The network cannot be compiled for {word(precision)} here: this processor lacks "
+                f"The network cannot be compiled for {dtype_name(precision)} here: this processor lacks "
                 f"{', '.join(sorted(missing))}, and the compiler needs them. Build on a machine that has them, as "
                 "Google's C3, C4 and N4 machines do, or build without: the image then counts more slowly."
             )
         if missing:
-            print(f"not compiling for {word(precision)}: this processor lacks {', '.join(sorted(missing))}")
+            print(f"not compiling for {dtype_name(precision)}: this processor lacks {', '.join(sorted(missing))}")
             continue
-        print(f"compiling for {word(precision)}", flush=True)
+        print(f"compiling for {dtype_name(precision)}", flush=True)
         shapes = COMMON_SHAPES if precision is best else ()
         compile_network(arguments.checkpoint, arguments.counted, precision, arguments.out, shapes)
         if arguments.here:

@@ -321,7 +321,7 @@ def compiled_network(folder: Path, digest: str, counted: str, precision: torch.d
     One library serves pictures of any shape; the most common shapes have a faster one each.
     """
     try:
-        facts = json.loads((folder / f"{word(precision)}.json").read_text())
+        facts = json.loads((folder / f"{dtype_name(precision)}.json").read_text())
     except OSError:
         return None
     fits = (facts["weights"], facts["counted"], facts["torch"]) == (digest, counted, torch.__version__)
@@ -335,7 +335,7 @@ def compiled_network(folder: Path, digest: str, counted: str, precision: torch.d
     return lambda pictures: run.get(f"{pictures.shape[1]}x{pictures.shape[2]}", anything)([pictures])
 
 
-def word(precision: torch.dtype) -> str:
+def dtype_name(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
 
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from serving.contract import COUNT_HEADER, Limits, Parameters, Request, RequestError, parse_request
-from serving.detector import TOGETHER, Count, Detector, word
+from serving.detector import TOGETHER, Count, Detector, dtype_name
 from serving.pictures import Letterbox, PictureError
 from serving.request_state import Picture, RequestState, annotate_count
 from serving.run_folder import RunFolder
@@ -59,7 +59,9 @@ class PeopleHandler:
                 context.system_properties.get("gpu_id") or 0,
             )
             self._warm_up()
-            self.run_folder.register({"precision": word(self.detector.precision), "compiled": self.detector.compiled})
+            self.run_folder.register(
+                {"precision": dtype_name(self.detector.precision), "compiled": self.detector.compiled}
+            )
         except Exception as error:
             # The launcher ends the container with this as its last line.
             self.run_folder.fail(str(error) or repr(error))

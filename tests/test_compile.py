@@ -9,7 +9,7 @@ import torch
 import yolo_checkpoint
 
 from serving import compile as compiling
-from serving.detector import FromPictures, word
+from serving.detector import FromPictures, dtype_name
 from serving.network import load_network
 
 
@@ -20,7 +20,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     flags = set(compiling.TARGETS[torch.float32][2])
     monkeypatch.setattr(compiling, "cpu_flags", lambda: flags)
     monkeypatch.setattr(compiling, "best_precision", lambda _: torch.float32)
-    monkeypatch.setattr(compiling, "compile_network", lambda *a: done.append(word(a[2])))
+    monkeypatch.setattr(compiling, "compile_network", lambda *a: done.append(dtype_name(a[2])))
     return done
 
 
@@ -52,7 +52,7 @@ def test_for_this_machine_alone_it_compiles_one_precision_and_checks_it(
         compiling, "cpu_flags", lambda: {flag for _, _, needs in compiling.TARGETS.values() for flag in needs}
     )
     monkeypatch.setattr(compiling, "best_precision", lambda _: torch.bfloat16)
-    monkeypatch.setattr(compiling, "check_network", lambda *a: checked.append(word(a[2])))
+    monkeypatch.setattr(compiling, "check_network", lambda *a: checked.append(dtype_name(a[2])))
     run(monkeypatch, "--here")
     assert compiled == checked == ["bfloat16"]
     run(monkeypatch)

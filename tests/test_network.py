@@ -20,7 +20,7 @@ from torch import nn
 from headcount import Client
 from headcount.data import labelled_people
 from serving.contract import Limits, Parameters
-from serving.detector import Detector, FromPictures, word
+from serving.detector import Detector, FromPictures, dtype_name
 from serving.network import CheckpointError, load_network
 
 
@@ -91,7 +91,7 @@ compile_network(Path({str(checkpoint)!r}), "person", {eager.precision}, Path({st
     for picture in ("bus", "zidane"):
         path = data / "people" / f"{picture}.jpg"
         assert count(compiled, path) == count(eager, path)
-    facts = tmp_path / f"{word(eager.precision)}.json"
+    facts = tmp_path / f"{dtype_name(eager.precision)}.json"
     facts.write_text(facts.read_text().replace('"cpu_flags": [', '"cpu_flags": ["a-flag-of-2040",'))
     assert not Detector(checkpoint, compiled=tmp_path).compiled, "made for another processor"
 
