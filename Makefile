@@ -20,10 +20,8 @@ COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 
-# Most fast tests wait for other processes, so three run at a time. Tests of a file stay together: they share fixtures.
-FAST = $(BIN)/pytest -m "not slow" -n 3 --dist loadfile
-# Of the slow tests only the kills of the provider run beside others (tests/conftest.py), because they only wait.
-SLOW = $(BIN)/pytest -m slow -n 2 --dist loadgroup
+# Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
+TESTS = $(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help serve test check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 
@@ -34,11 +32,10 @@ serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PO
 	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --compiled $(COMPILED) --port $(PORT) --grpc 127.0.0.1:$(GRPC) --sample "$(SAMPLE)"
 
 test: lint samples ## lint, types and every test (PYTEST=options)
-	$(FAST) $(PYTEST) || test $$? = 5 # PYTEST names none of them
-	$(SLOW) $(PYTEST) || test $$? = 5
+	$(TESTS) $(PYTEST)
 
 check: lint samples ## lint, types and the fast tests
-	$(FAST) $(PYTEST)
+	$(TESTS) -m "not slow" $(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -50,7 +47,7 @@ samples: .venv/.dev $(CHECKPOINT) # without them the tests say which ones did no
 install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; then: source .venv/bin/activate
 
 coverage: lint samples ## the fast tests, and the lines that they do not reach
-	$(FAST) --cov --cov-report=term-missing:skip-covered $(PYTEST)
+	$(TESTS) -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
 	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py $(PYTEST)

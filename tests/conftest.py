@@ -44,6 +44,7 @@ os.environ |= {
     "CLOUDSDK_CONFIG": os.devnull,  # no credentials of the user
     "HEADCOUNT_TEST_RUN": RUN,  # in the environment of all that a test starts: see pytest_sessionfinish
 }
+LONGEST = ("image", "server", "test_infra_without_engine", "test_network")  # groups of tests, see below
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no error
 hypothesis.settings.load_profile("tests")
 
@@ -53,10 +54,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets the slow tests run one after the other, beside those that only wait."""
-    for item in items:
-        if item.get_closest_marker("slow") and item.path.name != "test_vertex_kills.py":
-            item.add_marker(pytest.mark.xdist_group("one at a time"))
+    """Groups the tests that share costly fixtures, each group for one process, and puts the longest groups first."""
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(group) if (group := groups[item]) in LONGEST else len(LONGEST))
+
+
+def _group(item: pytest.Item) -> str:
+    slow = item.get_closest_marker("slow")
+    if slow and item.path.stem in ("test_container", "test_vertex_docker"):
+        return "image"
+    if slow and "server" in getattr(item, "fixturenames", ()):
+        return "server"
+    if slow and item.path.stem == "test_vertex_kills":  # each has a sandbox of its own
+        return item.nodeid
+    return item.path.stem
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -136,7 +149,7 @@ def docker_engine() -> Iterator[docker.DockerClient]:
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Docker registry of this run, 127.0.0.1:PORT."""
     machine.require("docker", "registry")
-    one = Registry(tmp_path_factory.mktemp("registry"), 0, RUN)
+    one = Registry(tmp_path_factory.mktemp("registry"), 0, images.RUN)
     one.start()
     yield one.address
     images.forget_images(one.address)
