@@ -38,6 +38,7 @@ def detector(checkpoint: Path) -> Detector:
 @pytest.mark.parametrize(("picture", "people"), [("bus", 4), ("zidane", 2)])
 def test_known_counts(detector: Detector, data: Path, picture: str, people: int) -> None:
     assert count(detector, data / "people" / f"{picture}.jpg") == people
+    assert count(detector, data / "people" / f"{picture}.jpg", iou=1) > people, "each is found several times"
 
 
 @pytest.fixture
