@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def launched() -> Iterator[Browser]:
     """Chromium without a window, until the iterator ends."""
-    # Its sandbox does not start for root.
-    arguments = [] if os.geteuid() else ["--no-sandbox"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=machine.chromium(), args=arguments)
+        browser = playwright.chromium.launch(executable_path=machine.chromium())
         yield browser
         browser.close()
 
