@@ -38,8 +38,12 @@ def opened(browser: Browser, url: str, size: str) -> Iterator[Page]:
 
 def add(page: Page, *files: Path | str | dict[str, Any]) -> None:
     """Choose files, and wait until all of them are counted, or not."""
-    page.get_by_label("Choose pictures").set_input_files(list(files))  # type: ignore[arg-type]
+    choose(page, *files)
     settled(page)
+
+
+def choose(page: Page, *files: Path | str | dict[str, Any]) -> None:
+    page.get_by_label("Choose pictures").set_input_files(list(files))  # type: ignore[arg-type]
 
 
 def settled(page: Page) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import front_harness
 import httpx
 import pytest
-from browser import SIZES, add, opened, settled
+from browser import SIZES, add, choose, opened, settled
 from conftest import Server
 from helpers import PEOPLE, encode, eventually
 from PIL import Image
@@ -291,7 +291,7 @@ def test_several_pictures_make_a_table_and_files(page: Page, data: Path) -> None
     assert page.locator("#total").inner_text() == str(sum(PEOPLE.values()))
     for canvas in rows.locator("canvas").all()[:2]:
         assert canvas.evaluate("(canvas) => canvas.width") > 0, "there is a thumbnail"
-    page.get_by_role("button", name="zidane.jpg").click()
+    page.get_by_role("button", name="zidane.jpg", exact=True).click()
     assert [row.get_attribute("aria-current") for row in rows.all()] == ["false", "true", "false"]
     assert count(page) == str(PEOPLE["zidane.jpg"])
     slide(page, 0.5)
@@ -341,6 +341,57 @@ def test_errors_are_told_in_words(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_a_file_without_a_byte_is_not_sent(page: Page) -> None:
+    add(page, file(b"", "a.png"))
+    expect(page.get_by_role("alert")).to_have_text("a.png: The file is empty.")
+
+
+@pytest.mark.slow
+def test_what_failed_is_tried_again(page: Page, data: Path) -> None:
+    add(page, file(NOBODY, "a.png"))
+    expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+    page.route("**/predictions/**", lambda route: route.abort())
+    add(page, data / "people" / BUS)
+    page.unroute("**/predictions/**")
+    page.get_by_role("button", name="Try again").click()
+    settled(page)
+    assert (count(page), page.locator("#total").inner_text()) == (str(PEOPLE[BUS]), str(PEOPLE[BUS]))
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+
+
+@pytest.mark.slow
+def test_removed_pictures_hold_up_no_others(page: Page) -> None:
+    """Those that the server still counts, too."""
+    waiting: list[Route] = []
+    page.route("**/predictions/**", lambda route: waiting.append(route))
+    choose(page, *(file(NOBODY, name) for name in ("a.png", "b.png", "c.png")))
+    expect(page.locator("#doing")).to_contain_text("3 pictures")
+    with page.expect_event("requestfailed"):
+        page.get_by_role("button", name="Remove a.png").click()
+    expect(page.get_by_role("button", name="b.png", exact=True)).to_be_focused()
+    page.get_by_role("button", name="Remove all").click()
+    expect(page.get_by_label("Choose pictures")).to_be_focused()
+    page.unroute("**/predictions/**")
+    add(page, file(NOBODY, "d.png"))
+    assert count(page) == "0"
+    expect(page.locator("tbody tr")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_the_picture_that_is_added_or_chosen_is_in_sight(sized: Page, data: Path) -> None:
+    add(sized, data / "people" / BUS)
+    add(sized, *(file(b"no picture", f"{i}.txt") for i in range(5)))
+    add(sized, data / "people" / "zidane.jpg")
+    assert count(sized) == str(PEOPLE["zidane.jpg"])
+    sized.get_by_role("button", name=BUS, exact=True).click()
+    assert count(sized) == str(PEOPLE[BUS])
+    expect(sized.locator("#count")).to_be_in_viewport()
+    sized.get_by_role("button", name="4.txt", exact=True).click()
+    expect(sized.get_by_role("alert")).to_be_in_viewport()
+
+
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again(page: Page) -> None:
     left = [{"status": 503, "headers": {"Retry-After": "1"}, "body": "{}"}]
     page.route("**/predictions/**", lambda route: route.fulfill(**left.pop()) if left else route.continue_())
@@ -352,7 +403,7 @@ def test_a_busy_server_is_asked_again(page: Page) -> None:
 def test_a_file_s_name_is_never_markup(page: Page) -> None:
     name = "<img src=x onerror=alert(1)>.png"
     add(page, file(NOBODY, name))
-    expect(page.get_by_role("button", name=name)).to_be_visible()
+    expect(page.get_by_role("button", name=name, exact=True)).to_be_visible()
     assert page.locator("img").count() == 1
 
 
@@ -370,7 +421,7 @@ def test_pictures_are_pasted_and_dropped(page: Page, data: Path, event: str) -> 
         }""",
         [event, content],
     )
-    expect(page.get_by_role("button", name="given.jpg")).to_be_visible()
+    expect(page.get_by_role("button", name="given.jpg", exact=True)).to_be_visible()
     settled(page)
     assert count(page) == str(PEOPLE[BUS])
 
@@ -417,7 +468,9 @@ def test_a_picture_that_is_too_large_to_send_is_made_smaller(page: Page, server:
     assert box
     assert box["width"] / box["height"] == pytest.approx(810 / 1080, abs=0.01)
     add(page, file(os.urandom(most + 1), "raw.png"))
-    expect(page.get_by_text("0.1 MB, 0.0600 MB can be sent, and this browser cannot make it smaller")).to_be_visible()
+    expect(page.get_by_role("alert")).to_contain_text(
+        "0.1 MB, 0.0600 MB can be sent, and this browser cannot make it smaller"
+    )
 
 
 @pytest.mark.slow
