@@ -23,7 +23,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help serve test check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help serve test picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -115,6 +115,9 @@ lock: $(UV) ## write requirements/ after a change of pyproject.toml (UPGRADE=--u
 
 live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=, LIVE=options): costs money for hours
 	@$(BIN)/python -m tests.live_vertex $(PROJECT) $(LIVE)
+
+picture: .venv/.dev ## take the README's picture of the page again, of what `make serve` serves (PORT=; needs Chromium)
+	@PYTHONPATH=tests:. $(BIN)/python docs/pictures/page.py http://127.0.0.1:$(PORT)
 
 format: .venv/.dev ## let ruff format and sort
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

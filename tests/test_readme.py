@@ -18,7 +18,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from headcount import releases
+from headcount import Client, releases
 from headcount.cli import app
 from headcount.data import FILES
 from infra.settings import KEYS, Settings
@@ -120,6 +120,26 @@ def test_the_python_example_prints_four(server: Server, folder: Path) -> None:
         [sys.executable, "-c", here(program, server)], cwd=folder, check=True, capture_output=True, text=True
     )
     assert ran.stdout == "4\n"
+
+
+def test_the_crowd_of_the_page_s_picture_is_counted_as_the_text_says(checkpoint: Path, tmp_path: Path) -> None:
+    found = re.search(
+        r"Its (\d+) people were.*one look.* finds (\d+) of them.*closer looks find all (\d+)", README, re.DOTALL
+    )
+    assert found
+    drawn, fast, auto = map(int, found.groups())
+    (alternative,) = re.findall(r"!\[([^]]*)\]\(docs/pictures/page\.webp\)", README)
+    assert f"{auto} people" in alternative
+    with Image.open(ROOT / "docs" / "pictures" / "page.webp") as picture:
+        assert picture.width > picture.height > 500
+    crowd = tmp_path / "square.jpg"
+    subprocess.run([sys.executable, ROOT / "docs" / "pictures" / "square.py", crowd], check=True)
+    with Client() as client:
+        counts = [client.count(crowd, detail=detail).count for detail in ("fast", "auto")]
+    # Another checkpoint finds others at one look, and the same when it looks closer.
+    assert counts == [fast if checkpoint.stem == "yolov5n" else counts[0], auto]
+    assert counts[0] < drawn / 2
+    assert auto == drawn
 
 
 def test_make_verbs_exist() -> None:
