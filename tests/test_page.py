@@ -341,6 +341,17 @@ def test_errors_are_told_in_words(page: Page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_pictures_are_chosen_with_the_keyboard(page: Page, key: str) -> None:
+    page.keyboard.press("Tab")
+    with page.expect_file_chooser() as waiting:
+        page.keyboard.press(key)
+    waiting.value.set_files([file(NOBODY, "a.png")])  # type: ignore[list-item]
+    settled(page)
+    assert count(page) == "0"
+
+
+@pytest.mark.slow
 def test_a_file_without_a_byte_is_not_sent(page: Page) -> None:
     add(page, file(b"", "a.png"))
     expect(page.get_by_role("alert")).to_have_text("a.png: The file is empty.")
