@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from front_harness import (
@@ -27,12 +28,14 @@ from front_harness import (
     post_head,
     refused,
     rig,
+    running,
     start,
     until,
 )
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving import spool
+from serving.page import page
 
 pytestmark = pytest.mark.anyio
 __all__ = ["anyio_backend", "rig", "start"]  # fixtures
@@ -359,3 +362,28 @@ async def test_promtool_finds_nothing_to_mend(rig: Rig) -> None:
     text = (await rig.get("/metrics")).content
     done = subprocess.run(["promtool", "check", "metrics"], input=text, check=False, capture_output=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+# The page
+
+
+async def test_the_page_is_at_the_root(tmp_path: Path) -> None:
+    async with running(tmp_path, request_bytes=12345) as rig, rig.client() as client:
+        answer = await client.get("/")
+        assert answer.status_code == 200
+        expected, kind, headers = page(12345, "this server")
+        assert answer.content == expected
+        assert answer.headers["content-type"] == kind
+        assert headers.items() <= answer.headers.items()
+        head = await client.head("/")
+        assert (head.status_code, head.content) == (200, b"")
+        posted = await client.post("/")
+        assert (posted.status_code, posted.headers["allow"]) == (405, "GET, HEAD")
+
+
+async def test_the_page_can_be_switched_off(tmp_path: Path) -> None:
+    async with running(tmp_path, page=False) as rig:
+        answer = await rig.get("/")
+        assert answer.status_code == 404
+        assert "there is nothing at /" in answer.json()["error"]["message"]
+        assert (await rig.get("/openapi.json")).status_code == 200

@@ -58,35 +58,6 @@ def test_nothing_but_its_own_script_and_style_runs_in_the_page() -> None:
     assert re.findall(r"https?://[^\"'` ]+", text) == ["http://www.w3.org/2000/svg"]
 
 
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.mark.anyio
-async def test_the_page_is_at_the_root(tmp_path: Path) -> None:
-    async with front_harness.running(tmp_path, request_bytes=12345) as rig, rig.client() as client:
-        answer = await client.get("/")
-        assert answer.status_code == 200
-        expected, kind, headers = make_page(12345, "this server")
-        assert answer.content == expected
-        assert answer.headers["content-type"] == kind
-        assert headers.items() <= answer.headers.items()
-        head = await client.head("/")
-        assert (head.status_code, head.content) == (200, b"")
-        posted = await client.post("/")
-        assert (posted.status_code, posted.headers["allow"]) == (405, "GET, HEAD")
-
-
-@pytest.mark.anyio
-async def test_the_page_can_be_switched_off(tmp_path: Path) -> None:
-    async with front_harness.running(tmp_path, page=False) as rig:
-        answer = await rig.get("/")
-        assert answer.status_code == 404
-        assert "there is nothing at /" in answer.json()["error"]["message"]
-        assert (await rig.get("/openapi.json")).status_code == 200
-
-
 @pytest.mark.parametrize(("setting", "status"), [("on", 200), ("", 200), ("off", 404)])
 def test_a_setting_switches_the_page(tmp_path: Path, setting: str, status: int) -> None:
     with front_harness.Launched(tmp_path, HEADCOUNT_PAGE=setting) as launched:
@@ -346,7 +317,7 @@ def test_pictures_are_chosen_with_the_keyboard(page: Page, key: str) -> None:
     page.keyboard.press("Tab")
     with page.expect_file_chooser() as waiting:
         page.keyboard.press(key)
-    waiting.value.set_files([file(NOBODY, "a.png")])  # type: ignore[list-item]
+    waiting.value.set_files([file(NOBODY, "a.png")])  # type: ignore[arg-type]
     settled(page)
     assert count(page) == "0"
 
