@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from headcount import Client, releases
 from headcount.cli import app
-from headcount.data import FILES
+from headcount.data import FILES, fetch
 from infra.settings import KEYS, Settings
 from infra.settings import read as read_settings
 
@@ -97,7 +97,8 @@ def test_the_table_is_printed_as_shown(server: Server, folder: Path, checkpoint:
         for rows in (printed, shown)
     ]
     assert printed == shown
-    if checkpoint.stem == "yolov5n":  # other weights may serve on this machine
+    own = checkpoint.stem == "yolov5n" and fetch("zidane.jpg").name == "zidane.jpg"
+    if own:  # other weights, or other encodings of the pictures, may be what this machine can get
         assert near(confidences[0], confidences[1], 0.03)
 
 
