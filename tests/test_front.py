@@ -101,13 +101,17 @@ async def test_routes(start: Start) -> None:
 
 
 async def test_files_are_used_again_and_never_mixed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "REUSED_SECONDS", 0.2)
+    monkeypatch.setattr(spool, "REUSED_SECONDS", 600)
     bodies = [bytes([65 + i]) * size for i, size in enumerate((10, 500_000, 3, 0, 400_000, 1))]
     for body in bodies:  # a short one after a long one is not mixed with its rest
         assert (await rig.post(body)).content == identity(body)
     assert len({told["spooled"] for told in rig.torchserve.asked}) == 1
-    files = list(rig.torchserve.folder.spool.iterdir())
-    assert len(files) == 1
+    assert len(list(rig.torchserve.folder.spool.iterdir())) == 1
+
+
+async def test_a_file_that_is_not_used_again_is_removed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "REUSED_SECONDS", 0.05)
+    assert (await rig.post(b"a body")).content == identity(b"a body")
     await until(lambda: not any(rig.torchserve.folder.spool.iterdir()))
 
 
