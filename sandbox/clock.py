@@ -22,6 +22,11 @@ def rfc3339(seconds: float, timespec: str = "microseconds") -> str:
     return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
+def seconds(time: str) -> float:
+    """A time as `now` writes it, in seconds since 1970."""
+    return datetime.datetime.fromisoformat(time).timestamp()
+
+
 def advance(seconds: float) -> None:
     """Puts the clock forward until the process ends."""
     global _ahead

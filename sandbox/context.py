@@ -8,6 +8,7 @@ from starlette.requests import Request
 from sandbox.artifact_registry.registry import Registry
 from sandbox.discovery import Method
 from sandbox.fleet import Fleet
+from sandbox.jobs import Jobs
 from sandbox.operations import Operations
 from sandbox.projects import Projects
 from sandbox.store import JSON, Store
@@ -42,6 +43,7 @@ class Cloud:
     projects: Projects
     operations: Operations
     fleet: Fleet
+    jobs: Jobs
     registry: Registry
 
 

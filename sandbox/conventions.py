@@ -1,10 +1,15 @@
 """Conventions that Google's APIs share: labels, names, etags, update masks, filters, pages and partial answers."""
 
+import datetime
+import fnmatch
 import hashlib
+import operator
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from sandbox.errors import invalid
+from sandbox.filters import Term, holds, parse
 from sandbox.store import JSON
 
 # ------------------------------------------------------------------------------------ fields of resources
@@ -66,45 +71,62 @@ def update_mask(query: dict[str, str]) -> list[str]:
     return paths
 
 
-_TERM = re.compile(r'\s*(?P<field>[\w.]+|labels\."[^"]+")\s*(?P<op>!=|=|:)\s*(?P<value>"[^"]*"|\S+)\s*')
+# Fields that filters may name; each compares as its operators say.
+FILTERED = ("displayName",)
 
 
-def _matches(term: "re.Match[str]", item: JSON, id_field: str) -> bool:
-    path, op, value = term["field"], term["op"], term["value"].strip('"')
+def _matches(item: JSON, term: Term, id_field: str, fields: tuple[str, ...]) -> bool:
     labels = item.get("labels", {})
-    if path == "labels" and op == ":":
-        return value in labels
-    if path.startswith("labels."):
-        key = path.partition(".")[2].strip('"')
-        if op == ":":
-            return key in labels and value in ("*", labels[key])
-        return bool(labels.get(key) == value) == (op == "=")
-    known = {"display_name": "displayName", "displayName": "displayName", id_field: "name"}
-    if path not in known or op == ":":
-        raise invalid(
-            f'Invalid filter "{term[0].strip()}": the sandbox understands display_name, {id_field} '
-            "(= and !=), labels.KEY=VALUE, labels.KEY:* and labels:KEY, joined by AND."
-        )
-    actual = item.get(known[path], "")
-    if path == id_field:
-        actual = actual.rpartition("/")[2]
-    return bool(actual == value) == (op == "=")
+    name, key = (_camel(term.path[0]), ".".join(term.path[1:])) if term.path else ("", "")
+    if name == "labels" and not key and term.op == ":":
+        return term.value in labels
+    if name == "labels" and key:
+        if term.op == ":":
+            return key in labels and term.value in ("*", labels[key])
+        if term.op in ("=", "!="):
+            return bool(labels.get(key) == term.value) == (term.op == "=")
+    if not key and name in (*fields, _camel(id_field)):
+        actual = str(item.get("name" if name == _camel(id_field) else name, ""))
+        if name == _camel(id_field):
+            actual = actual.rpartition("/")[2]
+        if term.op in ("=", "!="):
+            return (actual == term.value) == (term.op == "=")
+        if term.op == ":" and name == "displayName" and fields != FILTERED:
+            return fnmatch.fnmatchcase(actual, term.value)
+        if term.op in COMPARED and name.endswith("Time"):
+            return COMPARED[term.op](nanoseconds(actual), nanoseconds(term.value))
+    raise invalid(
+        f'Invalid filter "{".".join(term.path)}{term.op}{term.value}": the sandbox understands '
+        f"{', '.join(fields)}, {id_field} (= and !=), labels.KEY=VALUE, labels.KEY:* and labels:KEY, joined by AND, OR "
+        "and NOT."
+    )
 
 
-def page(call: HasQuery, key: str, items: list[JSON], id_field: str) -> JSON:
+COMPARED: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge
+}  # fmt: skip
+
+
+def nanoseconds(time: str) -> int:
+    """A time as Google's APIs write it, in nanoseconds since 1970. Raises INVALID_ARGUMENT."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?", time)
+    try:
+        whole = datetime.datetime.fromisoformat(match[1] + (match[3] or "Z") if match else "")
+    except ValueError:
+        raise invalid(f'Invalid time "{time}": it must be in RFC 3339 format.') from None
+    return int(whole.timestamp()) * 10**9 + int(((match and match[2]) or "").ljust(9, "0"))
+
+
+def page(call: HasQuery, key: str, items: list[JSON], id_field: str, fields: tuple[str, ...] = FILTERED) -> JSON:
     """The answer of a list method: filtered, ordered, and cut to the page that the request names.
+
+    Filters may name `fields`, the resource's id as `id_field`, and labels.
 
     Raises INVALID_ARGUMENT for a filter, an order or a page token that the sandbox does not understand.
     """
     query = call.query
-    if text := query.get("filter", "").strip():
-        terms = []
-        for part in re.split(r"\s+AND\s+", text):
-            term = _TERM.fullmatch(part)
-            if not term:
-                raise invalid(f'Invalid filter "{part}".')
-            terms.append(term)
-        items = [i for i in items if all(_matches(t, i, id_field) for t in terms)]
+    parts = parse(query.get("filter", ""))
+    items = [i for i in items if all(holds(p, i, lambda j, t: _matches(j, t, id_field, fields)) for p in parts)]
     for order in reversed([o for o in query.get("orderBy", "").split(",") if o.strip()]):
         field_name, _, direction = order.strip().partition(" ")
         field_name = _camel(field_name)

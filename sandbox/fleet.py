@@ -298,6 +298,8 @@ class Fleet:
         orphans = []
         for container in await self.runner.find(self.state):
             labels = container.labels
+            if LABEL + "job" in labels:
+                continue  # see sandbox.jobs
             owner = tuple(labels.get(LABEL + k, "") for k in ("endpoint", "deployed-model", "version"))
             if owner in owners:
                 self.replicas.setdefault((owner[0], owner[1]), []).append(Replica(container))

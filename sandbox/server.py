@@ -20,6 +20,7 @@ from sandbox import (
     operations,
     resource_manager,
     service_usage,
+    vertex_custom_jobs,
     vertex_deployments,
     vertex_endpoints,
     vertex_models,
@@ -29,15 +30,19 @@ from sandbox import (
 from sandbox.admin import Admin, linger
 from sandbox.artifact_registry import repositories
 from sandbox.artifact_registry.registry import Registry
+from sandbox.cloud_logging import queries
 from sandbox.context import Call, Cloud, Settings
 from sandbox.conventions import partial
 from sandbox.discovery import PREFIXES, Method, read_request, response_violations, route
+from sandbox.docker_runner import DockerRunner
 from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found, unimplemented
 from sandbox.fleet import Fleet
+from sandbox.jobs import Jobs
 from sandbox.projects import Projects, project_number
-from sandbox.runner import DockerRunner, Runner, StubRunner
+from sandbox.runner import Runner
 from sandbox.storage import buckets, objects, paths
 from sandbox.store import JSON, Store
+from sandbox.stub_runner import StubRunner
 
 log = logging.getLogger("sandbox")
 
@@ -51,6 +56,8 @@ METHODS: dict[str, Handler] = {
     **vertex_deployments.METHODS,
     **vertex_predictions.METHODS,
     **vertex_operations.METHODS,
+    **vertex_custom_jobs.METHODS,
+    **queries.METHODS,
     **buckets.METHODS,
     **objects.METHODS,
     **repositories.METHODS,
@@ -77,7 +84,8 @@ class Server:
         store = Store(settings.state)
         if settings.fresh:
             store.clear()
-        fleet = Fleet(RUNNERS[settings.runner](settings.port), store.id)
+        runner = RUNNERS[settings.runner](settings.port)
+        fleet = Fleet(runner, store.id)
         # Elsewhere Docker runs in a virtual machine, which reaches a container's port and not one of this process.
         gated = sys.platform == "linux"
         registry = Registry(
@@ -93,21 +101,28 @@ class Server:
             projects=Projects(store),
             operations=operations.Operations(store, settings.operation_seconds),
             fleet=fleet,
+            jobs=Jobs(store, runner),
             registry=registry,
         )
-        for module in (vertex_models, vertex_endpoints, vertex_deployments):
+        for module in (vertex_models, vertex_endpoints, vertex_deployments, vertex_custom_jobs):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
-        self.admin = Admin(store, settings.admin, release=self.cloud.operations.release)
+        self.admin = Admin(store, settings.admin, release=self._release)
+
+    def _release(self) -> None:
+        self.cloud.operations.release()
+        self.cloud.jobs.release()
 
     async def start(self) -> None:
         # A thread is held while Docker pulls or stops; the default of a few would make others wait.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
         await vertex_deployments.adopt(self.cloud)
+        await self.cloud.jobs.resume()
         self.cloud.operations.resume()
 
     async def stop(self) -> None:
         await self.cloud.operations.stop()
+        await self.cloud.jobs.stop()
         await self.cloud.fleet.stop()
         await asyncio.to_thread(self.cloud.registry.stop)
         self.cloud.store.close()
@@ -282,7 +297,7 @@ def _renamed(value: Any, change: Callable[[str], str]) -> Any:
         return value
     return {
         k: change(v)
-        if k in ("name", "model", "parentModel", "endpoint") and isinstance(v, str)
+        if k in ("name", "model", "parentModel", "endpoint", "customJob", "tensorboard") and isinstance(v, str)
         else v
         if k in ("predictions", "env", "labels")
         else _renamed(v, change)

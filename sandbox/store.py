@@ -25,6 +25,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Opens or creates `folder`. Raises BlockingIOError when another sandbox has it open."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         # Held until the process ends, however it ends.
         self._lock = (folder / "lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,6 +37,9 @@ class Store:
             CREATE TABLE IF NOT EXISTS documents (
                 kind TEXT, name TEXT, body TEXT NOT NULL, PRIMARY KEY (kind, name));
             CREATE TABLE IF NOT EXISTS history (seq INTEGER PRIMARY KEY, body TEXT NOT NULL);
+            CREATE TABLE IF NOT EXISTS logs (
+                seq INTEGER PRIMARY KEY, project TEXT NOT NULL, job TEXT NOT NULL, body TEXT NOT NULL);
+            CREATE INDEX IF NOT EXISTS logs_of_job ON logs (project, job);
             """
         )
         with self.transaction():
@@ -84,11 +88,25 @@ class Store:
         rows = self._db.execute("SELECT seq, body FROM history ORDER BY seq")
         return [{"seq": seq, **json.loads(body)} for seq, body in rows]
 
+    def log(self, project: str, job: str, entries: builtins.list[JSON]) -> None:
+        """Appends log entries of a job of `projects/ID`."""
+        self._db.executemany(
+            "INSERT INTO logs (project, job, body) VALUES (?, ?, ?)", [(project, job, json.dumps(e)) for e in entries]
+        )
+
+    def logged(self, project: str, job: str = "") -> builtins.list[JSON]:
+        """The log entries of a project, or of one of its jobs, in the order in which they were written."""
+        rows = self._db.execute(
+            "SELECT body FROM logs WHERE project = ? AND (? = '' OR job = ?) ORDER BY seq", (project, job, job)
+        )
+        return [json.loads(body) for (body,) in rows]
+
     def clear(self) -> None:
         """Forgets everything but the folder's identity, by which its containers are found and removed."""
         with self.transaction():
             self._db.execute("DELETE FROM documents WHERE kind != 'meta'")
             self._db.execute("DELETE FROM history")
+            self._db.execute("DELETE FROM logs")
 
     def close(self) -> None:
         self._db.close()

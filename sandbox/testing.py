@@ -90,6 +90,11 @@ class RunningSandbox:
         response = self._http.request(http, f"{self.url}/{where}", json=body, params=query)
         return response.status_code, response.json()
 
+    def ask_api(self, api: str, http: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """The same of another API than Vertex AI, such as `logging`, with the path that it has on its own host."""
+        response = self._http.request(http, f"{self.url}/{api}/{path}", json=body)
+        return response.status_code, response.json()
+
     def do(self, http: str, path: str, body: Any = None, **query: Any) -> Any:
         """The answer of a request that goes well; of one that starts an operation, that once it is done."""
         status, answer = self.ask(http, path, body, **query)

@@ -28,7 +28,7 @@ from google.iam.v1 import policy_pb2  # type: ignore[import-untyped]
 from google_clients import artifact_registry
 
 from sandbox.artifact_registry import registry as registries
-from sandbox.runner import DockerRunner
+from sandbox.docker_runner import DockerRunner
 from sandbox.testing import RunningSandbox
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"

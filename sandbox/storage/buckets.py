@@ -15,9 +15,10 @@ from sandbox import clock
 from sandbox.context import Call
 from sandbox.conventions import KMS_KEY, check_labels, cut
 from sandbox.discovery import read_request
-from sandbox.errors import GoogleError, invalid, not_found, unimplemented
+from sandbox.errors import GoogleError, invalid, unimplemented
 from sandbox.iam import policy, set_policy
 from sandbox.projects import project_number
+from sandbox.storage.contents import find_bucket
 from sandbox.storage.paths import check_conditions, names
 from sandbox.store import JSON
 
@@ -43,10 +44,7 @@ PUBLIC = {"allUsers", "allAuthenticatedUsers"}
 
 def find(call: Call, name: str) -> JSON:
     """The bucket as it is stored. Raises NOT_FOUND."""
-    bucket = call.cloud.store.get("bucket", name)
-    if not bucket:
-        raise not_found("The specified bucket does not exist.")
-    return bucket
+    return find_bucket(call.cloud.store, name)
 
 
 def encode_version(number: int) -> str:

@@ -1,19 +1,15 @@
 """Objects of Cloud Storage, with their generations.
 
 https://cloud.google.com/storage/docs/json_api/v1/objects
-Contents lie in files beside the state, each named by a random key.
 """
 
-import base64
 import datetime
-import hashlib
 import json
 import random
 import re
 import urllib.parse
 from email.parser import BytesParser
 from email.policy import HTTP
-from pathlib import Path
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -22,17 +18,9 @@ from sandbox import clock
 from sandbox.context import Call
 from sandbox.conventions import cut
 from sandbox.errors import GoogleError, invalid, not_found
-from sandbox.storage import buckets
+from sandbox.storage.contents import content_file, find_bucket, live_object, remove, retire, save
 from sandbox.storage.paths import check_conditions, names
 from sandbox.store import JSON
-
-
-def _file(call: Call, key: str) -> Path:
-    return call.cloud.settings.state / "objects" / key
-
-
-def _key(bucket: str, name: str, generation: str) -> str:
-    return f"{bucket}/{name}\n{generation}"  # a name has no line feed
 
 
 def _object(call: Call, bucket: str, name: str) -> JSON:
@@ -46,15 +34,6 @@ def _object(call: Call, bucket: str, name: str) -> JSON:
 
 def _shown(item: JSON) -> JSON:
     return {k: v for k, v in item.items() if k != "file"}
-
-
-def _retire(call: Call, bucket: JSON, item: JSON) -> None:
-    """A live generation is replaced or deleted: it becomes noncurrent, or goes. Inside a transaction."""
-    key = _key(item["bucket"], item["name"], item["generation"])
-    if bucket.get("versioning", {}).get("enabled"):
-        call.cloud.store.put("object", key, {**item, "timeDeleted": clock.now("milliseconds")})
-    else:
-        _remove(call, key, item)
 
 
 def is_due(rule: JSON, item: JSON) -> bool:
@@ -81,68 +60,22 @@ def _find_bucket(call: Call, name: str) -> JSON:
 
     Google applies them within a day; the sandbox applies them at each request for an object.
     """
-    bucket = buckets.find(call, name)
+    bucket = find_bucket(call.cloud.store, name)
     if rules := bucket.get("lifecycle", {}).get("rule", []):
-        for key, item in call.cloud.store.list("object", f"{name}/"):
+        for _, item in call.cloud.store.list("object", f"{name}/"):
             if any(is_due(rule, item) for rule in rules):
                 with call.cloud.store.transaction():
-                    _remove(call, key, item) if "timeDeleted" in item else _retire(call, bucket, item)
+                    remove(call.cloud.store, item) if "timeDeleted" in item else retire(call.cloud.store, bucket, item)
     return bucket
 
 
-def _remove(call: Call, key: str, item: JSON) -> None:
-    """Deletes a generation for good. Inside a transaction."""
-    call.cloud.store.delete("object", key)
-    _file(call, item["file"]).unlink(missing_ok=True)
-
-
-def _save(call: Call, bucket_name: str, metadata: JSON, content: bytes, media: str) -> JSON:
-    bucket, name = _find_bucket(call, bucket_name), metadata.get("name") or call.query.get("name", "")
+def _save(call: Call, bucket: str, metadata: JSON, content: bytes, media: str) -> JSON:
+    store, name = call.cloud.store, metadata.get("name") or call.query.get("name", "")
+    _find_bucket(call, bucket)
     if not name or len(name.encode()) > 1024 or "\n" in name or "\r" in name:
         raise invalid(f"Invalid object name: '{name}'")
-    live = next(
-        (o for _, o in call.cloud.store.list("object", f"{bucket_name}/{name}\n") if "timeDeleted" not in o), None
-    )
-    check_conditions(call, live)
-    md5 = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
-    if metadata.get("md5Hash", md5) != md5:
-        raise invalid(f'Provided MD5 hash "{metadata["md5Hash"]}" doesn\'t match calculated MD5 hash "{md5}".')
-    # As on Google, the time in microseconds: so generations sort by age.
-    now, generation = clock.now("milliseconds"), str(int(clock.time() * 10**6))
-    key = bucket.get("encryption", {}).get("defaultKmsKeyName")
-    item = {
-        **{k: v for k, v in metadata.items() if k in ("metadata", "cacheControl", "contentEncoding")},
-        "kind": "storage#object",
-        "id": f"{bucket_name}/{name}/{generation}",
-        "name": name,
-        "bucket": bucket_name,
-        "generation": generation,
-        "metageneration": "1",
-        "contentType": metadata.get("contentType") or media,
-        "storageClass": bucket["storageClass"],
-        "size": str(len(content)),
-        "md5Hash": md5,
-        "crc32c": base64.b64encode(_crc32c(content).to_bytes(4)).decode(),
-        "etag": "C" + md5[:10],
-        "timeCreated": now,
-        "updated": now,
-        **({"kmsKeyName": f"{key}/cryptoKeyVersions/1"} if key else {}),
-        "file": f"{random.getrandbits(128):032x}",
-    }
-    path = _file(call, item["file"])
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    with call.cloud.store.transaction():
-        if live:
-            _retire(call, bucket, live)
-        call.cloud.store.put("object", _key(bucket_name, name, generation), item)
-    return _shown(item)
-
-
-def _crc32c(content: bytes) -> int:
-    import google_crc32c  # Google's own client computes it with this package
-
-    return int(google_crc32c.value(content))
+    check_conditions(call, live_object(store, bucket, name))
+    return _shown(save(store, bucket, name, content, metadata, media))
 
 
 def _split(call: Call) -> tuple[JSON, bytes, str]:
@@ -191,7 +124,7 @@ def _resume(call: Call, bucket: str, upload: str) -> Response:
     metadata = call.cloud.store.get("upload", upload)
     if metadata is None:
         raise not_found("Upload not found.")
-    path = _file(call, upload)
+    path = content_file(call.cloud.store, upload)
     path.parent.mkdir(exist_ok=True)
     have = path.stat().st_size if path.exists() else 0
     span = re.fullmatch(
@@ -219,7 +152,7 @@ async def get(call: Call) -> Any:
     check_conditions(call, item)
     if call.query.get("alt") != "media":
         return _shown(item)
-    content, status = _file(call, item["file"]).read_bytes(), 200
+    content, status = content_file(call.cloud.store, item["file"]).read_bytes(), 200
     headers = {
         "ETag": item["etag"],
         "x-goog-hash": f"crc32c={item['crc32c']},md5={item['md5Hash']}",
@@ -265,9 +198,9 @@ async def delete(call: Call) -> Response:
     check_conditions(call, item)
     with call.cloud.store.transaction():
         if "generation" in call.query:  # for good
-            _remove(call, _key(bucket_name, name, item["generation"]), item)
+            remove(call.cloud.store, item)
         else:
-            _retire(call, bucket, item)
+            retire(call.cloud.store, bucket, item)
     return Response(status_code=204)
 
 
