@@ -7,7 +7,8 @@ after a kill: `attempt`, `cpus`, `cursors` (how far each replica's output was re
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from sandbox import clock
 from sandbox.cloud_logging import entries
@@ -53,6 +54,9 @@ class Jobs:
         self._taken: dict[str, tuple[int, ...]] = {}
         self._containers: dict[str, dict[str, Container]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        #: Held by those who change tuning jobs.
+        self.lock = asyncio.Lock()
         # Wakes those who wait for CPUs, for an end, or for a cancellation.
         self._changed = asyncio.Condition()
         #: Called with a job's name after it has ended.
@@ -63,6 +67,11 @@ class Jobs:
     def find(self, name: str) -> JSON | None:
         return self._store.get("customJob", name)
 
+    def put(self, resource: JSON, fault: JSON, trial: JSON | None = None) -> None:
+        """Stores a new job. Inside a transaction; then `start`."""
+        document = {"resource": resource, "fault": fault, "attempt": 0, "cpus": [], "cursors": {}, "trial": trial}
+        self._store.put("customJob", resource["name"], document)
+
     def _update(self, name: str, change: JSON | None = None, **fields: object) -> None:
         """Changes a job's resource by `fields` and the rest of its document by `change`. A deleted job stays so."""
         with self._store.transaction():
@@ -71,9 +80,12 @@ class Jobs:
                 self._store.put("customJob", name, {**job, **(change or {})})
 
     def say(self, name: str, text: str, severity: str = "INFO") -> None:
-        """Writes an entry of the training service into the job's log."""
+        """Writes entries of the training service into a job's log; of a trial's job the errors only."""
         job = self.find(name)
-        about = job["trial"]["job"] if job and job.get("trial") else name
+        trial = job["trial"] if job else None
+        about = trial["job"] if trial else name
+        if trial and severity == "INFO":
+            return
         said = [entries.of_service(about, line, severity) for line in text.split("\n")]
         with self._store.transaction():
             self._store.log(*_log_of(about), said)
@@ -100,10 +112,16 @@ class Jobs:
                 self._update(name, {"fault": {}})
         self._wake()
 
-    async def wait(self, name: str) -> None:
-        """Returns when a job has ended."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: name not in self._tasks)
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs something beside the jobs until the sandbox stops."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._report)
+
+    def _report(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("tuning job", exc_info=error)
 
     def _wake(self) -> None:
         async def notify() -> None:
@@ -136,9 +154,10 @@ class Jobs:
 
     async def stop(self) -> None:
         """Ends the containers. The next start begins the jobs that ran again, as after a restart of their machines."""
-        for task in self._tasks.values():
+        tasks = [*self._background, *self._tasks.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(self._end(name, LAST_GRACE) for name in list(self._containers)), return_exceptions=True)
         if self._leaving:
             await asyncio.wait(self._leaving)
@@ -172,7 +191,7 @@ class Jobs:
                 await self._mounts.close(project)
         except asyncio.CancelledError:
             return  # the sandbox is stopping, and the next start takes the job up
-        self._announce(name, outcome)
+        self.announce(name, outcome)
         self._update(name, {"cpus": []}, **outcome, endTime=clock.now())
         self._taken.pop(name, None)
         self._tasks.pop(name, None)
@@ -180,7 +199,8 @@ class Jobs:
         async with self._changed:
             self._changed.notify_all()
 
-    def _announce(self, name: str, outcome: JSON) -> None:
+    def announce(self, name: str, outcome: JSON) -> None:
+        """Says in a job's log how it has ended."""
         match outcome["state"]:
             case "JOB_STATE_SUCCEEDED":
                 self.say(name, "Job completed successfully.")

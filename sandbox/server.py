@@ -26,6 +26,7 @@ from sandbox import (
     vertex_models,
     vertex_operations,
     vertex_predictions,
+    vertex_tuning_jobs,
 )
 from sandbox.admin import Admin, linger
 from sandbox.artifact_registry import repositories
@@ -57,6 +58,7 @@ METHODS: dict[str, Handler] = {
     **vertex_predictions.METHODS,
     **vertex_operations.METHODS,
     **vertex_custom_jobs.METHODS,
+    **vertex_tuning_jobs.METHODS,
     **queries.METHODS,
     **buckets.METHODS,
     **objects.METHODS,
@@ -104,9 +106,10 @@ class Server:
             jobs=Jobs(store, runner),
             registry=registry,
         )
-        for module in (vertex_models, vertex_endpoints, vertex_deployments, vertex_custom_jobs):
+        for module in (vertex_models, vertex_endpoints, vertex_deployments, vertex_custom_jobs, vertex_tuning_jobs):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
+        self.cloud.jobs.ended = lambda name: vertex_tuning_jobs.job_ended(self.cloud, name)
         self.admin = Admin(store, settings.admin, release=self._release)
 
     def _release(self) -> None:
@@ -118,6 +121,7 @@ class Server:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
         await vertex_deployments.adopt(self.cloud)
         await self.cloud.jobs.resume()
+        vertex_tuning_jobs.resume(self.cloud)
         self.cloud.operations.resume()
 
     async def stop(self) -> None:

@@ -110,14 +110,6 @@ def new_job(parent: str, collection: str, resource: JSON) -> JSON:
     }
 
 
-def submit(cloud: Cloud, resource: JSON, fault: JSON, trial: JSON | None = None) -> None:
-    """Stores a new job, which then runs. Inside a transaction, so that a kill leaves both or neither."""
-    document = {"resource": resource, "fault": fault, "attempt": 0, "cpus": [], "cursors": {}, "trial": trial}
-    with cloud.store.transaction():
-        cloud.store.put("customJob", resource["name"], document)
-    cloud.jobs.start(resource["name"])
-
-
 def find(cloud: Cloud, name: str) -> JSON:
     """The job's document. Raises NOT_FOUND."""
     job = cloud.jobs.find(name)
@@ -131,8 +123,10 @@ async def create(call: Call) -> JSON:
     check_job(resource)
     check_spec(call, resource.setdefault("jobSpec", {}))
     made = new_job(call.location, "customJobs", resource)
-    submit(call.cloud, made, call.fault)
-    call.cloud.jobs.say(made["name"], "Waiting for job to be provisioned.")
+    with call.cloud.store.transaction():
+        call.cloud.jobs.put(made, call.fault)
+        call.cloud.jobs.say(made["name"], "Waiting for job to be provisioned.")
+    call.cloud.jobs.start(made["name"])
     return made
 
 
@@ -163,12 +157,14 @@ async def delete(call: Call) -> JSON:
     return call.cloud.operations.start(call, "deleteCustomJob", call.location, call.name, {})
 
 
-def deletion(cloud: Cloud, document: str) -> Kind:
-    """The operation that deletes a document, such as `customJob`."""
+def deletion(cloud: Cloud, kind: str, also: Callable[[JSON], None] = lambda document: None) -> Kind:
+    """The operation that deletes a document of a kind, such as `customJob`; `also` deletes what belongs to it."""
 
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
-            cloud.store.delete(document, operation["target"])
+            if document := cloud.store.get(kind, operation["target"]):
+                also(document)
+            cloud.store.delete(kind, operation["target"])
             return {}
 
         return finish

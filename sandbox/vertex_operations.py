@@ -42,6 +42,6 @@ async def cancel(call: Call) -> JSON:
 
 METHODS = {
     f"aiplatform.projects.locations.{owner}operations.{name}": handler
-    for owner in ("", "models.", "endpoints.", "customJobs.")
+    for owner in ("", "models.", "endpoints.", "customJobs.", "hyperparameterTuningJobs.")
     for name, handler in (("get", get), ("list", list_), ("wait", wait), ("cancel", cancel))
 }

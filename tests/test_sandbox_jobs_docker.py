@@ -94,7 +94,7 @@ def program(image: str, text: str, *args: str, **env: str) -> dict[str, Any]:
 
 def containers(docker_engine: docker.DockerClient, path: str = "") -> list[Container]:
     """The containers of this run's jobs, or of one."""
-    filters = {"label": [f"{images.LABEL}={images.RUN}", LABEL + "job"]}
+    filters: dict[str, str | list[str] | bool] | None = {"label": [f"{images.LABEL}={images.RUN}", LABEL + "job"]}
     found = docker_engine.containers.list(all=True, filters=filters, ignore_removed=True)
     return [c for c in found if c.labels[LABEL + "job"].endswith(path)]
 
@@ -125,10 +125,10 @@ def test_a_container_has_its_buckets_and_its_surroundings(
     assert env["NAME"] == env["CLOUD_ML_JOB_ID"] == job_id
     assert env["AIP_CHECKPOINT_DIR"] == f"gs://{BUCKET}/runs/1/checkpoints/"
     assert env["AIP_TENSORBOARD_LOG_DIR"] == f"gs://{BUCKET}/runs/1/logs/"
-    spec = json.loads(env["CLUSTER_SPEC"])
-    assert spec["cluster"] == {"workerpool0": [f"{said['host']}:2222"]}
-    assert spec["task"] == {"type": "workerpool0", "index": 0}
-    assert spec["job"]["base_output_directory"] == {"output_uri_prefix": f"gs://{BUCKET}/runs/1"}
+    described = json.loads(env["CLUSTER_SPEC"])
+    assert described["cluster"] == {"workerpool0": [f"{said['host']}:2222"]}
+    assert described["task"] == {"type": "workerpool0", "index": 0}
+    assert described["job"]["base_output_directory"] == {"output_uri_prefix": f"gs://{BUCKET}/runs/1"}
     assert containers(docker_engine, path) == []
 
 
