@@ -26,6 +26,7 @@ from sandbox import (
     vertex_models,
     vertex_operations,
     vertex_predictions,
+    vertex_tensorboards,
     vertex_tuning_jobs,
 )
 from sandbox.admin import Admin, linger
@@ -59,6 +60,7 @@ METHODS: dict[str, Handler] = {
     **vertex_operations.METHODS,
     **vertex_custom_jobs.METHODS,
     **vertex_tuning_jobs.METHODS,
+    **vertex_tensorboards.METHODS,
     **queries.METHODS,
     **buckets.METHODS,
     **objects.METHODS,
@@ -106,7 +108,8 @@ class Server:
             jobs=Jobs(store, runner),
             registry=registry,
         )
-        for module in (vertex_models, vertex_endpoints, vertex_deployments, vertex_custom_jobs, vertex_tuning_jobs):
+        jobs = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards)
+        for module in (vertex_models, vertex_endpoints, vertex_deployments, *jobs):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.cloud.jobs.ended = lambda name: vertex_tuning_jobs.job_ended(self.cloud, name)

@@ -8,6 +8,9 @@ from sandbox.conventions import cut
 from sandbox.errors import invalid
 from sandbox.store import JSON
 
+# What operations may be listed and read under.
+OWNERS = ("models", "endpoints", "customJobs", "hyperparameterTuningJobs", "tensorboards")
+
 
 async def get(call: Call) -> JSON:
     operations = call.cloud.operations
@@ -42,6 +45,6 @@ async def cancel(call: Call) -> JSON:
 
 METHODS = {
     f"aiplatform.projects.locations.{owner}operations.{name}": handler
-    for owner in ("", "models.", "endpoints.", "customJobs.", "hyperparameterTuningJobs.")
+    for owner in ("", *(f"{collection}." for collection in OWNERS))
     for name, handler in (("get", get), ("list", list_), ("wait", wait), ("cancel", cancel))
 }
