@@ -134,7 +134,11 @@ class DockerRunner:
         self._state = state
 
         def work(client: "docker.DockerClient") -> "list[DockerHandle]":
-            return client.containers.list(all=True, filters={"label": f"{LABEL}state={state}"})
+            found = client.containers.list(all=True, filters={"label": f"{LABEL}state={state}"})
+            for container in found:
+                if container.status == "created":  # a kill came before its start
+                    container.remove(force=True, v=True)
+            return [container for container in found if container.status != "created"]
 
         try:
             handles = await self._call(work)

@@ -186,9 +186,12 @@ class Jobs:
                 log.exception("job %s", name)
                 internal = GoogleError("INTERNAL", f"Internal error occurred for the current attempt: {error!r}")
                 outcome = {"state": "JOB_STATE_FAILED", "error": internal.rpc_status()}
-            await self._end(name, STOP_GRACE)
-            if folder_open:
-                await self._mounts.close(project)
+            try:
+                await self._end(name, STOP_GRACE)
+                if folder_open:
+                    await self._mounts.close(project)
+            except Exception:  # of Docker or the disk; the job ends all the same
+                log.exception("end of job %s", name)
         except asyncio.CancelledError:
             return  # the sandbox is stopping, and the next start takes the job up
         self.announce(name, outcome)

@@ -48,7 +48,7 @@ def test_the_life_of_a_custom_job() -> None:
     assert job.start_time
     assert job.end_time
     assert job.start_time <= job.end_time
-    assert not job.error
+    assert not getattr(job.error, "code", 0)
     spec = aiplatform.CustomJob.get(job.resource_name).gca_resource.job_spec
     assert spec.worker_pool_specs[0].container_spec.args == ["--epochs=3"]
     assert spec.base_output_directory.output_uri_prefix == "gs://a-bucket/out"
@@ -136,6 +136,10 @@ def test_googles_discovery_client_reads_the_log(stub_sandbox: RunningSandbox, pr
         last = everything[-1]["timestamp"]
         assert [e["timestamp"] for e in read(f'timestamp>="{last}"')] == [last]
         assert last not in [e["timestamp"] for e in read(f'timestamp<"{last}"')]
+        # So gcloud asks for what it has not shown yet.
+        second = everything[1]
+        shown, number = second["timestamp"], second["insertId"]
+        assert read(f'(timestamp>"{shown}" OR (timestamp="{shown}" AND insertId>"{number}"))') == everything[2:]
         assert read('timestamp>"2100-01-01T00:00:00Z"') == []
 
         request = logging.entries().list(body={"resourceNames": [f"projects/{project}"], "pageSize": 2})

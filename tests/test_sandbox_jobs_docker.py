@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import docker
+import hypertune.hypertune
 import images
 import pytest
 from docker.models.containers import Container
@@ -217,3 +219,72 @@ def test_a_stopped_sandbox_starts_its_jobs_again(
         counts = [m for m in messages(sandbox, path) if m.startswith("count")]
         assert len(counts) == len(set(counts))  # it has gone on from what the first container stored
         client.bucket(BUCKET).delete_blob("go")
+
+
+TRIAL = """
+import argparse, os, sys
+sys.path.insert(0, "/gcs/a-bucket-of-jobs")
+import hypertune
+parser = argparse.ArgumentParser()
+parser.add_argument("--learning-rate", type=float)
+parser.add_argument("--nfil1", type=int)
+chosen = parser.parse_args()
+print("trial", os.environ["CLOUD_ML_TRIAL_ID"], os.environ["AIP_MODEL_DIR"], flush=True)
+if os.environ["CLOUD_ML_TRIAL_ID"] == "2":
+    sys.exit("out of luck")
+reporter = hypertune.HyperTune()
+for step in (1, 2):
+    reporter.report_hyperparameter_tuning_metric("accuracy", chosen.nfil1 + step, step)
+"""
+
+
+def test_a_study_reads_what_googles_package_reports(
+    sandbox: RunningSandbox, docker_engine: docker.DockerClient, tiny_image: str
+) -> None:
+    with storage_client(sandbox, "a-project") as client:
+        client.bucket(BUCKET).blob("hypertune.py").upload_from_filename(str(hypertune.hypertune.__file__))
+    body = {
+        "displayName": "tune",
+        "studySpec": {
+            "metrics": [{"metricId": "accuracy", "goal": "MAXIMIZE"}],
+            "parameters": [
+                {
+                    "parameterId": "learning-rate",
+                    "doubleValueSpec": {"minValue": 0.001, "maxValue": 0.1},
+                    "scaleType": "UNIT_LOG_SCALE",
+                },
+                {"parameterId": "nfil1", "integerValueSpec": {"minValue": "5", "maxValue": "20"}},
+            ],
+        },
+        "maxTrialCount": 3,
+        "parallelTrialCount": 2,
+        "trialJobSpec": {
+            "workerPoolSpecs": [pool(program(tiny_image, TRIAL), machine="n1-standard-1")],
+            "baseOutputDirectory": {"outputUriPrefix": f"gs://{BUCKET}/tune"},
+        },
+    }
+    path = create(sandbox, body, "hyperparameterTuningJobs")
+    done = finished(sandbox, path)
+    assert done["state"] == "JOB_STATE_SUCCEEDED", done
+    assert [trial["state"] for trial in done["trials"]] == ["SUCCEEDED", "INFEASIBLE", "SUCCEEDED"]
+    assert "out of luck" in done["trials"][1]["infeasibleReason"]
+    for trial in (done["trials"][0], done["trials"][2]):
+        chosen = {p["parameterId"]: p["value"] for p in trial["parameters"]}
+        assert [m["metrics"][0]["value"] for m in trial["measurements"]] == [chosen["nfil1"] + 1, chosen["nfil1"] + 2]
+        assert trial["finalMeasurement"]["stepCount"] == "2"
+    said = [m for m in messages(sandbox, path) if m.startswith("trial")]
+    assert sorted(said) == [f"trial {n} gs://{BUCKET}/tune/{n}/model/" for n in (1, 2, 3)]
+    assert containers(docker_engine) == []
+
+
+@pytest.mark.parametrize("moment", [0.1, 0.4, 0.8, 1.2])
+def test_a_kill_at_any_moment_leaves_a_job_that_ends(
+    sandbox: RunningSandbox, docker_engine: docker.DockerClient, tiny_image: str, moment: float
+) -> None:
+    path = create(sandbox, job(pool(program(tiny_image, "print('ran', flush=True)"))))
+    time.sleep(moment)
+    sandbox.kill()
+    sandbox.start()
+    assert finished(sandbox, path)["state"] == "JOB_STATE_SUCCEEDED"
+    assert "ran" in messages(sandbox, path)
+    assert containers(docker_engine, path) == []

@@ -7,8 +7,9 @@ the entry: https://docs.cloud.google.com/logging/docs/agent/logging/configuratio
 """
 
 import contextlib
+import itertools
 import json
-import uuid
+import time
 from typing import Any
 
 from sandbox.clock import now
@@ -40,21 +41,25 @@ SPECIAL = {
 }
 
 
+# Entries of the same time are listed by their insertId, so that it grows as they are written.
+_numbers = itertools.count()
+
+
 def severity_of(text: Any) -> str:
     """The severity that a logger's word stands for, or ""."""
     name = ALIASES.get(str(text).upper(), str(text).upper())
     return name if name in SEVERITIES else ""
 
 
-def _entry(job: str, task: str, trial_id: str, time: str) -> JSON:
+def _entry(job: str, task: str, trial_id: str, when: str) -> JSON:
     project, job_id = job.split("/")[1], job.rpartition("/")[2]
     return {
-        "insertId": uuid.uuid4().hex[:16],
+        "insertId": f"{time.time_ns():016x}{next(_numbers):08x}",
         "logName": f"projects/{project}/logs/"
         + (task if task != "service" else f"ml.googleapis.com%2F{project_number(project)}%2F{job_id}"),
         "resource": {"type": "ml_job", "labels": {"job_id": job_id, "project_id": project, "task_name": task}},
         "labels": {"ml.googleapis.com/job_id/log_area": "root", "ml.googleapis.com/trial_id": trial_id},
-        "timestamp": time,
+        "timestamp": when,
         "receiveTimestamp": now(),
         "severity": "INFO",
     }

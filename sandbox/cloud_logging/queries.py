@@ -4,6 +4,7 @@ https://cloud.google.com/logging/docs/reference/v2/rest/v2/entries/list
 https://cloud.google.com/logging/docs/view/logging-query-language
 """
 
+import contextlib
 import re
 from typing import Any
 
@@ -60,7 +61,7 @@ def matches(entry: JSON, term: Term) -> bool:
         return any(term.value.lower() in text.lower() for value in found for text in _texts(value))
     if term.op in ("=", "!="):
         return any(_equal(term, text) for value in found for text in _texts(value)) == (term.op == "=")
-    return any(_ordered(term, text) for value in found for text in _texts(value))
+    return any(_ordered(term, value) for value in found)
 
 
 def _equal(term: Term, text: str) -> bool:
@@ -71,17 +72,19 @@ def _equal(term: Term, text: str) -> bool:
     return text == term.value
 
 
-def _ordered(term: Term, text: str) -> bool:
+def _ordered(term: Term, value: Any) -> bool:
+    """Numbers compare as numbers, severities by their rank, times as times, and other texts by their letters."""
+    compare = COMPARED[term.op]
     if term.path == ("severity",):
         if not (wanted := severity_of(term.value)):
             raise invalid(f'Invalid severity "{term.value}": one of {", ".join(SEVERITIES)}.')
-        return COMPARED[term.op](SEVERITIES[text], SEVERITIES[wanted])
-    if _TIME.fullmatch(text):
-        return COMPARED[term.op](nanoseconds(text), nanoseconds(term.value))
-    try:
-        return COMPARED[term.op](float(text), float(term.value))
-    except ValueError:
-        return COMPARED[term.op](text, term.value)
+        return compare(SEVERITIES[value], SEVERITIES[wanted])
+    if isinstance(value, int | float):
+        with contextlib.suppress(ValueError):
+            return compare(value, float(term.value))
+    if isinstance(value, str):
+        return compare(*map(nanoseconds, (value, term.value))) if _TIME.fullmatch(value) else compare(value, term.value)
+    return False
 
 
 def _only_job(parts: tuple[Node | Term, ...]) -> str:
@@ -116,8 +119,7 @@ async def list_entries(call: Call) -> JSON:
         for entry in call.cloud.store.logged(project, _only_job(parts))
         if all(holds(part, entry, matches) for part in parts)
     ]
-    # Entries of the same time stay in the order in which they were written.
-    found.sort(key=lambda entry: nanoseconds(entry["timestamp"]))
+    found.sort(key=lambda entry: (nanoseconds(entry["timestamp"]), entry["insertId"]))
     if order.endswith("desc"):
         found.reverse()
     size = min(size, 1000)
