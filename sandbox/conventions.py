@@ -42,6 +42,14 @@ def check_display_name(resource: JSON) -> None:
         raise invalid(f"display_name can be up to 128 characters long; it has {len(name)}.")
 
 
+def check_encryption(resource: JSON, location: str) -> None:
+    """Raises INVALID_ARGUMENT unless a resource's encryption_spec, where it has one, names a key in its region."""
+    if key := resource.get("encryptionSpec", {}).get("kmsKeyName"):
+        found = KMS_KEY.fullmatch(key)
+        if not found or found[1] != location.rpartition("/")[2]:
+            raise invalid(f"Invalid encryption_spec.kms_key_name {key}: a key in the region of the resource.")
+
+
 def etag(resource: JSON, fields: tuple[str, ...]) -> str:
     """Hash of the fields that an update may set, so that a change made by the server causes no conflict."""
     text = repr([(f, sorted(v.items()) if isinstance(v := resource.get(f), dict) else v) for f in fields])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sandbox import clock
 from sandbox.context import Call, Cloud
-from sandbox.conventions import check_display_name, check_labels, page
+from sandbox.conventions import check_display_name, check_encryption, check_labels, page
 from sandbox.errors import invalid, not_found, precondition
 from sandbox.iam import check_act_as
 from sandbox.jobs import ENDED
@@ -31,7 +31,6 @@ SPEC_UNSUPPORTED = (
 POOL_UNSUPPORTED = ("pythonPackageSpec", "nfsMounts", "lustreMounts")
 # "projects/{project}/global/networks/{network}. Where {project} is a project number": CustomJobSpec.network.
 NETWORK = re.compile(r"projects/\d+/global/networks/[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-KMS_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 # Environment variables and arguments: ContainerSpec.env, and the page on container settings.
 MOST_VARIABLES, LONGEST_ARGUMENTS = 100, 100_000
 # The pools: primary replica, workers, parameter servers, evaluators.
@@ -89,13 +88,11 @@ def _check_pool(call: Call, pool: JSON, number: int, where: str) -> None:
     pool["diskSpec"] = {**DISK, **pool.get("diskSpec", {})}
 
 
-def check_job(job: JSON) -> None:
-    """Raises for what custom and tuning jobs have in common."""
-    check_display_name(job)
-    check_labels(job.get("labels", {}))
-    key = job.get("encryptionSpec", {}).get("kmsKeyName", "")
-    if key and not KMS_KEY.fullmatch(key):
-        raise invalid(f"Malformed Cloud KMS crypto key: {key}")
+def check_common(call: Call) -> None:
+    """Raises for what is wrong in the fields that jobs and tensorboards have in common."""
+    check_display_name(call.body)
+    check_labels(call.body.get("labels", {}))
+    check_encryption(call.body, call.location)
 
 
 def new_job(parent: str, collection: str, resource: JSON) -> JSON:
@@ -120,7 +117,7 @@ def find(cloud: Cloud, name: str) -> JSON:
 
 async def create(call: Call) -> JSON:
     resource: JSON = call.body
-    check_job(resource)
+    check_common(call)
     check_spec(call, resource.setdefault("jobSpec", {}))
     made = new_job(call.location, "customJobs", resource)
     with call.cloud.store.transaction():

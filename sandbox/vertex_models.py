@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sandbox.clock import now
 from sandbox.context import Call, Cloud
-from sandbox.conventions import KMS_KEY, check_display_name, check_labels, etag, page, update_mask
+from sandbox.conventions import check_display_name, check_encryption, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.iam import check_act_as
 from sandbox.operations import Kind
@@ -115,10 +115,7 @@ async def upload(call: Call) -> JSON:
     for name in UNSUPPORTED:
         if model.get(name):
             raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {call.method.id} with model.{name}.")
-    if key := model.get("encryptionSpec", {}).get("kmsKeyName"):
-        found = KMS_KEY.fullmatch(key)
-        if not found or found[1] != call.location.rpartition("/")[2]:
-            raise invalid(f"Invalid encryption_spec.kms_key_name {key}: a key in the region of the model.")
+    check_encryption(model, call.location)
     if "containerSpec" not in model:
         raise invalid("Required field model.container_spec is not set.")
     check_container(model["containerSpec"])

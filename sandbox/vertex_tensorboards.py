@@ -13,7 +13,7 @@ from sandbox.conventions import check_display_name, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found
 from sandbox.operations import Kind
 from sandbox.store import JSON
-from sandbox.vertex_custom_jobs import check_job, deletion
+from sandbox.vertex_custom_jobs import check_common, deletion
 from sandbox.vertex_models import apply_mask
 
 MUTABLE = ("displayName", "description", "labels", "isDefault")
@@ -32,7 +32,7 @@ def _render(tensorboard: JSON) -> JSON:
 
 
 async def create(call: Call) -> JSON:
-    check_job(call.body)
+    check_common(call)
     name = f"{call.location}/tensorboards/{random.randrange(10**18, 9 * 10**18)}"
     given = {key: value for key, value in call.body.items() if key != "etag" and value not in ({}, False)}
     # Both names are made here, so that they are the same after a kill.

@@ -18,7 +18,7 @@ from sandbox.operations import Kind
 from sandbox.store import JSON
 from sandbox.study import arguments, check_study, final_measurement, measurements, suggest
 from sandbox.training import of_trial
-from sandbox.vertex_custom_jobs import LISTED, check_job, check_spec, deletion, new_job
+from sandbox.vertex_custom_jobs import LISTED, check_common, check_spec, deletion, new_job
 
 log = logging.getLogger("sandbox")
 
@@ -201,7 +201,7 @@ def job_ended(cloud: Cloud, name: str) -> None:
 
 async def create(call: Call) -> JSON:
     resource: JSON = call.body
-    check_job(resource)
+    check_common(call)
     for name in ("maxTrialCount", "parallelTrialCount"):
         if resource.get(name, 0) < 1:
             raise invalid(f"{name} must be at least 1; it is {resource.get(name, 0)}.")

@@ -146,7 +146,7 @@ def test_jobs_are_listed_by_their_fields_the_newest_first(sandbox: RunningSandbo
     [
         ({"displayName": ""}, 400, "display_name"),
         ({"labels": {"Big": "x"}}, 400, "Invalid label key"),
-        ({"encryptionSpec": {"kmsKeyName": "key"}}, 400, "KMS"),
+        ({"encryptionSpec": {"kmsKeyName": "key"}}, 400, "kms_key_name"),
         ({"jobSpec": {}}, 400, "worker_pool_specs"),
         ({"jobSpec.workerPoolSpecs": [{}]}, 400, "worker_pool_specs"),
         ({"jobSpec.workerPoolSpecs": [stub(), stub(), stub(), stub(), stub()]}, 400, "At most 4"),
