@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import google.cloud.storage as storage
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials, Credentials
-from google.cloud import storage  # type: ignore[attr-defined]
 from google.cloud.artifactregistry_v1 import ArtifactRegistryClient
 from googleapiclient import discovery
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import google.cloud.storage as storage
 import httpx
 import images
 import pulumi
@@ -21,7 +22,7 @@ import pytest
 import yaml
 from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials
-from google.cloud import aiplatform_v1, artifactregistry_v1, storage  # type: ignore[attr-defined]
+from google.cloud import aiplatform_v1, artifactregistry_v1
 from googleapiclient import discovery
 from helpers import ROOT, free_port
 from images import forget_images, write_tiny_sources

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google.cloud.storage as storage
 import httpx
 import pytest
 from google.api_core import exceptions
-from google.cloud import storage  # type: ignore[attr-defined]
 from google_clients import storage_client
 
 from sandbox.testing import RunningSandbox
