@@ -303,11 +303,11 @@ class DockerContainer:
         state = self._handle.attrs["State"]
         return None if state["Running"] else int(state["ExitCode"])
 
-    async def logs(self, lines: int) -> list[str]:
+    async def logs(self, lines: int, *, only_errors: bool = False) -> list[str]:
         import docker
 
         try:
-            raw: bytes = await asyncio.to_thread(self._handle.logs, tail=lines)
+            raw: bytes = await asyncio.to_thread(self._handle.logs, tail=lines, stdout=not only_errors)
         except docker.errors.APIError:
             return []
         return raw.decode(errors="replace").splitlines()

@@ -263,13 +263,12 @@ class Jobs:
                     raise ordered
                 return
             container = self._containers[name][replica]
-            errors = [line.text for line in await container.output({}) if line.stream == "stderr"]
             message = failure_message(
                 job["trial"]["job"] if job.get("trial") else name,
                 replica,
                 code,
                 out_of_memory=container.out_of_memory,
-                last_lines=errors[-TRACEBACK_LINES:],
+                last_lines=await container.logs(TRACEBACK_LINES, only_errors=True),
             )
             retries = 0 if job["resource"]["jobSpec"].get("scheduling", {}).get("disableRetries") else RETRIES
             if code not in TRANSIENT or job["attempt"] >= retries:

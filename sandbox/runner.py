@@ -62,7 +62,7 @@ class Container(Protocol):
     async def exit_code(self) -> int | None: ...
     @property
     def out_of_memory(self) -> bool: ...  # known after its exit code
-    async def logs(self, lines: int) -> list[str]: ...
+    async def logs(self, lines: int, *, only_errors: bool = False) -> list[str]: ...  # the last ones
     async def output(self, since: dict[str, str]) -> list[Line]: ...  # after a time, by stream
     async def read_file(self, path: str) -> bytes: ...  # b"" where there is none
     async def halt(self, grace: float) -> None: ...  # ends it; what it has written can still be read

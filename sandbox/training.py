@@ -175,7 +175,7 @@ def failure_message(
         what = f"The replica {replica} ran out of memory and exited with a non-zero status of {code}."
     else:
         what = f"The replica {replica} exited with a non-zero status of {code}. Termination reason: Error."
-    lines = "".join(f"\n{line}" for line in (last_lines or [])[-TRACEBACK_LINES:])
+    lines = "".join(f"\n{line}" for line in last_lines or [])
     number, job_id = project_number(job.split("/")[1]), job.rpartition("/")[2]
     return (
         f"{what}{lines}\n\nTo find out more about why your job exited please check the logs: "
