@@ -42,9 +42,12 @@ MORE_QUERY = {"aiplatform.projects.locations.endpoints.get": {"allDeploymentStat
 MORE_PROPERTIES = {"DeployedModel": {"state": {"type": "string"}}}
 
 # Enums arrive as numbers from the generated REST clients (`$alt=json;enum-encoding=int`). Documents
-# list values without numbers; the order is the number, but for this enum (values were added between).
-# Numbers: google/cloud/aiplatform/v1/accelerator_type.proto, compared in tests with Google's client.
+# list values without numbers; the order is the number, but for these enums (values were added or removed between).
+# Numbers: accelerator_type.proto, study.proto and custom_job.proto of google/cloud/aiplatform/v1, compared in tests
+# with Google's client.
 ENUM_NUMBERS: dict[str, dict[int, str]] = {
+    "algorithm": {0: "ALGORITHM_UNSPECIFIED", 2: "GRID_SEARCH", 3: "RANDOM_SEARCH"},
+    "strategy": {0: "STRATEGY_UNSPECIFIED", 1: "ON_DEMAND", 2: "LOW_COST", 3: "STANDARD", 4: "SPOT", 6: "FLEX_START"},
     "acceleratorType": {
         0: "ACCELERATOR_TYPE_UNSPECIFIED",
         1: "NVIDIA_TESLA_K80",
@@ -65,7 +68,7 @@ ENUM_NUMBERS: dict[str, dict[int, str]] = {
         16: "NVIDIA_B200",
         17: "NVIDIA_GB200",
         18: "NVIDIA_RTX_PRO_6000",
-    }
+    },
 }
 
 

@@ -132,6 +132,34 @@ def test_enums_arrive_by_number_as_googles_clients_send_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "enum", "wrap"),
+    [
+        ("algorithm", aiplatform_v1.StudySpec.Algorithm, lambda v: {"studySpec": {"algorithm": v}}),
+        (
+            "measurementSelectionType",
+            aiplatform_v1.StudySpec.MeasurementSelectionType,
+            lambda v: {"studySpec": {"measurementSelectionType": v}},
+        ),
+        (
+            "goal",
+            aiplatform_v1.StudySpec.MetricSpec.GoalType,
+            lambda v: {"studySpec": {"metrics": [{"goal": v}]}},
+        ),
+        (
+            "scaleType",
+            aiplatform_v1.StudySpec.ParameterSpec.ScaleType,
+            lambda v: {"studySpec": {"parameters": [{"scaleType": v}]}},
+        ),
+        ("strategy", aiplatform_v1.Scheduling.Strategy, lambda v: {"trialJobSpec": {"scheduling": {"strategy": v}}}),
+    ],
+)
+def test_enums_of_jobs_arrive_by_number(field: str, enum: Any, wrap: Any) -> None:
+    create = method("POST", "hyperparameterTuningJobs")
+    for number in list(enum):
+        assert discovery.read_request(create, [], wrap(int(number))) == wrap(number.name), field
+
+
+@pytest.mark.parametrize(
     ("status", "body"),
     [
         (200, {"name": "x", "colour": "red"}),

@@ -89,10 +89,12 @@ def test_the_life_of_a_tuning_job() -> None:
         max_trial_count=3,
         parallel_trial_count=2,
         max_failed_trial_count=1,
+        search_algorithm="random",
     )
     tuning.run()
     assert tuning.state == aiplatform.gapic.JobState.JOB_STATE_SUCCEEDED
     assert [trial.id for trial in tuning.trials] == ["1", "2", "3"]
+    assert tuning.gca_resource.study_spec.algorithm == aiplatform.gapic.StudySpec.Algorithm.RANDOM_SEARCH
     for trial in tuning.trials:
         chosen = {p.parameter_id: p.value for p in trial.parameters}
         assert set(chosen) == {"lr", "n", "b", "m"}
