@@ -1,0 +1,1 @@
+"""Training workloads in plain PyTorch: `python -m training.census`, `training.digits`, `training.search`."""
