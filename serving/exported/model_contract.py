@@ -1,18 +1,17 @@
 """The contract of a served model: which JSON instances it takes, how they become tensors, and what it answers.
 
-A model is a folder with `model.pt2`, an exported program (serving/exported/program.py), and `contract.json`, which this module
-writes and reads. README.md describes the format. Nothing here imports torch.
+A model is a folder with `model.pt2`, an exported program (serving/exported/program.py), and `contract.json`, which
+this module writes and reads. serving/README.md describes the format. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import hashlib
-import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.contract import Limits
+
 FORMAT = 1
 CONTRACT, PROGRAM = "contract.json", "model.pt2"
 MISSING = ("", "?")  # texts that mean a category is not known, as null does
-MAX_PIXELS = 50_000_000  # of a picture in an instance
 DTYPES = ("float32", "int64", "uint8")
+MAX_CONTRACT_BYTES = 16_000_000
+MAX_SIZE = 10_000_000  # numbers of one input or output
+# It stands in paths, and in names of resources that Google limits.
+NAME = r"[a-z][a-z0-9_-]{0,38}[a-z0-9]"
 
 Instance = Mapping[str, Any]
 Prediction = dict[str, Any]
@@ -54,14 +58,14 @@ class Number:
     maximum: float | None = None
     kind: Literal["number"] = "number"
 
-    def read(self, value: Any) -> Array:
+    def read(self, value: Any, max_pixels: int = Limits.max_pixels) -> Array:
         if not self.shape and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise InstanceError(f"{self.name} is {_short(value)}; it must be a number")
         try:
             numbers = np.asarray(value)
             if numbers.dtype.kind not in "iuf":
                 raise ValueError
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, RecursionError):
             raise InstanceError(f"{self.name} is {_short(value)}; it must be {self._wanted()}") from None
         if numbers.shape != self.shape and numbers.shape != (math.prod(self.shape),):
             shape = "×".join(map(str, numbers.shape)) or "one number"
@@ -97,7 +101,7 @@ class Category:
     dtype: str = "int64"
     shape: tuple[int, ...] = ()
 
-    def read(self, value: Any) -> Array:
+    def read(self, value: Any, max_pixels: int = Limits.max_pixels) -> Array:
         if value is not None and not isinstance(value, str):
             raise InstanceError(f"{self.name} is {_short(value)}; it must be a text, or null where it is not known")
         return np.asarray(self.index(value or ""), np.int64)
@@ -115,7 +119,7 @@ class Picture:
     """A picture: {"b64": "…"} with a JPEG, PNG or other file, or its pixels as numbers from 0 to 255.
 
     shape: (height, width) for the mode "L" (grey), (height, width, 3) for "RGB". A file of another size or mode is
-    converted; EXIF orientation is applied.
+    converted; EXIF orientation is applied. max_pixels: width × height of a file, at most.
     """
 
     name: str
@@ -124,26 +128,28 @@ class Picture:
     kind: Literal["picture"] = "picture"
     dtype: str = "uint8"
 
-    def read(self, value: Any) -> Array:
+    def read(self, value: Any, max_pixels: int = Limits.max_pixels) -> Array:
         if not isinstance(value, Mapping):
             return Number(self.name, "uint8", self.shape).read(value)
-        from PIL import Image, ImageOps
+        from PIL import Image
+
+        from serving.pictures import PictureError, upright
 
         if set(value) != {"b64"} or not isinstance(value["b64"], str):
             raise InstanceError(
                 f'{self.name} must be {{"b64": "…"}} with a picture in base64, or numbers from 0 to 255'
             )
         try:
-            with Image.open(io.BytesIO(base64.b64decode(value["b64"], validate=True))) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise InstanceError(f"{self.name} has more than {MAX_PIXELS:,} pixels; send a smaller picture")
-                upright = ImageOps.exif_transpose(picture).convert(self.mode)
-        except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError):
-            raise InstanceError(f"{self.name} is no picture in base64; send the bytes of a JPEG or PNG file") from None
+            pixels = upright(base64.b64decode(value["b64"], validate=True), max_pixels)
+        except PictureError as error:
+            raise InstanceError(f"{self.name}: {error}") from None
+        except ValueError:
+            raise InstanceError(f"{self.name}.b64 is not base64; encode the file's bytes (RFC 4648)") from None
+        picture = Image.fromarray(pixels).convert(self.mode)
         height, width = self.shape[:2]
-        if upright.size != (width, height):
-            upright = upright.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(upright, np.uint8)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(picture, np.uint8)
 
 
 Input = Number | Category | Picture
@@ -172,6 +178,8 @@ class Labels:
 Output = Values | Labels
 _INPUTS: dict[str, Any] = {"number": Number, "category": Category, "picture": Picture}
 _OUTPUTS: dict[str, Any] = {"values": Values, "labels": Labels}
+# The dtypes of each kind that has them.
+_DTYPES_OF = {"category": ("int64",), "picture": ("uint8",)}
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,7 @@ class Contract:
     def values(self) -> list[Values]:
         return [one for one in self.outputs if isinstance(one, Values)]
 
-    def read(self, instance: Any) -> list[Array]:
+    def read(self, instance: Any, max_pixels: int = Limits.max_pixels) -> list[Array]:
         """The program's inputs for one instance, each without the batch's dimension. Raises InstanceError."""
         if not isinstance(instance, Mapping):
             raise InstanceError(f"it is {_short(instance)}; it must be an object of columns and values")
@@ -213,17 +221,18 @@ class Contract:
             raise InstanceError(f"it has the unknown column {unknown[0]!r}; there are {', '.join(names)}")
         if absent := [name for name in names if name not in instance]:
             raise InstanceError(f"it lacks the column {absent[0]!r}")
-        return [one.read(instance[one.name]) for one in self.inputs]
+        return [one.read(instance[one.name], max_pixels) for one in self.inputs]
 
     def write(self, outputs: Sequence[Array]) -> Prediction:
-        """A prediction from the program's outputs for one instance, each without the batch's dimension."""
+        """A prediction from the program's outputs for one instance, each without the batch's dimension.
+
+        Raises InstanceError where the outputs cannot be written as JSON, or are none of the contract's labels.
+        """
         found = {one.name: array for one, array in zip(self.values, outputs, strict=True)}
+        if wrong := [name for name, array in found.items() if not np.all(np.isfinite(array))]:
+            raise InstanceError(f"the model answers with a {wrong[0]} that is not a finite number")
         return {
-            one.name: (
-                found[one.name].tolist()
-                if isinstance(one, Values)
-                else [one.vocabulary[int(number)] for number in found[one.of].flat]
-            )
+            one.name: found[one.name].tolist() if isinstance(one, Values) else _labels(one, found[one.of])
             for one in self.outputs
         }
 
@@ -267,20 +276,30 @@ class Contract:
             raise ContractError(f"the field {error} is absent") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise ContractError(str(error)) from None
-        names = [one.name for one in contract.inputs]
-        for where, many in (("inputs", names), ("outputs", [one.name for one in contract.outputs])):
-            if not many or len(set(many)) != len(many):
-                raise ContractError(f"{where}: there must be at least one, each with a name of its own")
-        whole = {one.name for one in contract.values if one.dtype != "float32"}
-        if wrong := [one.name for one in contract.outputs if isinstance(one, Labels) and one.of not in whole]:
-            raise ContractError(f"outputs: {wrong[0]!r} must be of an output of whole numbers")
+        contract._check()
         return contract
+
+    def _check(self) -> None:
+        """Raises ContractError where the parts do not fit each other."""
+        if not re.fullmatch(NAME, self.name):
+            raise ContractError(f"name is {_short(self.name)}; it must be 2 to 40 of a-z, 0-9, - and _, a letter first")
+        if not self.examples:
+            raise ContractError("examples: there must be at least one, which a server tries before it is ready")
+        for where, parts, more in (("inputs", self.inputs, self.ignored), ("outputs", self.outputs, ())):
+            names = [*(one.name for one in parts), *more]
+            if not parts or len(set(names)) != len(names):
+                raise ContractError(f"{where}: there must be at least one, each with a name of its own")
+        whole = {one.name for one in self.values if one.dtype != "float32"}
+        if wrong := [one.name for one in self.outputs if isinstance(one, Labels) and one.of not in whole]:
+            raise ContractError(f"outputs: {wrong[0]!r} must be of an output of whole numbers")
 
     @classmethod
     def load(cls, folder: Path) -> Contract:
         """Raises ContractError, also if the program is not the one that the contract was written for."""
         file = folder / CONTRACT
         try:
+            if file.stat().st_size > MAX_CONTRACT_BYTES:
+                raise ContractError(f"it is larger than {MAX_CONTRACT_BYTES / 1e6:g} MB")
             contract = cls.from_json(json.loads(file.read_bytes()))
             with (folder / PROGRAM).open("rb") as program:
                 found = hashlib.file_digest(program, "sha256").hexdigest()
@@ -290,8 +309,8 @@ class Contract:
             ) from None
         except OSError as error:
             raise ContractError(f"{error.filename} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ContractError(f"{file} is no JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ContractError(f"{file} is not JSON: {error}") from None
         except ContractError as error:
             raise ContractError(f"{file}: {error}") from None
         if found != contract.sha256:
@@ -302,6 +321,7 @@ class Contract:
 
 
 def _part(given: Any, kinds: Mapping[str, Any], where: str) -> Any:
+    """An input or output from JSON. Raises ContractError, KeyError and TypeError."""
     if given["kind"] not in kinds:
         raise ContractError(
             f"{where}: the kind of {given['name']!r} is {given['kind']!r}; there are {', '.join(kinds)}"
@@ -309,17 +329,45 @@ def _part(given: Any, kinds: Mapping[str, Any], where: str) -> Any:
     kind = kinds[given["kind"]]
     if unknown := set(given) - set(kind.__dataclass_fields__):
         raise ContractError(f"{where}: {given['name']!r} has the unknown field {min(unknown)!r}")
+    for name, value in given.items():
+        if why := _wrong(name, value, given["kind"]):
+            raise ContractError(f"{where}: the {name} of {given['name']!r} is {_short(value)}; it must be {why}")
     part = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    if getattr(part, "dtype", "float32") not in DTYPES:
-        raise ContractError(f"{where}: the dtype of {part.name!r} is {part.dtype!r}; there are {', '.join(DTYPES)}")
-    for size in getattr(part, "shape", ()):
-        if not isinstance(size, int) or size < 1:
-            raise ContractError(f"{where}: the shape of {part.name!r} is {part.shape}; it must be of whole numbers")
-    if isinstance(part, Picture) and part.shape[2:] != {"L": (), "RGB": (3,)}.get(part.mode):
+    if isinstance(part, Picture) and part.shape[2:] != {"L": (), "RGB": (3,)}[part.mode]:
         raise ContractError(f"{where}: {part.name!r} has the mode {part.mode!r} and the shape {part.shape}")
     return part
 
 
+def _wrong(name: str, value: Any, kind: str) -> str:
+    """What the value of a field of an input or output must be, if it is not."""
+    if name == "dtype":
+        allowed = _DTYPES_OF.get(kind, DTYPES)
+        return "" if value in allowed else " or ".join(allowed)
+    if name == "mode":
+        return "" if value in ("L", "RGB") else "L or RGB"
+    if name == "shape":
+        sizes = isinstance(value, list) and len(value) <= 8 and all(type(one) is int and one >= 1 for one in value)
+        least = 2 if kind == "picture" else 0
+        good = sizes and len(value) >= least and math.prod(value) <= MAX_SIZE and (kind != "category" or not value)
+        return "" if good else f"a list of sizes for at most {MAX_SIZE:,} numbers"
+    if name in ("minimum", "maximum"):
+        return "" if value is None or (type(value) in (int, float) and math.isfinite(value)) else "a number"
+    if name == "vocabulary":
+        good = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+        return "" if good and len(set(value)) == len(value) else "a list of different texts"
+    return "" if isinstance(value, str) and value else "a text"
+
+
+def _labels(label: Labels, numbers: Array) -> list[str]:
+    places = [int(number) for number in numbers.flat]
+    if wrong := [place for place in places if not 0 <= place < len(label.vocabulary)]:
+        raise InstanceError(f"the model answers with {label.of} {wrong[0]}, for which {label.name} has no text")
+    return [label.vocabulary[place] for place in places]
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        text = "nested deeply"
     return text if len(text) <= 40 else f"{text[:37]}…"
