@@ -28,8 +28,9 @@ TESTS = $(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-serve: $(ARCHIVE)/.made ## count people in pictures at http://127.0.0.1:8080 (PORT=, GRPC=, WEIGHTS=yolov5s …)
-	@exec $(BIN)/python -m serving.launcher --console --archive $(ARCHIVE) --compiled $(COMPILED) --port $(PORT) --grpc 127.0.0.1:$(GRPC) --sample "$(SAMPLE)"
+serve: $(if $(MODEL),.venv/.serve,$(ARCHIVE)/.made) ## count people in pictures at http://127.0.0.1:8080, or serve an exported model (MODEL=DIR, PORT=, GRPC=, WEIGHTS=yolov5s …)
+	@exec $(BIN)/python -m serving.launcher --console --port $(PORT) --grpc 127.0.0.1:$(GRPC) \
+	  $(if $(MODEL),--model "$(MODEL)",--archive $(ARCHIVE) --compiled $(COMPILED) --sample "$(SAMPLE)")
 
 test: lint samples ## lint, types and every test (PYTEST=options)
 	$(TESTS) $(PYTEST)

@@ -300,6 +300,13 @@ def parse_request(body: bytes | memoryview, content_type: str, query: str, accep
 
 def _json_request(body: bytes | memoryview, texts: Mapping[str, str], limits: Limits) -> Request:
     shape = 'send {"instances": [{"image": {"b64": "…"}}], "parameters": {…}}'
+    instances, given = json_instances(body, shape, limits)
+    return Request([_instance(i, value, limits) for i, value in enumerate(instances)],
+                   Parameters.parse({**texts, **given}))  # fmt: skip
+
+
+def json_instances(body: bytes | memoryview, shape: str, limits: Limits) -> tuple[list[Any], dict[str, Any]]:
+    """The instances and parameters of a JSON request. shape: how it must look, in words. Raises RequestError."""
     try:
         content = json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
@@ -320,8 +327,7 @@ def _json_request(body: bytes | memoryview, texts: Mapping[str, str], limits: Li
     given = content.get("parameters")
     if given is not None and not isinstance(given, dict):
         raise RequestError(f"parameters is a JSON {_json_kind(given)}, not an object")
-    return Request([_instance(i, value, limits) for i, value in enumerate(instances)],
-                   Parameters.parse({**texts, **(given or {})}))  # fmt: skip
+    return instances, given or {}
 
 
 def _instance(i: int, value: Any, limits: Limits) -> Instance:

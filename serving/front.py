@@ -19,6 +19,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from serving.contract import COUNT_HEADER, PREDICT_ROUTE, RequestError
+from serving.exported.model_contract import Contract
+from serving.exported.openapi import exported_openapi
 from serving.openapi import openapi
 from serving.page import page
 from serving.run_folder import RunFolder
@@ -30,6 +32,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+JSON = "application/json"
 RETRY_AFTER = (b"retry-after", b"1")
 logger = logging.getLogger("headcount")
 
@@ -101,14 +104,13 @@ class Front:
         self.leaving = self.draining = False
         self.open = self.in_flight = 0
         self.predict_routes = (settings.predict_route, PREDICT_ROUTE)
+        self.takes, self.done, self.no_page = "a picture", "counted", ""
         self.spool = Spool(
             settings.run_folder.spool, settings.request_bytes, settings.spool_bytes, settings.slow_seconds
         )
         self.metrics = Metrics(self)
         # Body, type and further headers of what GET answers, by path.
-        self.documents: dict[str, tuple[bytes, str, dict[str, str]]] = {
-            "/openapi.json": (_json(openapi()), "application/json", {})
-        }
+        self.documents: dict[str, tuple[bytes, str, dict[str, str]]] = {"/openapi.json": (_json(openapi()), JSON, {})}
         if settings.page:
             self.documents["/"] = page(settings.request_bytes, "this server")
         self.upstream = Upstream("127.0.0.1", settings.torchserve, PREDICT_ROUTE)
@@ -125,10 +127,10 @@ class Front:
             "/metrics",
             *self.documents,
         ):
-            route = self.settings.predict_route
-            await _answer_error(send, RequestError(f"there is nothing at {path}; POST a picture to {route}", 404))
+            told = f"there is nothing at {path}; POST {self.takes} to {self.predict_routes[0]}"
+            await _answer_error(send, RequestError(self.no_page if self.no_page and path == "/" else told, 404))
         elif method not in (("POST",) if predicts else ("GET", "HEAD")):
-            takes, allow = ("POST with a picture", b"POST") if predicts else ("GET", b"GET, HEAD")
+            takes, allow = (f"POST with {self.takes}", b"POST") if predicts else ("GET", b"GET, HEAD")
             error = RequestError(f"{path} takes {takes}, not {method}", 405)
             await _answer_error(send, error, [(b"allow", allow)])
         elif predicts:
@@ -149,6 +151,19 @@ class Front:
         wanted = scope["method"] == "POST" and scope["path"] in self.predict_routes
         return self.spool.body(_declared(scope)) if wanted else None
 
+    def serve_exported(self, contract: Contract) -> None:
+        """Serves an exported model instead of the one that counts people, before there is a worker."""
+        route = f"/predictions/{contract.name}"
+        given = self.settings.predict_route
+        self.predict_routes = (route if given == PREDICT_ROUTE else given, route, PREDICT_ROUTE)
+        self.takes, self.done = "JSON instances", "predicted"
+        self.no_page = (
+            f"the page counts people, and this server has the model {contract.name}; POST JSON instances to "
+            f"{self.predict_routes[0]}, as /openapi.json describes them"
+        )
+        self.documents = {"/openapi.json": (_json(exported_openapi(contract, self.predict_routes[0])), JSON, {})}
+        self.upstream = Upstream("127.0.0.1", self.settings.torchserve, route)
+
     def close(self) -> None:
         self.upstream.close()
         self.spool.close()
@@ -166,12 +181,12 @@ class Front:
         ages = self.settings.run_folder.workers().values()
         return not self.leaving and any(age < self.settings.stuck_seconds for age in ages)
 
-    async def probe(self, picture: bytes) -> None:
-        """Run a picture through TorchServe if no worker gave a sign of life lately: an idle one gives none."""
+    async def probe(self, request: bytes) -> None:
+        """Have TorchServe answer a request if no worker gave a sign of life lately: an idle one gives none."""
         if all(age > self.settings.stuck_seconds / 5 for age in self.settings.run_folder.workers().values()):
             body = self.spool.body()
             try:
-                body.write(picture)
+                body.write(request)
                 body.finish()
                 await self._ask(body, "probe")
             except (OSError, RequestError):
@@ -210,7 +225,7 @@ class Front:
         self.metrics.requests.labels(record["status"]).inc()
         if logger.isEnabledFor(logging.INFO):
             record["seconds"] = round(time.time() - arrived, 4)
-            logger.info(record.pop("message", "counted"), extra={"fields": record})
+            logger.info(record.pop("message", self.done), extra={"fields": record})
 
     async def _answer_prediction(
         self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, record: dict[str, Any]
@@ -236,7 +251,9 @@ class Front:
             )
             read = True
             self._observe(answer, began)
-            record |= {"status": answer.status, "bytes": body.size, "count": answer.headers.get(COUNT_HEADER.lower())}
+            record |= {"status": answer.status, "bytes": body.size}
+            if COUNT_HEADER.lower() in answer.headers:
+                record["count"] = answer.headers[COUNT_HEADER.lower()]
             if answer.status != 200:
                 record["message"] = json.loads(answer.body)["error"]["message"]
             extra: Headers = [(b"x-request-id", record["request_id"].encode())]

@@ -1,7 +1,8 @@
 """Process 1 of the container, also started by `make serve`: TorchServe on loopback, the front before it.
 
-`python -m serving.launcher --archive FOLDER`. Environment: AIP_HTTP_PORT, AIP_HEALTH_ROUTE, AIP_PREDICT_ROUTE and
-AIP_STORAGE_URI as Vertex AI sets them, and the HEADCOUNT_ variables of serving/README.md.
+`python -m serving.launcher --archive FOLDER` counts people; `--model FOLDER` serves an exported model. Environment:
+AIP_HTTP_PORT, AIP_HEALTH_ROUTE, AIP_PREDICT_ROUTE and AIP_STORAGE_URI as Vertex AI sets them, and the HEADCOUNT_
+variables of serving/README.md.
 Exit codes: 0 after SIGTERM or Ctrl-C, 1 if the server cannot work; the last line of output then says why.
 """
 
@@ -25,7 +26,14 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, required=True, help="folder that serving.archive made")
+    parser.add_argument("--archive", type=Path, help="folder that serving.archive made; not needed with --model")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("AIP_STORAGE_URI", ""),
+        metavar="DIR",
+        help="folder, or gs:// folder, with model.pt2 and contract.json, or with a .pt file to use instead of the "
+        "archive's; default: AIP_STORAGE_URI",
+    )
     parser.add_argument("--host", default=os.environ.get("HEADCOUNT_HOST", "127.0.0.1"))
     parser.add_argument("--port", type=int, help="default: AIP_HTTP_PORT, or 8080; 0: a free one")
     parser.add_argument("--grpc", default=os.environ.get("HEADCOUNT_GRPC", "127.0.0.1:7070"), metavar="HOST:PORT")
@@ -48,6 +56,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     import uvloop
 
     from serving import logs
+    from serving.exported.model_contract import ContractError
     from serving.run_folder import RunFolder, sweep
     from serving.storage import StorageError
     from serving.supervisor import StartError, Supervisor
@@ -61,7 +70,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         # Not asyncio.run: at the end it would wait for a download.
         uvloop.new_event_loop().run_until_complete(supervisor.run())
         return 0
-    except (StartError, StorageError, ValueError, OSError) as error:
+    except (StartError, StorageError, ContractError, ValueError, OSError) as error:
         logs.log(f"cannot serve: {error}", logging.CRITICAL)
         return 1
     finally:
@@ -107,7 +116,9 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
     grpc = re.fullmatch(r"(.+):(\d{1,5})", arguments.grpc)
     if not grpc:
         raise StartError(f"the gRPC address {arguments.grpc!r} is not HOST:PORT, such as 127.0.0.1:7070")
-    if not list(arguments.archive.glob("MAR-INF/MANIFEST.json")):
+    if arguments.archive is None and not arguments.model:
+        raise StartError("there is no model: give --archive or --model")
+    if arguments.archive is not None and not list(arguments.archive.glob("MAR-INF/MANIFEST.json")):
         raise StartError(f"{arguments.archive} is no model archive; make one with python -m serving.archive")
     torchserve = Plan(
         folder=folder,
@@ -125,10 +136,10 @@ def _options(arguments: argparse.Namespace, folder: RunFolder) -> Options:
         port=port,
         front=front,
         torchserve=torchserve,
-        checkpoint=os.environ.get("AIP_STORAGE_URI", ""),
+        model=arguments.model,
         sample=arguments.sample,
         # A GPU needs none, and a network from elsewhere is not the archive's.
-        compiled=None if gpus() or os.environ.get("AIP_STORAGE_URI") else arguments.compiled,
+        compiled=None if gpus() or arguments.model else arguments.compiled,
         grace=setting("HEADCOUNT_GRACE_SECONDS", int(Options.grace), least=0),
     )
 

@@ -58,8 +58,16 @@ class ForPeople(logging.Formatter):
         return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
 
 
-def welcome(url: str, sample: str, workers: int, seconds: float, **_: object) -> str:
-    """Returns the text for the person at the terminal, with a line to paste. sample: a picture's path, or empty."""
+def welcome(url: str, sample: str, workers: int, seconds: float, model: str = "", **_: object) -> str:
+    """Returns the text for the person at the terminal, with a line to paste.
+
+    sample: a picture's path, or empty. model: the name of an exported model, if there is one.
+    """
+    if model:
+        return (
+            f"\nHeadcount serves the model {model} at {url} with {workers} workers, ready after {seconds} s. "
+            f"Predict:\n\n  headcount predict --url {url} --json-instances FILE\n\nCtrl-C stops it.\n"
+        )
     count = f"curl --data-binary @{shlex.quote(sample)} {url}{PREDICT_ROUTE}"
     if not sample:
         count = f"curl -sL {SAMPLE_URL} | curl --data-binary @- {url}{PREDICT_ROUTE}"

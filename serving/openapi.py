@@ -15,21 +15,21 @@ _PICTURE: Final = (
 _HALF: Final = [[0, 0.5], [1, 0.5], [1, 1], [0, 1]]
 
 
-def _ref(name: str) -> Json:
+def ref(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _object(required: str, **properties: Json) -> Json:
+def object_(required: str, **properties: Json) -> Json:
     """An object without other properties. required: their names, separated by spaces."""
     return {"type": "object", "required": required.split(), "additionalProperties": False, "properties": properties}
 
 
-def _number(low: float, high: float, **more: Any) -> Json:
+def number(low: float, high: float, **more: Any) -> Json:
     return {"type": "number", "minimum": low, "maximum": high, **more}
 
 
-def _error(description: str, **more: Json) -> Json:
-    return {"description": description, "content": {"application/json": {"schema": _ref("Error")}}, **more}
+def error(description: str, **more: Json) -> Json:
+    return {"description": description, "content": {"application/json": {"schema": ref("Error")}}, **more}
 
 
 INTEGER: Final[Json] = {"type": "integer"}
@@ -40,12 +40,12 @@ _CELLS = f"0*([1-9][0-9]?|{MAX_GRID})"  # MAX_GRID has three digits
 # For each parameter its schema, its description and an example.
 PARAMETERS: Final[dict[str, tuple[Json, str, Any]]] = {
     "confidence": (
-        _number(0.01, 1, default=Parameters.confidence),
+        number(0.01, 1, default=Parameters.confidence),
         "Least confidence of a person.",
         0.4,
     ),
     "iou": (
-        _number(0, 1, default=Parameters.iou),
+        number(0, 1, default=Parameters.iou),
         "Overlap (intersection over union) above which two boxes are one person.",
         0.6,
     ),
@@ -56,7 +56,7 @@ PARAMETERS: Final[dict[str, tuple[Json, str, Any]]] = {
     ),
     "region": (
         {"type": "array", "minItems": 3, "maxItems": MAX_REGION_POINTS,
-         "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": _number(0, 1)}},
+         "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": number(0, 1)}},
         "A polygon of points [x, y], fractions of width and height, whose sides do not cross. Those count whose foot "
         "point, the middle of the box's lower edge, is inside.",
         _HALF,
@@ -78,7 +78,7 @@ PARAMETERS: Final[dict[str, tuple[Json, str, Any]]] = {
         "4x3",
     ),
     "candidates": (
-        _number(0.01, 1),
+        number(0.01, 1),
         "Also list those who have at least this confidence and less than `confidence`. They do not count.",
         0.1,
     ),
@@ -86,18 +86,46 @@ PARAMETERS: Final[dict[str, tuple[Json, str, Any]]] = {
 
 
 def openapi() -> Json:
-    """The document."""
+    """The document of a server that counts people."""
+    return document(
+        "Counts the people in pictures: JPEG, PNG, WebP or GIF, by default at most "
+        f"{Limits.max_pixels / 1e6:g} megapixels, {Limits.request_bytes / 1e6:g} MB and {Limits.instances} "
+        "pictures a request. Boxes are pixels of the upright picture, as a viewer shows it, origin top left.",
+        PREDICT_ROUTE,
+        _predict(),
+        _schemas(),
+    )
+
+
+def document(description: str, route: str, predict: Json, schemas: Json) -> Json:
+    """A document with one operation that predicts. schemas: those of its requests and answers."""
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Headcount",
-            "version": "1",
-            "description": "Counts the people in pictures: JPEG, PNG, WebP or GIF, by default at most "
-            f"{Limits.max_pixels / 1e6:g} megapixels, {Limits.request_bytes / 1e6:g} MB and {Limits.instances} "
-            "pictures a request. Boxes are pixels of the upright picture, as a viewer shows it, origin top left.",
+        "info": {"title": "Headcount", "version": "1", "description": description},
+        "paths": {route: {"post": predict}, "/ping": {"get": _ping()}, "/metrics": {"get": _metrics()}},
+        "components": {
+            "schemas": schemas
+            | {
+                "Error": object_(
+                    "error", error=object_("code status message", code=INTEGER, status=TEXT, message=TEXT)
+                ),
+                "Health": object_("status", status={"type": "string", "enum": ["Healthy", "Unhealthy", "Draining"]}),
+            }
         },
-        "paths": {PREDICT_ROUTE: {"post": _predict()}, "/ping": {"get": _ping()}, "/metrics": {"get": _metrics()}},
-        "components": {"schemas": _schemas()},
+    }
+
+
+def errors() -> Json:
+    """The answers to a prediction request that fails."""
+    again = {"Retry-After": {"description": "Seconds after which to ask again.", "schema": INTEGER}}
+    return {
+        "400": error("The request or its instance is wrong. The message says what to do."),
+        "408": error("The body took too long."),
+        "413": error("The body is too large."),
+        "429": error("There are too many requests at once.", headers=again),
+        "500": error("The server failed. Its log says why."),
+        "503": error("No worker is ready.", headers=again),
+        "504": error("The answer took too long."),
     }
 
 
@@ -117,7 +145,6 @@ def _predict() -> Json:
     }
     answers = {"one": [nobody], "parameters": [nobody | {"grid": [[0, 0]], "candidates": []}], "bad": [nobody, bad]}
     picture = BYTES["schema"] | {"description": "The picture. Its field may have any name."}
-    again = {"Retry-After": {"description": "Seconds after which to ask again.", "schema": INTEGER}}
     return {
         "operationId": "count",
         "summary": "Count the people in pictures",
@@ -132,7 +159,7 @@ def _predict() -> Json:
                 "multipart/form-data": {"schema": {"type": "object", "required": ["image"],
                                                    "properties": {"image": picture}}},
                 "application/json": {
-                    "schema": _ref("Request"),
+                    "schema": ref("Request"),
                     "examples": {name: {"summary": text, "value": value} for name, (text, value) in requests.items()},
                 },
             },
@@ -147,19 +174,13 @@ def _predict() -> Json:
                 },
                 "content": {
                     "application/json": {
-                        "schema": {"anyOf": [_ref("Prediction"), _ref("Predictions")]},
+                        "schema": {"anyOf": [ref("Prediction"), ref("Predictions")]},
                         "examples": {name: {"value": {"predictions": value}} for name, value in answers.items()},
                     },
                     "image/jpeg": BYTES,
                 },
             },
-            "400": _error("The request or its picture is wrong. The message says what to do."),
-            "408": _error("The body took too long."),
-            "413": _error("The body is too large."),
-            "429": _error("There are too many requests at once.", headers=again),
-            "500": _error("The server failed. Its log says why."),
-            "503": _error("No worker is ready.", headers=again),
-            "504": _error("The answer took too long."),
+            **errors(),
         },
     }  # fmt: skip
 
@@ -178,10 +199,10 @@ def _in_query(name: str, schema: Json, description: str, example: Any) -> Json:
 
 
 def _ping() -> Json:
-    content = {"application/json": {"schema": _ref("Health")}}
+    content = {"application/json": {"schema": ref("Health")}}
     return {
         "operationId": "ping",
-        "summary": "Whether a worker can really count",
+        "summary": "Whether a worker can really predict",
         "responses": {
             "200": {"description": "One can.", "content": content},
             "503": {"description": "None can, or the server is shutting down.", "content": content},
@@ -199,7 +220,7 @@ def _metrics() -> Json:
 
 
 def _schemas() -> Json:
-    base64, people = {"type": "string", "contentEncoding": "base64"}, {"type": "array", "items": _ref("Person")}
+    base64, people = {"type": "string", "contentEncoding": "base64"}, {"type": "array", "items": ref("Person")}
     box = {"type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "number"},
            "description": "Left, top, right, bottom."}  # fmt: skip
     uri = TEXT | {"pattern": "^gs://", "description": "An object of a bucket that the deployment allows."}
@@ -209,32 +230,30 @@ def _schemas() -> Json:
     }
     return {
         "Parameters": {"type": "object", "additionalProperties": False, "properties": parameters},
-        "Request": _object(
+        "Request": object_(
             "instances",
-            instances={"type": "array", "minItems": 1, "items": _ref("Instance")},
-            parameters={"anyOf": [_ref("Parameters"), {"type": "null"}]},
+            instances={"type": "array", "minItems": 1, "items": ref("Instance")},
+            parameters={"anyOf": [ref("Parameters"), {"type": "null"}]},
         ),
-        "Instance": _object("image", image={"anyOf": [_object("b64", b64=base64), _object("uri", uri=uri)]}),
-        "Person": _object("box confidence", box=box, confidence=_number(0, 1)),
-        "Prediction": _object(
+        "Instance": object_("image", image={"anyOf": [object_("b64", b64=base64), object_("uri", uri=uri)]}),
+        "Person": object_("box confidence", box=box, confidence=number(0, 1)),
+        "Prediction": object_(
             "count people image looks model",
             count=INTEGER | {"minimum": 0},
             people=people | {"description": "Most confident first."},
-            image=_object("width height", width=INTEGER, height=INTEGER),
+            image=object_("width height", width=INTEGER, height=INTEGER),
             looks=INTEGER
             | {"minimum": 1, "description": "Times that the network looked at the picture or a part of it."},
-            model=_object("name version", name=TEXT, version=TEXT),
+            model=object_("name version", name=TEXT, version=TEXT),
             grid={"type": "array", "items": {"type": "array", "items": INTEGER},
                   "description": "People in each cell, row by row from the top."},
             candidates=people | {"description": "Less confident than those who count; if asked for."},
-            annotated=_object("b64", b64=base64 | {"contentMediaType": "image/jpeg"}),
+            annotated=object_("b64", b64=base64 | {"contentMediaType": "image/jpeg"}),
             note=TEXT | {"description": "What the caller should know of how it was counted."},
         ),
-        "Predictions": _object(
+        "Predictions": object_(
             "predictions",
-            predictions={"type": "array", "items": {"anyOf": [_ref("Prediction"), _ref("Error")]},
+            predictions={"type": "array", "items": {"anyOf": [ref("Prediction"), ref("Error")]},
                          "description": "One for each instance, in order."},
         ),
-        "Error": _object("error", error=_object("code status message", code=INTEGER, status=TEXT, message=TEXT)),
-        "Health": _object("status", status={"type": "string", "enum": ["Healthy", "Unhealthy", "Draining"]}),
     }  # fmt: skip

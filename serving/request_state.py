@@ -1,9 +1,10 @@
-"""One request on its way through the handler. A module of its own: TorchServe accepts one class in a handler's."""
+"""A request to count people. A module of its own, because TorchServe accepts one class in a handler's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.base_handler import RequestState
 from serving.contract import Instance, Limits, Parameters, Request, RequestError
 from serving.detector import Count
 from serving.looks import Budget
@@ -25,22 +26,20 @@ class Picture:
 
 
 @dataclass
-class RequestState:
-    """A request, its pictures, and the milliseconds that each step took.
+class PeopleState(RequestState):
+    """A request and its pictures.
 
     pictures: an object of a bucket that the request names several times is one picture. places: for each instance, the
-    index of its picture. budget: what is left for closer looks. error: the request failed as a whole.
+    index of its picture. budget: what is left for closer looks.
     """
 
     request: Request | None = None
     pictures: list[Picture] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0))
-    error: RequestError | None = None
-    milliseconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Request, limits: Limits) -> RequestState:
+    def of(cls, request: Request, limits: Limits) -> PeopleState:
         state = cls(request, budget=Budget(limits.looks, limits.look_seconds))
         first: dict[str, int] = {}
         for instance in request.instances:
@@ -58,9 +57,6 @@ class RequestState:
     def annotated(self) -> bool:
         """Whether the answer has pictures with boxes."""
         return self.request is not None and (self.request.picture_wanted or self.parameters.annotate)
-
-    def spend(self, step: str, milliseconds: float) -> None:
-        self.milliseconds[step] = self.milliseconds.get(step, 0) + milliseconds
 
 
 def annotate_count(data: bytes | memoryview, count: Count, parameters: Parameters, limits: Limits) -> bytes:

@@ -7,6 +7,7 @@ Because they are different processes, they share files. The folder is made at ev
                    says how the worker computes, and the worker locks it for as long as it lives
     busy/PID       a worker that answers a request over gRPC, of which the front does not know
     failed         the reason why a worker could not be set up
+    archive/       the model archive of an exported model, which has the handler alone
     models/        TorchServe's model store
     lock           the launcher locks it for as long as it lives
 

@@ -21,6 +21,8 @@ from email.message import Message
 from pathlib import Path
 from typing import BinaryIO
 
+from serving.exported.model_contract import CONTRACT, PROGRAM
+
 HOST = "https://storage.googleapis.com"
 TIMEOUT = 10  # seconds without a byte
 METADATA_TOKEN = "/computeMetadata/v1/instance/service-accounts/default/token"
@@ -44,31 +46,44 @@ def read_object(uri: str, limit: int) -> bytes:
     return content.getvalue()
 
 
-def download_checkpoint(uri: str, folder: Path) -> Path:
-    """Copy the one .pt file below a gs:// prefix (AIP_STORAGE_URI) to a folder, or find it in a local folder.
+def fetch_model(uri: str, folder: Path) -> Path:
+    """Returns the model of a folder, copied from gs:// or where it is: a .pt file, or a folder of an exported model.
 
-    Raises StorageError and OSError.
+    uri: a local folder, or a gs:// prefix (AIP_STORAGE_URI). folder: for copies. Raises StorageError and OSError.
     """
     if not uri.startswith("gs://"):
-        found = sorted(Path(uri.removeprefix("file://")).glob("*.pt"))
-        if len(found) != 1:
-            raise StorageError(f"AIP_STORAGE_URI is {uri}, where there are {len(found)} .pt files; put one there", 400)
-        return found[0]
+        local = Path(uri.removeprefix("file://"))
+        return local / _choose([one.name for one in local.glob("*")], uri)
     bucket, _, prefix = uri.removeprefix("gs://").partition("/")
-    names = [name for name in _names(bucket, prefix.rstrip("/") + "/" if prefix else "") if name.endswith(".pt")]
-    if len(names) != 1:
-        raise StorageError(
-            f"AIP_STORAGE_URI is {uri}, below which there are {len(names)} .pt files; put exactly one there",
-            400,
-        )
-    target = folder / names[0].rpartition("/")[2]
+    prefix = prefix.rstrip("/") + "/" if prefix else ""
+    names = [name.removeprefix(prefix) for name in _names(bucket, prefix)]
+    chosen = _choose(names, uri)
+    target = folder / (chosen.rpartition("/")[2] or "model")
+    wanted = {chosen: target} if chosen else {name: target / name for name in (PROGRAM, CONTRACT)}
     try:
-        with target.open("wb") as file:
-            _copy(f"gs://{bucket}/{names[0]}", {"alt": "media"}, file)
+        for name, path in wanted.items():
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                _copy(f"gs://{bucket}/{prefix}{name}", {"alt": "media"}, file)
     except BaseException:
-        target.unlink(missing_ok=True)
+        for path in wanted.values():
+            path.unlink(missing_ok=True)
         raise
     return target
+
+
+def _choose(names: list[str], uri: str) -> str:
+    """The name of the one checkpoint among these, or "" where they are an exported model. Raises StorageError."""
+    checkpoints = [name for name in names if name.endswith(".pt")]
+    exported = {PROGRAM, CONTRACT} & set(names)
+    if len(checkpoints) == 1 and not exported:
+        return checkpoints[0]
+    if not checkpoints and len(exported) == 2:
+        return ""
+    found = f"{len(checkpoints)} .pt files" + "".join(f" and {name}" for name in sorted(exported))
+    raise StorageError(
+        f"{uri} has no model: there are {found}. Put exactly one .pt file there, or {PROGRAM} and {CONTRACT}", 400
+    )
 
 
 def _names(bucket: str, prefix: str) -> list[str]:

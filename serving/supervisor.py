@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -15,11 +16,12 @@ import numpy as np
 import simplejpeg
 
 from serving import connections
+from serving.exported.model_contract import Contract
 from serving.front import Front, FrontSettings
 from serving.local_compile import compile_in_background
 from serving.logs import log
 from serving.run_folder import RunFolder
-from serving.storage import StorageError, download_checkpoint
+from serving.storage import StorageError, fetch_model
 from serving.torchserve import Plan, StartError, TorchServe, listen
 
 START_SECONDS = 180  # for a worker to run its first picture, the largest network on a slow processor included
@@ -30,7 +32,7 @@ CLOSE_SECONDS = 1  # for connections to send the rest of their answers
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a start. checkpoint: folder with the weights to use instead of the archive's, local or gs://.
+    """The options of a start. model: folder with the model to use instead of the archive's, local or gs://.
 
     sample: a picture for the line that is printed for people. grace: seconds after SIGTERM in which requests are taken.
     compiled: folder in which a compiled network is made for the next start, if any.
@@ -40,7 +42,7 @@ class Options:
     port: int
     front: FrontSettings
     torchserve: Plan
-    checkpoint: str = ""
+    model: str = ""
     sample: str = ""
     grace: float = 3
     compiled: Path | None = None
@@ -59,6 +61,7 @@ class Supervisor:
         self.folder: RunFolder = options.torchserve.folder
         self.torchserve: TorchServe | None = None
         self.url = ""
+        self._served: dict[str, str] = {}  # name and version of an exported model
         self._ready = asyncio.Event()
         self._stop, self._grace_over, self._at_once = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -126,10 +129,17 @@ class Supervisor:
 
     async def _serve_model(self, front: Front) -> None:
         """Starts TorchServe and keeps the sign of life fresh; never returns. Raises StartError when no server is
-        left, and StorageError."""
-        self.torchserve = self.options.torchserve.start(await self._checkpoint())
+        left, StorageError and ContractError."""
+        plan, probe = self.options.torchserve, simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
+        model = await self._model()
+        if model is not None and model.is_dir():
+            contract = await asyncio.to_thread(Contract.load, model)
+            plan = plan.of_exported(contract.name, contract.version)
+            front.serve_exported(contract)
+            self._served = {"model": contract.name, "version": contract.version}
+            probe = json.dumps({"instances": [contract.examples[0].instance]}).encode()
+        self.torchserve = plan.start(model)
         began = time.monotonic()
-        picture = simplejpeg.encode_jpeg(np.full((8, 160, 3), 114, np.uint8))
         probes: set[asyncio.Task[None]] = set()
         workers = self.options.torchserve.workers
         while True:
@@ -147,24 +157,27 @@ class Supervisor:
             # One probe a worker, because a stuck worker keeps one of them, and the next must reach another worker.
             probes = {probe for probe in probes if not probe.done()}
             if self.ready and len(probes) < workers:
-                probes.add(asyncio.create_task(front.probe(picture)))
+                probes.add(asyncio.create_task(front.probe(probe)))
             await asyncio.sleep(front.settings.stuck_seconds / 10 if self.ready else 0.1)
 
     async def _compile(self) -> None:
         """Make a compiled network for the next start, if that is wanted. The start comes first."""
         if self.options.compiled is not None:
             await self._ready.wait()
+            assert self.options.torchserve.archive is not None
             checkpoint = next(self.options.torchserve.archive.glob("*.pt"))
             await compile_in_background(checkpoint, self.options.compiled, os.environ.get("HEADCOUNT_CLASS", "person"))
 
-    async def _checkpoint(self) -> Path | None:
-        """Returns the weights to use instead of the archive's. A failure that may pass does not end the start at once,
-        because on Vertex AI it would end a deployment that took twenty minutes. The loop is our own, because the
-        image has no library for retries."""
-        for pause in FETCH_PAUSES if self.options.checkpoint else ():
-            log("fetching the model", uri=self.options.checkpoint)
+    async def _model(self) -> Path | None:
+        """Returns the model to use instead of the archive's: a checkpoint, or the folder of an exported model.
+
+        A failure that may pass does not end the start at once, because on Vertex AI it would end a deployment that took
+        twenty minutes. The loop is our own, because the image has no library for retries.
+        """
+        for pause in FETCH_PAUSES if self.options.model else ():
+            log("fetching the model", uri=self.options.model)
             try:
-                return await asyncio.to_thread(download_checkpoint, self.options.checkpoint, self.folder.path)
+                return await asyncio.to_thread(fetch_model, self.options.model, self.folder.path)
             except StorageError as error:
                 if error.code != 503 or pause is None:
                     raise
@@ -174,7 +187,7 @@ class Supervisor:
 
     def _report(self, seconds: float) -> None:
         workers, sample, facts = self.options.torchserve.workers, self.options.sample, self.folder.worker_facts()
-        log("ready", seconds=round(seconds, 1), workers=workers, url=self.url, sample=sample, **facts)
+        log("ready", seconds=round(seconds, 1), workers=workers, url=self.url, sample=sample, **self._served, **facts)
 
 
 __all__ = ["Options", "StartError", "Supervisor"]

@@ -9,11 +9,12 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from serving.logs import log
 from serving.run_folder import RunFolder
 
 CONFIG = Path(__file__).parent / "config"
+MODEL = "people"  # the name of the model in the archive
+EXPORTED_HANDLER = Path(__file__).parent / "exported" / "handler.py"
 GPU_BATCH = 16  # requests that may go through the network together
 GPU_BATCH_DELAY = 5  # milliseconds that a request waits for others
 
@@ -44,11 +47,11 @@ class StartError(Exception):
 class Plan:
     """TorchServe's settings. inference: its port for the front. grpc: address of its gRPC inference service.
 
-    timeout: seconds that a worker may take for a request.
+    archive: a model archive, unpacked. timeout: seconds that a worker may take for a request. name: the model's.
     """
 
     folder: RunFolder
-    archive: Path
+    archive: Path | None
     inference: int
     grpc_host: str
     grpc_port: int
@@ -56,6 +59,7 @@ class Plan:
     gpus: int
     timeout: int
     request_bytes: int
+    name: str = MODEL
 
     @property
     def grpc(self) -> str:
@@ -86,16 +90,31 @@ models={json.dumps(self._model())}
     def _model(self) -> dict[str, Any]:
         """Settings of the model: batches only where a GPU gains from them."""
         batch = {"batchSize": GPU_BATCH, "maxBatchDelay": GPU_BATCH_DELAY} if self.gpus else {"batchSize": 1}
+        assert self.archive is not None
         manifest = json.loads((self.archive / "MAR-INF" / "MANIFEST.json").read_text())
         workers = {"minWorkers": self.workers, "maxWorkers": self.workers}
-        return {"people": {manifest["model"]["modelVersion"]: {"marName": "people", **workers, **batch}}}
+        return {self.name: {manifest["model"]["modelVersion"]: {"marName": self.name, **workers, **batch}}}
 
-    def start(self, checkpoint: Path | None) -> TorchServe:
-        """Start it. checkpoint: the weights to use instead of the archive's. Raises StartError."""
+    def of_exported(self, name: str, version: str) -> Plan:
+        """The same for an exported model, with an archive that has the handler and no model."""
+        archive = self.folder.path / "archive"
+        (archive / "MAR-INF").mkdir(parents=True)
+        model = {"modelName": name, "modelVersion": version, "handler": EXPORTED_HANDLER.name}
+        manifest = {"runtime": "python", "model": model, "archiverVersion": "0.12.0"}
+        (archive / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+        shutil.copy(EXPORTED_HANDLER, archive)
+        return replace(self, archive=archive, name=name)
+
+    def start(self, model: Path | None) -> TorchServe:
+        """Start it. model: used instead of the archive's. Raises StartError."""
+        if self.archive is None:
+            raise StartError(
+                f"{model} is a checkpoint, which needs an archive; make one with python -m serving.archive"
+            )
         listen(self.grpc_host, self.grpc_port).close()  # reports a port that is taken, with our message
         settings = self.folder.path / "torchserve.properties"
         settings.write_text(self.properties(*free_ports(4)))
-        (self.folder.models / "people").symlink_to(self.archive.absolute())
+        (self.folder.models / self.name).symlink_to(self.archive.absolute())
         environment = os.environ | ALLOCATOR | {
             "HEADCOUNT_RUN_FOLDER": str(self.folder.path),
             "TMPDIR": str(self.folder.path),
@@ -103,8 +122,9 @@ models={json.dumps(self._model())}
             "METRICS_LOCATION": str(self.folder.path),
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        if checkpoint is not None:
-            environment["HEADCOUNT_CHECKPOINT"] = str(checkpoint)
+        environment.pop("HEADCOUNT_MODEL", None)
+        if model is not None:
+            environment["HEADCOUNT_MODEL"] = str(model.absolute())
         # Found, not imported: importing ts brings torch.
         found = importlib.util.find_spec("ts")
         if found is None or found.origin is None:
@@ -114,7 +134,7 @@ models={json.dumps(self._model())}
             find_java(), *JAVA_OPTIONS, f"-Dmodel_server_home={home}", f"-Djava.io.tmpdir={self.folder.path}",
             f"-Dlog4j.configurationFile=file://{CONFIG / 'log4j2.xml'}", "-cp", f"{home}/ts/frontend/*",
             "org.pytorch.serve.ModelServer", "--python", sys.executable, "-ncs", "-f", str(settings),
-            "-m", "people=people",
+            "-m", f"{self.name}={self.name}",
         ]  # fmt: skip
         return TorchServe(command, self.folder.path, environment)
 

@@ -211,6 +211,7 @@ class Server:
     log: Path = Path(os.devnull)
     process: subprocess.Popen[bytes] | None = None
     program: tuple[str, ...] = ("-m", "serving.launcher")
+    arguments: tuple[str, ...] = ()  # instead of --archive
 
     def start(self) -> Server:
         """Start without waiting for it to be ready."""
@@ -223,7 +224,7 @@ class Server:
         }  # fmt: skip
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *self.program, "--archive", str(self.archive)],
+                [sys.executable, *self.program, *(self.arguments or ("--archive", str(self.archive)))],
                 stdout=log, stderr=subprocess.STDOUT, cwd=self.log.parent,
                 env=os.environ | environment | self.environment,
             )  # fmt: skip

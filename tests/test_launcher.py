@@ -260,7 +260,7 @@ def test_it_counts_and_ends_without_a_trace(start: Callable[..., Launched]) -> N
         ({"HEADCOUNT_MAX_PIXELS": "50MP"}, "HEADCOUNT_MAX_PIXELS is '50MP'"),
         ({"HEADCOUNT_SPOOL_BYTES": "1000"}, "HEADCOUNT_SPOOL_BYTES is 1000, less than one request"),
         ({"HEADCOUNT_LOG_LEVEL": "LOUD"}, "HEADCOUNT_LOG_LEVEL is 'LOUD'; set it to one of DEBUG, INFO"),
-        ({"AIP_STORAGE_URI": "/nowhere"}, "AIP_STORAGE_URI is /nowhere, where there are 0 .pt files"),
+        ({"AIP_STORAGE_URI": "/nowhere"}, "/nowhere has no model: there are 0 .pt files"),
         ({"JAVA_HOME": "/nowhere"}, "JAVA_HOME is /nowhere"),
         ({"HEADCOUNT_HOST": "::1::"}, "cannot listen on ::1::"),
     ],

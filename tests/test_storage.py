@@ -10,7 +10,7 @@ import pytest
 from fake_storage import FakeStorage
 
 from serving import storage
-from serving.storage import StorageError, download_checkpoint, read_object
+from serving.storage import StorageError, fetch_model, read_object
 
 CONTENT = bytes(range(256)) * 100
 
@@ -140,35 +140,58 @@ def test_the_one_checkpoint_below_a_prefix_is_found_on_any_page(google: FakeStor
     google.objects |= {"ours/models/zz/own.pt": CONTENT, "ours/models-of-others/x.pt": b"", "theirs/models/y.pt": b""}
     google.page_size = 10
     for uri in ("gs://ours/models", "gs://ours/models/"):
-        assert download_checkpoint(uri, tmp_path) == tmp_path / "own.pt"
+        assert fetch_model(uri, tmp_path) == tmp_path / "own.pt"
         assert (tmp_path / "own.pt").read_bytes() == CONTENT
     assert all(token == "Bearer secret" for path, token in google.asked if path.startswith("/storage/"))
 
 
-def test_no_checkpoint_or_two_are_told(google: FakeStorage, tmp_path: Path) -> None:
-    google.objects |= {"ours/none/a.txt": b"", "ours/two/a.pt": b"", "ours/two/b.pt": b""}
-    for folder, count in (("none", 0), ("two", 2)):
-        with pytest.raises(StorageError, match=f"below which there are {count} .pt files; put exactly one there"):
-            download_checkpoint(f"gs://ours/{folder}", tmp_path)
-        (tmp_path / folder).mkdir()
-        for name in google.objects:
-            if name.startswith(f"ours/{folder}/"):
-                (tmp_path / folder / name.rpartition("/")[2]).touch()
-        with pytest.raises(StorageError, match=f"where there are {count} .pt files; put one there"):
-            download_checkpoint(str(tmp_path / folder), tmp_path)
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["a.txt"], "0 .pt files"),
+        (["a.pt", "b.pt"], "2 .pt files"),
+        (["model.pt2"], "0 .pt files and model.pt2"),
+        (["contract.json"], "0 .pt files and contract.json"),
+        (["a.pt", "contract.json", "model.pt2"], "1 .pt files and contract.json and model.pt2"),
+    ],
+)
+def test_a_folder_without_one_model_is_told(google: FakeStorage, tmp_path: Path, files: list[str], found: str) -> None:
+    google.objects |= {f"ours/folder/{name}": b"" for name in files}
+    says = rf"folder has no model: there are {found}. Put exactly one .pt file there, or model.pt2 and contract.json"
+    with pytest.raises(StorageError, match=says):
+        fetch_model("gs://ours/folder", tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in files:
+        (tmp_path / "folder" / name).touch()
+    with pytest.raises(StorageError, match=says):
+        fetch_model(str(tmp_path / "folder"), tmp_path)
+
+
+def test_an_exported_model_is_both_of_its_files(google: FakeStorage, tmp_path: Path) -> None:
+    google.objects |= {"ours/m/model.pt2": CONTENT, "ours/m/contract.json": b"{}", "ours/m/notes.txt": b""}
+    for uri in ("gs://ours/m", "gs://ours/m/"):
+        assert fetch_model(uri, tmp_path) == tmp_path / "model"
+        assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == {
+            "model.pt2": CONTENT, "contract.json": b"{}",
+        }  # fmt: skip
+    assert fetch_model(str(tmp_path / "model"), tmp_path / "x") == tmp_path / "model"
+    google.cut = 1
+    with pytest.raises(StorageError):
+        fetch_model("gs://ours/m", tmp_path)
+    assert not any((tmp_path / "model").iterdir())
 
 
 def test_a_local_checkpoint_stays_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "own.pt").touch()
-    assert download_checkpoint(str(tmp_path), tmp_path / "x") == tmp_path / "own.pt"
-    assert download_checkpoint(f"file://{tmp_path}", tmp_path / "x") == tmp_path / "own.pt"
+    assert fetch_model(str(tmp_path), tmp_path / "x") == tmp_path / "own.pt"
+    assert fetch_model(f"file://{tmp_path}", tmp_path / "x") == tmp_path / "own.pt"
 
 
 def test_a_checkpoint_that_breaks_off_leaves_nothing(google: FakeStorage, tmp_path: Path) -> None:
     google.objects["ours/models/own.pt"] = CONTENT
     google.cut = 5000
     with pytest.raises(StorageError, match=r"gs://ours/models/own.pt broke off after 5000 of") as caught:
-        download_checkpoint("gs://ours/models", tmp_path)
+        fetch_model("gs://ours/models", tmp_path)
     assert caught.value.code == 503
     assert not any(tmp_path.iterdir())
 
@@ -177,5 +200,5 @@ def test_a_list_that_is_no_list_is_worth_another_try(google: FakeStorage, tmp_pa
     google.answer = lambda url, headers: (200, {}, b"[1")  # type: ignore[method-assign]
     storage._token = ("x", time.monotonic() + 60)
     with pytest.raises(StorageError, match="cannot be read") as caught:
-        download_checkpoint("gs://ours/models", tmp_path)
+        fetch_model("gs://ours/models", tmp_path)
     assert caught.value.code == 503

@@ -70,14 +70,15 @@ class Number:
         if numbers.shape != self.shape and numbers.shape != (math.prod(self.shape),):
             shape = "×".join(map(str, numbers.shape)) or "one number"
             raise InstanceError(f"{self.name} has the shape {shape}; it must be {self._wanted()}")
-        low, high = self._bounds()
+        low, high = self.bounds()
         if not np.all((numbers >= low) & (numbers <= high)):  # false for NaN too
             raise InstanceError(f"{self.name} must be {self._wanted()}, each from {low:g} to {high:g}")
         if self.dtype != "float32" and not np.all(numbers == np.floor(numbers)):
             raise InstanceError(f"{self.name} must be {self._wanted()}, each a whole number")
         return numbers.reshape(self.shape).astype(self.dtype)
 
-    def _bounds(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest number that is taken."""
         low, high = {"float32": (-3.4e38, 3.4e38), "uint8": (0.0, 255.0), "int64": (-(2.0**53), 2.0**53)}[self.dtype]
         return max(low, low if self.minimum is None else self.minimum), min(
             high, high if self.maximum is None else self.maximum
@@ -209,6 +210,10 @@ class Contract:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def version(self) -> str:
+        return self.sha256[:12]
+
+    @property
     def values(self) -> list[Values]:
         return [one for one in self.outputs if isinstance(one, Values)]
 
@@ -289,6 +294,8 @@ class Contract:
             names = [*(one.name for one in parts), *more]
             if not parts or len(set(names)) != len(names):
                 raise ContractError(f"{where}: there must be at least one, each with a name of its own")
+        if any(one.name == "error" for one in self.outputs):
+            raise ContractError("outputs: 'error' is the name of a refused instance's answer; choose another")
         whole = {one.name for one in self.values if one.dtype != "float32"}
         if wrong := [one.name for one in self.outputs if isinstance(one, Labels) and one.of not in whole]:
             raise ContractError(f"outputs: {wrong[0]!r} must be of an output of whole numbers")
