@@ -1,6 +1,6 @@
 """The foundation of a stack: enabled APIs, the bucket, the image repository, the serving account."""
 
-from typing import Final
+from typing import Any, Final
 
 import pulumi
 import pulumi_gcp as gcp
@@ -12,11 +12,11 @@ READER: Final = "roles/artifactregistry.reader"
 
 
 class Foundation(pulumi.ComponentResource):
-    """APIs, bucket, image repository and service account of one stack.
+    """APIs, buckets, image repository and service account of one stack.
 
     APIs stay enabled when the stack is destroyed, because others in the project may use them. Nothing is public. No
-    project-wide role is granted: the serving account reads one bucket and nothing else. In production everything here
-    is protected.
+    project-wide role is granted: the serving account reads the buckets of pictures and models and nothing else. In
+    production everything here is protected.
     """
 
     def __init__(self, settings: Settings, opts: pulumi.ResourceOptions | None = None) -> None:
@@ -41,21 +41,14 @@ class Foundation(pulumi.ComponentResource):
             self._key_grants = self._grant_key(settings.kms_key)
 
         #: Pictures that requests name by gs://. They show people, so none is kept for long.
-        self.bucket = gcp.storage.Bucket(
+        self.bucket = self._bucket(
             "bucket",
-            name=names.bucket,
-            location=settings.region.upper(),  # as Google answers it: no diff
-            uniform_bucket_level_access=True,
-            public_access_prevention="enforced",
+            names.bucket,
             versioning={"enabled": settings.keep_deleted_days > 0},
             lifecycle_rules=_lifecycle(settings),
-            # With soft delete Google keeps deleted objects, and charges for them.
-            soft_delete_policy={"retention_duration_seconds": 0},
-            encryption={"default_kms_key_name": settings.kms_key} if settings.kms_key else None,
-            force_destroy=not settings.production,
-            labels=settings.all_labels,
-            opts=self._after("storage.googleapis.com"),
         )
+        #: Exported models. A bucket of its own, because pictures are deleted after some days.
+        self.model_bucket = self._bucket("models", names.model_bucket, versioning={"enabled": False})
         self.repository = gcp.artifactregistry.Repository(
             "images",
             repository_id=names.repository,
@@ -100,14 +93,19 @@ class Foundation(pulumi.ComponentResource):
             opts=self._after("iam.googleapis.com"),
         )
         #: Permissions of the serving account; resources that run as it depend on them.
+        readable: dict[str, pulumi.Input[str]] = {"pictures": self.bucket.name, "models": self.model_bucket.name}
+        # A service account of one's own does not read the artifacts of a model version by itself:
+        # https://cloud.google.com/vertex-ai/docs/general/custom-service-account
+        readable |= {bucket: bucket for bucket in other_buckets(settings)}
         self.grants = [
             gcp.storage.BucketIAMMember(
-                "serving-reads-pictures",
-                bucket=self.bucket.name,
+                f"serving-reads-{name}",
+                bucket=bucket,
                 role="roles/storage.objectViewer",
                 member=self.service_account.member,
                 opts=self._parent,
             )
+            for name, bucket in readable.items()
         ]
         self.register_outputs({})
 
@@ -126,6 +124,24 @@ class Foundation(pulumi.ComponentResource):
 
     def _after(self, service: str) -> pulumi.ResourceOptions:
         return pulumi.ResourceOptions.merge(self._parent, self.after(service))
+
+    def _bucket(self, resource: str, name: str, **more: Any) -> gcp.storage.Bucket:
+        """A bucket that is not public."""
+        settings = self._settings
+        return gcp.storage.Bucket(
+            resource,
+            name=name,
+            location=settings.region.upper(),  # as Google answers it: no diff
+            uniform_bucket_level_access=True,
+            public_access_prevention="enforced",
+            # With soft delete Google keeps deleted objects, and charges for them.
+            soft_delete_policy={"retention_duration_seconds": 0},
+            encryption={"default_kms_key_name": settings.kms_key} if settings.kms_key else None,
+            force_destroy=not settings.production,
+            labels=settings.all_labels,
+            opts=self._after("storage.googleapis.com"),
+            **more,
+        )
 
     def _identity(self, service: str) -> gcp.projects.ServiceIdentity:
         """Creates the service agent of a Google service, so that it can be granted roles before its first use."""
@@ -166,6 +182,12 @@ class Foundation(pulumi.ComponentResource):
 
         known = pulumi.Output.all(service.id, self._token, self.project_number)
         return known.apply(lambda all_: usable(all_[1], all_[2]))
+
+
+def other_buckets(settings: Settings) -> list[str]:
+    """The buckets of the releases' models that are none of the stack's own."""
+    used = {release.model.split("/")[2] for release in settings.releases.values() if release.model}
+    return sorted(used - {settings.names.bucket, settings.names.model_bucket})
 
 
 #: Prefix of the tags that the releases' images have, so that no clean-up takes them.

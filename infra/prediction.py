@@ -67,6 +67,7 @@ class Prediction(pulumi.ComponentResource):
                 display_name=names.model,
                 version_description=f"Release {name} of stack {settings.stack}",
                 image=self.images[name],
+                artifact_uri=release.model or None,
                 predict_route=PREDICT_ROUTE,
                 health_route=HEALTH_ROUTE,
                 startup_probe=STARTUP_PROBE,

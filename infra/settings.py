@@ -1,13 +1,11 @@
-"""The settings of a stack, typed, and the names of its resources.
+"""The settings of a stack, typed.
 
 `Pulumi.<stack>.yaml` holds the settings, `pulumi config set` writes them. All wrong settings are reported together,
 each with the command that repairs it.
 """
 
 import difflib
-import hashlib
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, get_args
@@ -18,8 +16,8 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from infra import BUILD
+from infra.names import PROJECT, Names
 
-PROJECT: Final = "headcount"
 _AT: Final = f"{PROJECT}:releases"
 
 
@@ -39,6 +37,14 @@ class Release(_Model):
         ),
     ]
     traffic: Annotated[int, Field(description="percent of the requests", ge=0, le=100, examples=[10])]
+    model: Annotated[
+        str,
+        Field(
+            description="folder of the model that is served instead of the image's, as `headcount register` prints it",
+            pattern=r"^(gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^\s]*)?)?$",
+            examples=["gs://my-project-hc-models-dev/census/0123456789abcdef"],
+        ),
+    ] = ""
     min_replicas: Annotated[
         int | None, Field(description="replicas that always run, if not the stack's minReplicas", ge=0, examples=[1])
     ] = None
@@ -293,9 +299,12 @@ class Settings(_Model):
         if "default" in releases:
             wrong.append(("`default` is Vertex AI's own name: choose another", f"rm --path {_AT}.default"))
         builds = [name for name, r in releases.items() if r.image == BUILD]
+        same = {r.model: [name for name in builds if releases[name].model == r.model] for r in releases.values()}
         pin = f"set --path {_AT}.{builds[0]}.image sha256:…" if builds else ""
-        if len(builds) > 1:
-            wrong.append((f"only one release can be built, not {' and '.join(builds)}: pin the others", pin))
+        for twice in same.values():
+            if len(twice) > 1:
+                said = f"only one release of a model can be built, not {' and '.join(twice)}: pin the others"
+                wrong.append((said, f"set --path {_AT}.{twice[0]}.image sha256:…"))
         if builds and info.data.get("production"):
             wrong.append((f"production builds nothing: give {builds[0]} the digest that another stack proved", pin))
         for name, release in releases.items():
@@ -312,7 +321,7 @@ class Settings(_Model):
         return any(release.image == BUILD for release in self.releases.values())
 
     @property
-    def names(self) -> "Names":
+    def names(self) -> Names:
         return Names(self.project, self.region, self.stack)
 
     @property
@@ -409,36 +418,3 @@ def _problem(error: ErrorDetails, stack: str) -> str:
     if example[0] in "[{":
         return line(said) + f"\n    in Pulumi.{stack}.yaml:  {key}: {example}"
     return line(said, f"set {path}{shlex.quote(key)} {shlex.quote(example)}")
-
-
-class Names:
-    """Names that Google accepts, for every allowed project, region and stack; other stacks, other names."""
-
-    def __init__(self, project: str, region: str, stack: str) -> None:
-        #: Bucket, global: https://cloud.google.com/storage/docs/buckets#naming
-        self.bucket = f"{project}-{PROJECT}-{_slug(stack, 22)}"
-        #: Docker repository, at most 63: https://cloud.google.com/artifact-registry/docs/repositories/create-repos
-        self.repository = f"{PROJECT}-{_slug(stack, 50)}"
-        #: Service account, 6 to 30: https://cloud.google.com/iam/docs/service-accounts-create
-        self.service_account = f"{PROJECT}-{_slug(stack, 20)}"
-        #: Custom role, letters, digits, dots and underscores: https://cloud.google.com/iam/docs/creating-custom-roles
-        self.predictor_role = f"{PROJECT}_predictor_{_slug(stack, 30).replace('-', '_')}"
-        #: Model, at most 63 of a-z, 0-9, - and _: REST reference of models.upload
-        self.model = f"{PROJECT}-{_slug(stack, 50)}"
-        #: Endpoint: digits without a leading zero, at most 10 for the google provider and 9 for Vertex AI's
-        # REST reference. Derived from the stack's name, so that it can be found again without the state.
-        number = int.from_bytes(hashlib.sha256(f"{project}/{region}/{stack}".encode()).digest()[:8])
-        self.endpoint = str(10**8 + number % (9 * 10**8))
-        #: https://cloud.google.com/resource-manager/docs/labels-overview#requirements
-        self.labels = {"project": PROJECT, "stack": _slug(stack, 63)}
-
-
-def _slug(text: str, limit: int) -> str:
-    """`text` in small letters, digits and single hyphens; with its hash where that would lose something."""
-    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    allowed = not re.search("g[o0]{2}g", plain)  # no bucket may be named after Google
-    if plain == text and len(plain) <= limit and allowed:
-        return plain
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-    kept = plain[: limit - 9].strip("-") if allowed else ""
-    return f"{kept}-{mark}" if kept else mark

@@ -63,11 +63,11 @@ class Recorder(pulumi.runtime.Mocks):
         }
         return answers[args.token], []
 
-    def inputs(self, kind: str) -> list[dict[str, Any]]:
-        return [a.inputs for a in self.asked if a.typ.endswith(kind)]
+    def inputs(self, kind: str, name: str = "") -> list[dict[str, Any]]:
+        return [a.inputs for a in self.asked if a.typ.endswith(kind) and name in ("", a.name)]
 
-    def one(self, kind: str) -> dict[str, Any]:
-        (found,) = self.inputs(kind)
+    def one(self, kind: str, name: str = "") -> dict[str, Any]:
+        (found,) = self.inputs(kind, name)
         return found
 
 
@@ -80,9 +80,9 @@ class Program:
     registered: list[Any]
     waited: list[str]
 
-    def request(self, kind: str) -> Any:
+    def request(self, kind: str, name: str = "") -> Any:
         """The engine's registration of the one resource of a kind, with its options."""
-        (found,) = [r for r in self.registered if r.type.endswith(kind)]
+        (found,) = [r for r in self.registered if r.type.endswith(kind) and name in ("", r.name)]
         return found
 
 
@@ -186,24 +186,51 @@ def test_the_image_is_for_vertex_ai_pushed_and_never_built_in_a_preview(run: Run
 def test_nothing_is_public(run: Run) -> None:
     for stack in ("dev", "local"):
         asked = run(stack).recorder
-        bucket = asked.one("Bucket")
-        assert bucket["uniformBucketLevelAccess"] is True
-        assert bucket["publicAccessPrevention"] == "enforced"
+        for bucket in asked.inputs("Bucket"):
+            assert bucket["uniformBucketLevelAccess"] is True
+            assert bucket["publicAccessPrevention"] == "enforced"
         everything = json.dumps([a.inputs for a in asked.asked])
         assert "allUsers" not in everything
         assert "allAuthenticatedUsers" not in everything
 
 
-def test_the_serving_account_reads_one_bucket_and_the_agent_the_images(run: Run) -> None:
+def test_the_serving_account_reads_the_stack_s_buckets_and_the_agent_the_images(run: Run) -> None:
     asked = run("dev").recorder
-    grants = {a.typ: a.inputs for a in asked.asked if "IAM" in a.typ or "Iam" in a.typ}
-    assert len(grants) == 2
-    reads = grants["gcp:storage/bucketIAMMember:BucketIAMMember"]
-    assert reads["role"] == "roles/storage.objectViewer"
-    assert asked.one("Rollout")["models"]["main"]["serviceAccount"] in reads["member"]
-    pulls = grants["gcp:artifactregistry/repositoryIamMember:RepositoryIamMember"]
+    grants = [a.inputs for a in asked.asked if "IAM" in a.typ or "Iam" in a.typ]
+    reads, models, pulls = grants
+    assert [one["bucket"] for one in (reads, models)] == ["my-project-headcount-dev", "my-project-hc-models-dev"]
+    for one in (reads, models):
+        assert one["role"] == "roles/storage.objectViewer"
+        assert asked.one("Rollout")["models"]["main"]["serviceAccount"] in one["member"]
     agent = "serviceAccount:service-42@gcp-sa-aiplatform.iam.gserviceaccount.com"
     assert (pulls["member"], pulls["role"]) == (agent, "roles/artifactregistry.reader")
+
+
+OWN, FOREIGN = "gs://my-project-hc-models-dev/census/1", "gs://trained-elsewhere/census"
+
+
+def test_a_release_may_serve_a_model_of_a_bucket_that_the_serving_account_reads(run: Run) -> None:
+    releases = {
+        "census": {"image": "build", "model": OWN, "traffic": 100},
+        "other": {"image": "build", "model": FOREIGN, "traffic": 0},
+        "people": {"image": PINNED, "traffic": 0},
+    }
+    program = run("dev", releases=releases)
+    asked = program.recorder
+    artifacts = {one["aliases"][0]: one.get("artifactUri") for one in asked.inputs("ModelVersion")}
+    assert artifacts == {"census": OWN, "other": FOREIGN, "people": None}
+    grants = {one["bucket"]: one["member"] for one in asked.inputs("BucketIAMMember")}
+    assert set(grants) == {"my-project-headcount-dev", "my-project-hc-models-dev", "trained-elsewhere"}
+    assert asked.one("Rollout")["models"]["census"]["serviceAccount"] in grants["trained-elsewhere"]
+    needed = program.request("index:Rollout").dependencies
+    assert any(urn.endswith("::serving-reads-trained-elsewhere") for urn in needed)
+    assert program.outputs["modelBucket"] == "gs://my-project-hc-models-dev"
+
+
+def test_models_are_kept(run: Run) -> None:
+    bucket = run("dev").recorder.one("Bucket", "models")
+    assert "lifecycleRules" not in bucket
+    assert bucket["softDeletePolicy"] == {"retentionDurationSeconds": 0}
 
 
 def test_predictors_may_predict_on_the_endpoint_and_nothing_else(run: Run) -> None:
@@ -229,8 +256,11 @@ def test_a_key_encrypts_all_that_is_stored_and_its_agents_may_use_it(run: Run) -
         ("index:ModelVersion", "aiplatform"),
         ("AiEndpoint", "aiplatform"),
     ):
-        assert any(urn.endswith(f"::key-{agent}") for urn in program.request(kind).dependencies), kind
-    assert asked.one("Bucket")["encryption"] == {"defaultKmsKeyName": KEY}
+        requests = [one for one in program.registered if one.type.endswith(kind)]
+        assert requests
+        for one in requests:
+            assert any(urn.endswith(f"::key-{agent}") for urn in one.dependencies), kind
+    assert [one["encryption"] for one in asked.inputs("Bucket")] == [{"defaultKmsKeyName": KEY}] * 2
     assert asked.one("Repository")["kmsKeyName"] == KEY
     assert asked.one("AiEndpoint")["encryptionSpec"] == {"kmsKeyName": KEY}
     assert asked.one("ModelVersion")["encryptionKey"] == KEY
@@ -241,11 +271,11 @@ def test_a_key_encrypts_all_that_is_stored_and_its_agents_may_use_it(run: Run) -
 
 
 def test_pictures_of_people_are_not_kept(run: Run) -> None:
-    bucket = run("dev", pictureDays=5).recorder.one("Bucket")
+    bucket = run("dev", pictureDays=5).recorder.one("Bucket", "bucket")
     assert bucket["versioning"] == {"enabled": False}
     assert bucket["softDeletePolicy"] == {"retentionDurationSeconds": 0}
     assert {"action": {"type": "Delete"}, "condition": {"age": 5, "withState": "LIVE"}} in bucket["lifecycleRules"]
-    kept = run("dev", keepDeletedDays=7).recorder.one("Bucket")
+    kept = run("dev", keepDeletedDays=7).recorder.one("Bucket", "bucket")
     assert kept["versioning"] == {"enabled": True}
     old = {"daysSinceNoncurrentTime": 7, "withState": "ARCHIVED"}
     assert {"action": {"type": "Delete"}, "condition": old} in kept["lifecycleRules"]
@@ -290,7 +320,7 @@ def test_prod_protects_what_serves_and_builds_nothing(run: Run) -> None:
     program = run("prod", releases=releases, predictors=["user:me@example.com"])
     asked = program.recorder
     assert asked.inputs("docker-build:index:Image") == []
-    assert asked.one("Bucket")["forceDestroy"] is False
+    assert [one["forceDestroy"] for one in asked.inputs("Bucket")] == [False, False]
     assert asked.one("Rollout")["models"]["main"]["minReplicas"] == 2
     protected = {request.name: request.protect for request in program.registered if request.custom}
     assert [name for name, protect in protected.items() if not protect] == ["vertex", "old"], (
@@ -302,7 +332,8 @@ def test_production_s_endpoint_is_replaced_only_where_a_setting_says_so(run: Run
     program = run("prod", replaceEndpoint=True, predictors=["user:me@example.com"])
     protected = [program.request(kind).protect for kind in ("AiEndpoint", "index:Rollout", "AiEndpointIamMember")]
     assert protected == [False, False, False]
-    assert program.request("storage/bucket:Bucket").protect
+    assert program.request("storage/bucket:Bucket", "bucket").protect
+    assert program.request("storage/bucket:Bucket", "models").protect
     assert program.request("AiEndpoint").replaceOnChanges == ["dedicatedEndpointEnabled"]
 
 
@@ -319,7 +350,7 @@ def test_releases_have_replicas_of_their_own_and_targets(run: Run) -> None:
 def test_dev_can_be_destroyed(run: Run) -> None:
     program = run("dev")
     assert not any(request.protect for request in program.registered)
-    assert program.recorder.one("Bucket")["forceDestroy"] is True
+    assert [one["forceDestroy"] for one in program.recorder.inputs("Bucket")] == [True, True]
 
 
 def test_prod_as_committed_has_an_endpoint_without_machines(run: Run) -> None:
@@ -347,8 +378,10 @@ def test_what_can_carry_labels_carries_project_and_stack(run: Run) -> None:
     asked = run("dev").recorder
     more = run("dev", labels={"owner": "vision", "stack": "other"}).recorder
     for kind in ("Bucket", "Repository", "ModelVersion", "AiEndpoint"):
-        assert asked.one(kind)["labels"] == {"project": "headcount", "stack": "dev"}
-        assert more.one(kind)["labels"] == {"project": "headcount", "stack": "dev", "owner": "vision"}
+        for one in asked.inputs(kind):
+            assert one["labels"] == {"project": "headcount", "stack": "dev"}
+        for one in more.inputs(kind):
+            assert one["labels"] == {"project": "headcount", "stack": "dev", "owner": "vision"}
 
 
 def test_apis_stay_enabled_and_are_waited_for_but_not_in_a_preview(run: Run) -> None:

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from infra import BUILD
-from infra.settings import Names, Release, Settings, read
+from infra.names import Names
+from infra.settings import Release, Settings, read
 from sandbox import conventions, iam, vertex_endpoints, vertex_models
 from sandbox.artifact_registry import repositories
 from sandbox.storage import buckets
@@ -96,8 +97,13 @@ def test_texts_become_what_they_stand_for() -> None:
                 "headcount:releases": '{"aa": {"image": "build", "traffic": 50}, '
                 '"bb": {"image": "build", "traffic": 50}}'
             },
-            "only one release can be built, not aa and bb",
+            "only one release of a model can be built, not aa and bb",
             "set --path headcount:releases.aa.image sha256:…",
+        ),
+        (
+            {"headcount:releases": '{"aa": {"image": "build", "model": "/here", "traffic": 100}}'},
+            "headcount:releases.aa.model (folder of the model that is served instead of the image's, as",
+            "set --path headcount:releases.aa.model gs://my-project-hc-models-dev/census/0123456789abcdef",
         ),
         (
             {"headcount:production": "true"},
@@ -175,8 +181,9 @@ STACKS = st.text(string.ascii_letters + string.digits + "_.-", min_size=1, max_s
 @given(PROJECTS.filter(lambda p: not re.search("g[o0]{2}g", p)), REGIONS, STACKS)
 def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None:
     names = Names(project, region, stack)
-    assert buckets.BUCKET.fullmatch(names.bucket)
-    assert len(names.bucket) <= 63
+    for bucket in (names.bucket, names.model_bucket):
+        assert buckets.BUCKET.fullmatch(bucket)
+        assert len(bucket) <= 63
     assert repositories.REPOSITORY_ID.fullmatch(names.repository)
     assert iam.ACCOUNT_ID.fullmatch(names.service_account)
     assert vertex_models.MODEL_ID.fullmatch(names.model)
@@ -193,7 +200,7 @@ def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None
 def test_different_stacks_have_different_names(one: str, other: str) -> None:
     if one != other:
         a, b = Names("my-project", "europe-west4", one), Names("my-project", "europe-west4", other)
-        for name in ("bucket", "repository", "service_account", "model", "endpoint", "predictor_role"):
+        for name in ("bucket", "model_bucket", "repository", "service_account", "model", "endpoint", "predictor_role"):
             assert getattr(a, name) != getattr(b, name)
 
 
@@ -201,6 +208,7 @@ def test_names_stay_as_they_are() -> None:
     """Other names would replace what serves, and lose the endpoint's URL. Long names of stacks end in a hash."""
     assert vars(Names("my-project", "europe-west4", "dev")) == {
         "bucket": "my-project-headcount-dev",
+        "model_bucket": "my-project-hc-models-dev",
         "repository": "headcount-dev",
         "service_account": "headcount-dev",
         "predictor_role": "headcount_predictor_dev",

@@ -217,7 +217,7 @@ def test_the_same_resources_in_the_same_order_end_in_the_same_count(
         whole()
     order = maker.made
     once = [
-        "Bucket", "Repository", "RepositoryIamMember", "ServiceIdentity", "Account", "BucketIAMMember", "Image",
+        *["Bucket", "BucketIAMMember"] * 2, "Repository", "RepositoryIamMember", "ServiceIdentity", "Account", "Image",
         "ReleasedImage", "ModelVersion", "AiEndpoint", "Rollout",
     ]  # fmt: skip
     assert sorted(order) == sorted([*once, *("Service" for _ in APIS)])
