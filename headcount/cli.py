@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from headcount.count_command import count
+from headcount.predict_command import predict
+from headcount.register_command import register
 from headcount.release_command import recover, release
 from headcount.web_command import web
 
 # Plain help and errors, because rich's panels wrap a message over framed lines, which scripts and logs cannot use.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command(no_args_is_help=True)(count)
+app.command(no_args_is_help=True)(predict)
+app.command(no_args_is_help=True)(register)
 app.command()(web)
 app.command(no_args_is_help=True)(recover)
 app.add_typer(release, name="release")
@@ -31,7 +35,7 @@ def _headcount(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Counts the people in pictures, and manages the releases of a stack."""
+    """Counts the people in pictures, predicts with other models, and manages the releases of a stack."""
 
 
 def main() -> None:

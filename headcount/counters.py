@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from serving.contract import PREDICT_ROUTE, Limits, Parameters, Person
 
@@ -33,6 +33,7 @@ LONGEST_PAUSE = 30.0  # of those a server may name
 
 
 log = logging.getLogger("headcount")
+T = TypeVar("T")
 
 
 class CountError(Exception):
@@ -166,12 +167,7 @@ class Rest:
     def __init__(self, url: str) -> None:
         import httpx
 
-        try:
-            address = httpx.URL(url)
-        except httpx.InvalidURL:
-            address = httpx.URL()
-        if address.scheme not in ("http", "https") or not address.host:
-            raise ValueError(f"{url!r} is not a server's URL; give one such as http://localhost:8080")
+        address = server_url(url)
         path = address.path.rstrip("/")
         self._url = address.copy_with(path=path if path.endswith(PREDICT_ROUTE) else path + PREDICT_ROUTE)
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
@@ -187,6 +183,19 @@ class Rest:
         headers = {"Content-Type": "application/octet-stream", "Accept": "application/json"}
         url = self._url.copy_merge_params(parameters.as_query())
         return Answer.from_json(post(self._http, url, headers=headers, content=data))
+
+
+def server_url(url: str) -> httpx.URL:
+    """Raises ValueError for a text that is no URL of a server."""
+    import httpx
+
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host:
+        raise ValueError(f"{url!r} is not a server's URL; give one such as http://localhost:8080")
+    return address
 
 
 def post(http: httpx.Client, url: httpx.URL, **request: Any) -> Any:
@@ -304,7 +313,7 @@ class Patience:
     def __init__(self) -> None:
         self._unreachable = ""
 
-    def ask(self, once: Callable[[], Answer]) -> Answer:
+    def ask(self, once: Callable[[], T]) -> T:
         for pause in (*PAUSES, None):
             if self._unreachable:
                 break
@@ -319,7 +328,7 @@ class Patience:
                 time.sleep(max(min(error.after, LONGEST_PAUSE), random.uniform(pause / 2, pause)))
         raise CountError(self._unreachable)
 
-    def _warm(self, once: Callable[[], Answer]) -> Answer:
+    def _warm(self, once: Callable[[], T]) -> T:
         """The answer, also of a model that has to come up from zero first."""
         deadline, told = time.monotonic() + COLD_SECONDS, False
         while True:

@@ -117,17 +117,33 @@ class Endpoint:
             raise CountError(str(error)) from None
         return answer
 
+    @property
+    def largest_request(self) -> int:
+        """Bytes of the instances of a request."""
+        return self._room - 200
+
+    def predict(self, instances: list[Any]) -> list[Any]:
+        """The answers of an exported model, one for each instance."""
+        return self._patience.ask(lambda: self._predictions({"instances": instances}))
+
     def close(self) -> None:
         self._http.close()
 
     def _ask(self, data: bytes, given: dict[str, Any]) -> Answer:
+        instance = {"image": {"b64": base64.b64encode(data).decode()}}
+        return Answer.from_json(self._predictions({"instances": [instance], "parameters": given})[0])
+
+    def _predictions(self, body: dict[str, Any]) -> list[Any]:
         headers = self._credentials.header() if self._credentials else {}
-        body = {"instances": [{"image": {"b64": base64.b64encode(data).decode()}}], "parameters": given}
-        content = post(self._http, self._url, headers=headers, json=body)
-        try:
-            return Answer.from_json(content["predictions"][0])
-        except (KeyError, IndexError, TypeError):
-            raise CountError("the endpoint's answer has no prediction; is it Headcount's model?") from None
+        return predictions(post(self._http, self._url, headers=headers, json=body), len(body["instances"]))
+
+
+def predictions(content: Any, wanted: int) -> list[Any]:
+    """The predictions of an answer, as many as are wanted. Raises CountError."""
+    found = content.get("predictions") if isinstance(content, dict) else None
+    if not isinstance(found, list) or len(found) != wanted:
+        raise CountError("the answer has not a prediction for each instance; is it Headcount's model?")
+    return found
 
 
 @dataclass(frozen=True)
