@@ -15,9 +15,11 @@ TOGETHER = 100  # instances of a request: below the limit that a server has by d
 
 
 class Predictor(Protocol):
-    """Predicts for a request's instances. largest_request: bytes of its instances."""
+    """Predicts for a request's instances."""
 
-    largest_request: int
+    @property
+    def largest_request(self) -> int:
+        """Bytes of the instances of a request."""
 
     def predict(self, instances: list[Any]) -> list[Any]:
         """A prediction for each instance, or an object with `error` in its place. Raises CountError."""

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,6 @@ from headcount.counters import CountError
 from headcount.predictors import LocalModel
 from headcount.stacks import StackError, outputs
 from serving.exported.model_contract import CONTRACT, PROGRAM
-
-if TYPE_CHECKING:
-    from google.cloud.storage import Client
 
 
 def register(
@@ -85,13 +82,13 @@ def upload(model: Path, name: str, found: dict[str, Any]) -> str:
     return f"gs://{bucket}/{folder}"
 
 
-def _client(found: dict[str, Any]) -> Client:
+def _client(found: dict[str, Any]) -> Any:
     from google.auth.credentials import AnonymousCredentials
-    from google.cloud.storage import Client
+    from google.cloud import storage  # type: ignore[attr-defined]
 
     project, url = str(found["endpoint"]).split("/")[1], str(found["url"])
     if url.startswith("https://"):
-        return Client(project)
+        return storage.Client(project)
     # The sandbox takes no credentials.
     sandbox = {"api_endpoint": url.partition("/v1/")[0]}
-    return Client(project, AnonymousCredentials(), client_options=sandbox)  # type: ignore[no-untyped-call]
+    return storage.Client(project, AnonymousCredentials(), client_options=sandbox)  # type: ignore[no-untyped-call]

@@ -103,7 +103,7 @@ class Front:
         self.settings = settings
         self.leaving = self.draining = False
         self.open = self.in_flight = 0
-        self.predict_routes = (settings.predict_route, PREDICT_ROUTE)
+        self.predict_routes: tuple[str, ...] = (settings.predict_route, PREDICT_ROUTE)
         self.takes, self.done, self.no_page = "a picture", "counted", ""
         self.spool = Spool(
             settings.run_folder.spool, settings.request_bytes, settings.spool_bytes, settings.slow_seconds

@@ -11,6 +11,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -61,7 +62,7 @@ class Supervisor:
         self.folder: RunFolder = options.torchserve.folder
         self.torchserve: TorchServe | None = None
         self.url = ""
-        self._served: dict[str, str] = {}  # name and version of an exported model
+        self._served: dict[str, Any] = {}  # name and version of an exported model
         self._ready = asyncio.Event()
         self._stop, self._grace_over, self._at_once = asyncio.Event(), asyncio.Event(), asyncio.Event()
 

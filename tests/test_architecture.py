@@ -13,7 +13,7 @@ from helpers import ROOT
 
 from headcount import stacks
 from headcount.data import FILES
-from infra import prediction, settings
+from infra import names, prediction
 from serving import contract, logs
 from serving.front import FrontSettings
 
@@ -90,4 +90,4 @@ def test_facts_that_two_packages_state_are_the_same() -> None:
     assert contract.PREDICT_ROUTE == prediction.PREDICT_ROUTE
     assert FrontSettings.health_route == prediction.HEALTH_ROUTE
     assert FILES["bus.jpg"].home == logs.SAMPLE_URL
-    assert stacks.PROJECT == settings.PROJECT
+    assert stacks.PROJECT == names.PROJECT

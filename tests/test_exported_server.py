@@ -164,23 +164,19 @@ def test_the_document_describes_what_the_contract_takes() -> None:
     document = exported_openapi(EVERYTHING, "/v1/everything")
     assert list(document["paths"]) == ["/v1/everything", "/ping", "/metrics"]
     request = validator(document, "Request")
-    good = EVERYTHING.examples[0].instance
-    for taken in ({}, {"key": "x"}, {"m": [[1, 2], [3, 4]]}, {"c": "z"}, {"p": {"b64": "eA=="}}, {"n": 2**53}):
-        assert request.is_valid({"instances": [good | taken]})
-    for refused in (
-        {"n": -1},
-        {"n": 1.5},
-        {"n": None},
-        {"m": [1]},
-        {"c": 1},
-        {"p": "eA=="},
-        {"p": [[1, 256]]},
-        {"x": 1},
-    ):
+    good = dict(EVERYTHING.examples[0].instance)
+    taken: list[dict[str, Any]] = [
+        {}, {"key": "x"}, {"m": [[1, 2], [3, 4]]}, {"c": "z"}, {"p": {"b64": "eA=="}}, {"n": 2**53},
+    ]  # fmt: skip
+    for change in taken:
+        assert request.is_valid({"instances": [good | change]})
+    wrong: list[dict[str, Any]] = [
+        {"n": -1}, {"n": 1.5}, {"n": None}, {"m": [1]}, {"c": 1}, {"p": "eA=="}, {"p": [[1, 256]]}, {"x": 1},
+    ]  # fmt: skip
+    for refused in wrong:
         assert not request.is_valid({"instances": [good | refused]})
-        if refused.get("p") != "eA==":
-            with pytest.raises(InstanceError):
-                EVERYTHING.read(good | refused)
+        with pytest.raises(InstanceError):
+            EVERYTHING.read(good | refused)
     assert not request.is_valid({"instances": [{}]})
     answers = validator(document, "Predictions")
     error = {"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "no"}}

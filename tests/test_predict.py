@@ -13,7 +13,7 @@ import pytest
 import yaml
 from exported_models import INSTANCES, predicted
 from google.auth.credentials import AnonymousCredentials
-from google.cloud.storage import Client
+from google.cloud import storage  # type: ignore[attr-defined]
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
@@ -27,7 +27,7 @@ from infra.settings import read
 from sandbox.testing import RunningSandbox
 from serving.storage import fetch_model
 
-OPENAPI = {"paths": {"/ping": {"get": {}}, "/predictions/weather": {"post": {}}}}
+OPENAPI: dict[str, Any] = {"paths": {"/ping": {"get": {}}, "/predictions/weather": {"post": {}}}}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_stack_s_endpoint_is_asked_within_its_payload_limit(
 @pytest.fixture(scope="module")
 def sandbox() -> Any:
     with RunningSandbox() as running:
-        client = Client("a-project", AnonymousCredentials(), client_options={"api_endpoint": running.url})  # type: ignore[no-untyped-call]
+        client = storage.Client("a-project", AnonymousCredentials(), client_options={"api_endpoint": running.url})  # type: ignore[no-untyped-call]
         client.create_bucket("a-project-hc-models-dev")
         client.close()
         yield running
@@ -255,7 +255,7 @@ def test_a_kill_between_the_files_is_repaired_by_the_next_registration(
     folder = exported_models.weather(tmp_path / "other")
     exported_models.change_contract(folder, {"origin": {"seed": 2}})
     first = yaml.safe_load(register(folder).stdout)["headcount:releases"]["weather"]["model"]
-    client = Client("a-project", AnonymousCredentials(), client_options={"api_endpoint": sandbox.url})  # type: ignore[no-untyped-call]
+    client = storage.Client("a-project", AnonymousCredentials(), client_options={"api_endpoint": sandbox.url})  # type: ignore[no-untyped-call]
     contract = client.bucket("a-project-hc-models-dev").blob(first.partition("-dev/")[2] + "/contract.json")
     contract.delete()
     assert register(folder).exit_code == 0

@@ -96,7 +96,7 @@ class ModelVersionInputs(TypedDict, total=False):
         ),
     ]
     artifact_uri: Annotated[
-        pulumi.Input[str],
+        pulumi.Input[str | None],
         Field(
             "Folder with the model's files; the container finds a copy under AIP_STORAGE_URI.",
             pattern=r"gs://[^/]+(/.*)?",
