@@ -23,8 +23,8 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training import common
 from serving.exported.model_contract import Category, Contract, Input, Labels, Number, Values
+from training import common
 from training.export import export
 
 # The columns of the file, in order: https://archive.ics.uci.edu/dataset/2/adult. The names are those of the requests

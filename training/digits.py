@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from training import common
 from serving.exported.model_contract import Contract, Labels, Picture, Values
+from training import common
 from training.export import export
 
 SIDE = 28
