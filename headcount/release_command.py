@@ -33,13 +33,18 @@ def canary(
     image: Annotated[
         str, typer.Option(metavar="DIGEST", help="An image by digest (sha256:…) instead of the one that is built.")
     ] = releases.BUILD,
+    model: Annotated[
+        str,
+        typer.Option(metavar="URI", help="Serve the model of this gs:// folder, as `headcount register` prints it."),
+    ] = "",
 ) -> None:
     """Give a new release a share of the traffic, beside the other releases."""
     stack = context.obj
 
     def edit(current: releases.Releases) -> releases.Releases:
         pins = image == releases.BUILD and any(r["image"] == image for n, r in current.items() if n != name)
-        return releases.canary(current, name, image, percent, outputs(stack).get("images", {}) if pins else {})
+        running = outputs(stack).get("images", {}) if pins else {}
+        return releases.canary(current, name, image, percent, running, model)
 
     with _said(stack):
         print(releases.change(stack, edit), end="")

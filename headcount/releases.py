@@ -18,8 +18,12 @@ _DEFAULT: Final[Releases] = {"main": {"image": BUILD, "traffic": 100}}
 # ------------------------------------------------------------------------------------ changes of releases
 
 
-def canary(releases: Releases, name: str, image: str, percent: int, running: dict[str, str]) -> Releases:
+def canary(
+    releases: Releases, name: str, image: str, percent: int, running: dict[str, str], model: str = ""
+) -> Releases:
     """Gives `name` `percent` of the traffic; the others share the rest in the same proportions.
+
+    model: the gs:// folder that it serves, instead of the model of its image.
 
     Pins another release that is built from the sources to its running digest (`running`, by release), because the
     sources are the canary's from now on. Raises StackError.
@@ -33,7 +37,8 @@ def canary(releases: Releases, name: str, image: str, percent: int, running: dic
                 raise StackError(f"Release {other} was never deployed and has no image to keep: run `pulumi up` first.")
             release["image"] = running[other].partition("@")[2]
     _share(others, 100 - percent)
-    return others | {name: {"image": image, "traffic": percent if others else 100}}
+    source = {"image": image, "model": model} if model else {"image": image}
+    return others | {name: {**source, "traffic": percent if others else 100}}
 
 
 def promote(releases: Releases, name: str) -> Releases:

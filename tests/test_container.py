@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import exported_models
 import httpx
 import pytest
 import yolo_checkpoint
-from helpers import ROOT, free_port, instance
+from helpers import ROOT, eventually, free_port, instance
 from images import RUN, docker
 from machine import docker_client
 from PIL import Image
@@ -62,6 +63,12 @@ class ServingContainer:
                 return int(answer.json()["count"])
             time.sleep(0.05)
         pytest.fail(f"no answer in 60 s:\n{docker('logs', self.name)[-3000:]}")
+
+    def answers(self, path: str) -> bool:
+        """Whether GET is answered with 200."""
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(self.url + path, timeout=10).status_code == 200
+        return False
 
     def exit_code(self) -> int:
         return int(docker("wait", self.name))
@@ -197,6 +204,20 @@ def test_the_readme_s_docker_line_serves(serving_image: str, bus: bytes) -> None
     finally:
         docker("rm", "-f", name, check=False)
         typed.wait(20)
+
+
+def test_a_model_of_torch_export_is_served_instead(serving_image: str, tmp_path: Path) -> None:
+    model = exported_models.weather(tmp_path / "model")
+    one = ServingContainer("-e", "AIP_STORAGE_URI=/model", "-v", f"{model}:/model:ro", "-e", "AIP_PREDICT_ROUTE=/v1/p")
+    try:
+        assert eventually(lambda: one.answers("/ping"))
+        answer = httpx.post(f"{one.url}/v1/p", json={"instances": [*exported_models.INSTANCES, {}]}, timeout=60)
+        first, second, third = answer.json()["predictions"]
+        assert (first, second) == (exported_models.predicted(1, 2, 10), exported_models.predicted(-3.5, 0.25))
+        assert third["error"]["message"] == "instances[2]: it lacks the column 'a'"
+        assert list(httpx.get(f"{one.url}/openapi.json").json()["paths"])[:1] == ["/v1/p"]
+    finally:
+        one.remove()
 
 
 def test_google_s_own_harness_serves_it(serving_image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import exported_models
 import httpx
 import pytest
+import yaml
 from helpers import ROOT, Load, free_port
 from images import SERVER, forget_images, write_tiny_sources
 from machine import engine
 
 from sandbox.testing import RunningSandbox
+from serving.exported.model_contract import Contract
+from serving.storage import fetch_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("engine", "docker", "registry", "build"), pytest.mark.timeout(600)]
 
@@ -382,6 +386,28 @@ def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: P
     location = "v1/projects/headcount-local/locations/europe-west4"
     models = httpx.get(f"{deployed.sandbox.url}/{location}/models").json()["models"]
     assert [m["versionId"] for m in models] == ["1"], "no second copy"
+    deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
+
+
+def test_a_registered_model_is_served_at_the_next_up(deployed: Project) -> None:
+    """The tiny image tells where it would find the model; tests/test_container.py serves one from such a folder."""
+    model = exported_models.weather(deployed.folder.parent / "weather")
+    printed = yaml.safe_load(deployed.python("headcount.cli", "register", str(model), "--stack", "local"))
+    file = deployed.folder / "Pulumi.local.yaml"
+    document = yaml.safe_load(file.read_text())
+    document["config"] |= printed
+    file.write_text(yaml.safe_dump(document))
+    deployed.up()
+    instances = deployed.folder / "instances.json"
+    instances.write_text('{"a": 1, "b": 2, "day": "mon"}\n')
+    answer = deployed.python(
+        "headcount.cli", "predict", "--stack", "local", "--json-instances", str(instances), "--json"
+    )
+    uri = json.loads(answer)["env"]["AIP_STORAGE_URI"]
+    assert uri == printed["headcount:releases"]["weather"]["model"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("STORAGE_EMULATOR_HOST", deployed.sandbox.url)
+        assert Contract.load(fetch_model(uri, deployed.folder)).name == "weather"
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 

@@ -167,6 +167,7 @@ def _document() -> dict[str, Any]:
         ({"inputs": [{"name": "a", "kind": "category", "vocabulary": ["x", 1]}]}, "a list of different texts"),
         ({"inputs": [{"name": "a", "kind": "picture", "shape": [2]}]}, "the shape of 'a'"),
         ({"inputs": [{"name": "a", "kind": "picture", "shape": [2, 2], "mode": "RGB"}]}, "has the mode 'RGB'"),
+        ({"outputs": [{"name": "error", "kind": "values", "shape": [1]}]}, "'error' is the name of a refused instance"),
         ({"outputs": [{"name": "a", "kind": "labels", "of": "b", "vocabulary": ["x"]}]}, "an output of whole number"),
     ],
 )  # fmt: skip

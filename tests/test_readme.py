@@ -199,7 +199,11 @@ def test_the_guide_has_every_setting_and_its_example_is_accepted() -> None:
 def test_commands_and_options_of_headcount_exist() -> None:
     text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
     typed = set(
-        re.findall(r"(?:^ *|`|bin/)(headcount (?:count|release|recover|--version)[^`\n#]*)", text, re.MULTILINE)
+        re.findall(
+            r"(?:^ *|`|bin/)(headcount (?:count|predict|register|release|recover|--version)[^`\n#]*)",
+            text,
+            re.MULTILINE,
+        )
     )
     assert len(typed) > 12
     for line in typed:

@@ -32,6 +32,14 @@ def test_a_canary_pins_what_runs_and_builds_the_sources() -> None:
     }
 
 
+def test_a_canary_may_serve_a_model_of_a_bucket_and_others_keep_theirs() -> None:
+    first: releases.Releases = {"main": {"image": OLD, "model": "gs://b/1", "traffic": 100}}
+    assert releases.canary(first, "next", OLD, 10, {}, "gs://b/2") == {
+        "main": {"image": OLD, "model": "gs://b/1", "traffic": 90},
+        "next": {"image": OLD, "model": "gs://b/2", "traffic": 10},
+    }
+
+
 def test_a_canary_needs_something_that_runs() -> None:
     with pytest.raises(StackError, match="Release main was never deployed"):
         releases.canary(MAIN, "next", BUILD, 10, {})
