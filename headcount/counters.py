@@ -366,7 +366,12 @@ def _box(values: Any) -> tuple[float, float, float, float]:
 def _error_message(content: Any) -> str | None:
     error = content.get("error") if isinstance(content, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
-    return message if isinstance(message, str) else None
+    if not isinstance(message, str):
+        return None
+    try:  # Vertex AI passes the body of a container's error on as the message
+        return _error_message(json.loads(message)) or message
+    except (ValueError, RecursionError):
+        return message
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -195,6 +195,25 @@ def test_a_stack_s_endpoint_is_asked_within_its_payload_limit(
     assert max(sizes) <= 1000 < sum(sizes)
 
 
+def test_an_endpoint_that_passes_a_container_s_error_on_is_understood(
+    httpserver: HTTPServer, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vertex AI answers the container's status, and its body as the message."""
+
+    def vertex(request: Request) -> Response:
+        answer = weather_server(request)
+        if answer.status_code == 200:
+            return answer
+        return Response(json.dumps({"error": {"code": 400, "message": answer.get_data(as_text=True)}}), 400)
+
+    monkeypatch.setattr(endpoint, "outputs", lambda _: {"url": httpserver.url_for("/v1/e/1"), "maxRequestBytes": 9000})
+    httpserver.expect_request("/v1/e/1:predict").respond_with_handler(vertex)
+    file.write_text('{"a": 1}\n{"a": 2}\n')
+    done = run("--stack", "dev", "--json-instances", file)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [f"headcount: {file}:{line}: it lacks the column 'b'" for line in (1, 2)]
+
+
 # Models in a bucket
 
 
