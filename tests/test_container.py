@@ -210,7 +210,7 @@ def test_a_model_of_torch_export_is_served_instead(serving_image: str, tmp_path:
     model = exported_models.weather(tmp_path / "model")
     one = ServingContainer("-e", "AIP_STORAGE_URI=/model", "-v", f"{model}:/model:ro", "-e", "AIP_PREDICT_ROUTE=/v1/p")
     try:
-        assert eventually(lambda: one.answers("/ping"))
+        assert eventually(lambda: one.answers("/ping"), 300), docker("logs", one.name)[-3000:]
         answer = httpx.post(f"{one.url}/v1/p", json={"instances": [*exported_models.INSTANCES, {}]}, timeout=60)
         first, second, third = answer.json()["predictions"]
         assert (first, second) == (exported_models.predicted(1, 2, 10), exported_models.predicted(-3.5, 0.25))
