@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ models={json.dumps(self._model())}
         archive = self.folder.path / "archive"
         (archive / "MAR-INF").mkdir(parents=True)
         model = {"modelName": name, "modelVersion": version, "handler": EXPORTED_HANDLER.name}
-        manifest = {"runtime": "python", "model": model, "archiverVersion": "0.12.0"}
+        created = time.strftime("%d/%m/%Y %H:%M:%S")  # as torch-model-archiver writes it; TorchServe warns without one
+        manifest = {"createdOn": created, "runtime": "python", "model": model, "archiverVersion": "0.12.0"}
         (archive / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
         shutil.copy(EXPORTED_HANDLER, archive)
         return replace(self, archive=archive, name=name)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from docker.utils.build import exclude_paths
 from helpers import ROOT
 
 
@@ -49,6 +50,22 @@ def test_the_wheel_has_the_packages_their_data_and_their_licence(wheel: Path) ->
                    "serving/config/log4j2.xml", "serving/page.html"):  # fmt: skip
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_image_s_context_has_every_module_of_serving_and_none_of_others() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    context = {name for name in exclude_paths(str(ROOT), patterns) if (ROOT / name).is_file()}
+    assert {name for name in context if name.endswith(".py")} == {
+        name for name in listed if name.startswith("serving/") and name.endswith(".py")
+    }
+    assert {name.partition("/")[0] for name in context} <= {
+        "serving",
+        "requirements",
+        ".headcount",
+        "Dockerfile",
+        ".dockerignore",
+    }
 
 
 def test_the_stage_that_compiles_the_network_has_the_modules_that_it_imports(tmp_path: Path) -> None:
