@@ -84,7 +84,7 @@ def upload(model: Path, name: str, found: dict[str, Any]) -> str:
 
 def _client(found: dict[str, Any]) -> Any:
     from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage  # type: ignore[attr-defined]
+    from google.cloud import storage
 
     project, url = str(found["endpoint"]).split("/")[1], str(found["url"])
     if url.startswith("https://"):

@@ -91,7 +91,7 @@ class Blob:
 
 
 @dataclass
-class Registry:
+class RegistryClient:
     """Requests to registries. A digest that does not fit its content, or another length, is an error.
 
     Raises RefusedError, or PassingError where a fault has not passed in about a minute.

@@ -13,7 +13,7 @@ from .definition import PACKAGE, Definition, Field, outputs_of, properties_of
 from .engine_call import EngineCall
 from .errors import PassingError, ProblemError, RefusedError
 from .ownership import new_claim
-from .registry import Registry, Repository
+from .registry import RegistryClient, Repository
 from .resource import Resource, ResourceType, State
 from .vertex_api import VertexApi
 from .wire import UNKNOWN, Wire
@@ -167,7 +167,7 @@ class ReleasedImageType(ResourceType):
         _untag(call, api.registry, Repository.of(path), tag)
 
 
-def provide(call: EngineCall, registry: Registry, inputs: Wire) -> None:
+def provide(call: EngineCall, registry: RegistryClient, inputs: Wire) -> None:
     """Copies the image into its repository from the first source that has it, if it is not there.
 
     Raises ProblemError, which names every place that was looked at.
@@ -199,7 +199,7 @@ def provide(call: EngineCall, registry: Registry, inputs: Wire) -> None:
     )
 
 
-def _untag(call: EngineCall, registry: Registry, repository: Repository, tag: str) -> None:
+def _untag(call: EngineCall, registry: RegistryClient, repository: Repository, tag: str) -> None:
     """Removes a tag, which only keeps an image from clean-up: a failure is said and is no reason to stop."""
     try:
         registry.untag(call, repository, tag)

@@ -21,7 +21,7 @@ from .definition import VERSION
 from .engine_call import EngineCall
 from .errors import PassingError, ProblemError, RefusedError
 from .network import REQUEST_SECONDS, translated
-from .registry import Registry
+from .registry import RegistryClient
 from .retries import repeated
 from .wire import Wire
 
@@ -54,9 +54,9 @@ class VertexApi:
         return session
 
     @cached_property
-    def registry(self) -> Registry:
+    def registry(self) -> RegistryClient:
         """Docker registries, asked with the same credentials."""
-        return Registry(self.access)
+        return RegistryClient(self.access)
 
     # -- requests
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import uvicorn
 
-from sandbox.context import Settings
-from sandbox.server import RUNNERS, Server
+from sandbox.context import SandboxSettings
+from sandbox.server import RUNNERS, SandboxServer
 from sandbox.vertex_endpoints import SUPPOSITIONS
 
 
@@ -126,8 +126,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace, port: int) -> Server:
-    settings = Settings(
+def _open(args: argparse.Namespace, port: int) -> SandboxServer:
+    settings = SandboxSettings(
         port=port,
         state=args.state,
         fresh=args.fresh,
@@ -145,7 +145,7 @@ def _open(args: argparse.Namespace, port: int) -> Server:
         api_delay=args.api_delay,
         account_delay=args.account_delay,
     )
-    return Server(settings)
+    return SandboxServer(settings)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from sandbox.artifact_registry.registry import Registry
+from sandbox.artifact_registry.registry import RegistryServer
 from sandbox.discovery import Method
 from sandbox.fleet import Fleet
 from sandbox.jobs import Jobs
@@ -15,7 +15,7 @@ from sandbox.store import JSON, Store
 
 
 @dataclass(frozen=True)
-class Settings:
+class SandboxSettings:
     """The options of `python -m sandbox`; see there."""
 
     port: int
@@ -38,13 +38,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cloud:
-    settings: Settings
+    settings: SandboxSettings
     store: Store
     projects: Projects
     operations: Operations
     fleet: Fleet
     jobs: Jobs
-    registry: Registry
+    registry: RegistryServer
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class DockerRunner:
 
     def __init__(self, port: int) -> None:
         self._client: docker.DockerClient | None = None
-        self._network = Network(port)
+        self._network = ContainerNetwork(port)
         self._state = ""
         self.http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), trust_env=False)
 
@@ -158,7 +158,7 @@ class DockerRunner:
         await self.http.aclose()
 
 
-class Network:
+class ContainerNetwork:
     """The containers' own network, on whose gateway the sandbox answers too: there they read `gs://` objects.
 
     Google's clients, and the serving image, take the address from STORAGE_EMULATOR_HOST.

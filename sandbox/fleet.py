@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.errors import GoogleError, precondition
-from sandbox.runner import LABEL, Container, ContainerResponse, Runner, UnreachableError
+from sandbox.runner import LABEL, Container, ContainerResponse, ContainerRunner, UnreachableError
 from sandbox.serving import Idle, Serving
 from sandbox.store import JSON
 
@@ -61,7 +61,7 @@ class Replica:
 
 @dataclass
 class Fleet:
-    runner: Runner
+    runner: ContainerRunner
     state: str
     #: Called with the endpoint's name after replicas became available or ceased to be.
     changed: Callable[[str], None] = lambda endpoint: None

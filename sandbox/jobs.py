@@ -13,7 +13,7 @@ from typing import Any
 from sandbox import clock
 from sandbox.cloud_logging import entries
 from sandbox.errors import GoogleError, invalid
-from sandbox.runner import LABEL, Container, Runner
+from sandbox.runner import LABEL, Container, ContainerRunner
 from sandbox.storage.mounts import Mounts
 from sandbox.store import JSON, Store
 from sandbox.training import (
@@ -45,7 +45,7 @@ class CancelledJobError(Exception):
 
 
 class Jobs:
-    def __init__(self, store: Store, runner: Runner) -> None:
+    def __init__(self, store: Store, runner: ContainerRunner) -> None:
         self._store = store
         self._runner = runner
         self._mounts = Mounts(store)

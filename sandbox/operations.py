@@ -20,7 +20,7 @@ OperationBody = Callable[[JSON], Awaitable[Callable[[], JSON]]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class OperationKind:
     """The work of one kind of operation, and the types that clients expect in it."""
 
     metadata: str
@@ -43,7 +43,7 @@ class Operations:
     def __init__(self, store: Store, minimum_seconds: float) -> None:
         self.store = store
         self.minimum_seconds = minimum_seconds
-        self.kinds: dict[str, Kind] = {}
+        self.kinds: dict[str, OperationKind] = {}
         # Unfinished operations by name. The store has them too; this saves reading it for every rule.
         self.running: dict[str, JSON] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -173,7 +173,7 @@ class Operations:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _fail(self, operation: JSON, kind: Kind, error: GoogleError) -> None:
+    async def _fail(self, operation: JSON, kind: OperationKind, error: GoogleError) -> None:
         if kind.undo:
             try:
                 await kind.undo(operation)

@@ -31,9 +31,9 @@ from sandbox import (
 )
 from sandbox.admin import Admin, linger
 from sandbox.artifact_registry import repositories
-from sandbox.artifact_registry.registry import Registry
+from sandbox.artifact_registry.registry import RegistryServer
 from sandbox.cloud_logging import queries
-from sandbox.context import Call, Cloud, Settings
+from sandbox.context import Call, Cloud, SandboxSettings
 from sandbox.conventions import partial
 from sandbox.discovery import PREFIXES, Method, read_request, response_violations, route
 from sandbox.docker_runner import DockerRunner
@@ -41,7 +41,7 @@ from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found, unim
 from sandbox.fleet import Fleet
 from sandbox.jobs import Jobs
 from sandbox.projects import Projects, project_number
-from sandbox.runner import Runner
+from sandbox.runner import ContainerRunner
 from sandbox.storage import buckets, objects, paths
 from sandbox.store import JSON, Store
 from sandbox.stub_runner import StubRunner
@@ -72,7 +72,7 @@ METHODS: dict[str, Handler] = {
 }
 # Handlers that read the body themselves: it is a container's or a file's, or its nulls count.
 RAW = {*vertex_predictions.METHODS, *buckets.RAW, *objects.RAW}
-RUNNERS: dict[str, Callable[[int], Runner]] = {"docker": DockerRunner, "stub": StubRunner}
+RUNNERS: dict[str, Callable[[int], ContainerRunner]] = {"docker": DockerRunner, "stub": StubRunner}
 # Larger than any payload limit, so that a caller meets those limits first.
 MAX_BODY = 64 * 2**20
 
@@ -81,10 +81,10 @@ class DroppedError(Exception):
     """A fault closes the connection."""
 
 
-class Server:
+class SandboxServer:
     """One sandbox. An ASGI application; its lifespan opens and closes the state."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SandboxSettings) -> None:
         store = Store(settings.state)
         if settings.fresh:
             store.clear()
@@ -92,7 +92,7 @@ class Server:
         fleet = Fleet(runner, store.id)
         # Elsewhere Docker runs in a virtual machine, which reaches a container's port and not one of this process.
         gated = sys.platform == "linux"
-        registry = Registry(
+        registry = RegistryServer(
             settings.state / "registry",
             settings.registry_port,
             store.id,

@@ -34,7 +34,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Replica:
+class WorkerReplica:
     """One container of a job, such as workerpool1-0."""
 
     pool: str
@@ -60,10 +60,10 @@ def cpus_needed(spec: JSON, available: int) -> int:
     return max(1, min(wanted, available))
 
 
-def replicas(spec: JSON) -> list[Replica]:
+def replicas(spec: JSON) -> list[WorkerReplica]:
     """The containers of a job, the primary first. A pool without a task is skipped."""
     return [
-        Replica(f"workerpool{number}", index, pool)
+        WorkerReplica(f"workerpool{number}", index, pool)
         for number, pool in enumerate(spec["workerPoolSpecs"])
         if pool.get("containerSpec")
         for index in range(int(pool.get("replicaCount", 1)))

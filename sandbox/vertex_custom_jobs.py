@@ -13,7 +13,7 @@ from sandbox.conventions import check_display_name, check_encryption, check_labe
 from sandbox.errors import invalid, not_found, precondition
 from sandbox.iam import check_act_as
 from sandbox.jobs import ENDED
-from sandbox.operations import Kind
+from sandbox.operations import OperationKind
 from sandbox.store import JSON
 from sandbox.vertex_endpoints import check_supported
 
@@ -154,7 +154,7 @@ async def delete(call: Call) -> JSON:
     return call.cloud.operations.start(call, "deleteCustomJob", call.location, call.name, {})
 
 
-def deletion(cloud: Cloud, kind: str, also: Callable[[JSON], None] = lambda document: None) -> Kind:
+def deletion(cloud: Cloud, kind: str, also: Callable[[JSON], None] = lambda document: None) -> OperationKind:
     """The operation that deletes a document of a kind, such as `customJob`; `also` deletes what belongs to it."""
 
     async def work(operation: JSON) -> Callable[[], JSON]:
@@ -166,10 +166,10 @@ def deletion(cloud: Cloud, kind: str, also: Callable[[JSON], None] = lambda docu
 
         return finish
 
-    return Kind("DeleteOperationMetadata", "google.protobuf.Empty", work)
+    return OperationKind("DeleteOperationMetadata", "google.protobuf.Empty", work)
 
 
-def kinds(cloud: Cloud) -> dict[str, Kind]:
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
     return {"deleteCustomJob": deletion(cloud, "customJob")}
 
 

@@ -14,7 +14,7 @@ from sandbox.context import Call, Cloud
 from sandbox.conventions import update_mask
 from sandbox.errors import GoogleError, invalid, precondition
 from sandbox.iam import check_act_as
-from sandbox.operations import Kind
+from sandbox.operations import OperationKind
 from sandbox.store import JSON
 from sandbox.vertex_endpoints import (
     ACCELERATOR,
@@ -134,7 +134,7 @@ async def deploy_model(call: Call) -> JSON:
     return cloud.operations.start(call, "deployModel", name, name, request)
 
 
-def _deploy_kind(cloud: Cloud) -> Kind:
+def _deploy_kind(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         name, request = operation["target"], operation["request"]
         deployed: JSON = request["deployedModel"]
@@ -166,7 +166,7 @@ def _deploy_kind(cloud: Cloud) -> Kind:
         operation["metadata"] = {"deploymentStage": "FAILED_TO_DEPLOY"}
         await cloud.fleet.bring_down(operation["target"], operation["request"]["deployedModel"]["id"])
 
-    return Kind("DeployModelOperationMetadata", "DeployModelResponse", work, undo, cancellable=False)
+    return OperationKind("DeployModelOperationMetadata", "DeployModelResponse", work, undo, cancellable=False)
 
 
 def first_replicas(deployed: JSON) -> int:
@@ -206,7 +206,7 @@ async def undeploy_model(call: Call) -> JSON:
         return cloud.operations.start(call, "undeployModel", name, name, {"deployedModelId": deployed_id})
 
 
-def _undeploy_kind(cloud: Cloud) -> Kind:
+def _undeploy_kind(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         name, deployed_id = operation["target"], operation["request"]["deployedModelId"]
         await cloud.fleet.bring_down(name, deployed_id)
@@ -226,7 +226,7 @@ def _undeploy_kind(cloud: Cloud) -> Kind:
     async def undo(operation: JSON) -> None:  # still deployed: then it has its replicas, though no traffic
         _restore(cloud, operation["target"], operation["request"]["deployedModelId"])
 
-    return Kind("UndeployModelOperationMetadata", "UndeployModelResponse", work, undo)
+    return OperationKind("UndeployModelOperationMetadata", "UndeployModelResponse", work, undo)
 
 
 def _restore(cloud: Cloud, name: str, deployed_id: str) -> None:
@@ -271,7 +271,7 @@ async def mutate_deployed_model(call: Call) -> JSON:
     return cloud.operations.start(call, "mutateDeployedModel", name, name, {"deployedModel": deployed})
 
 
-def _mutate_kind(cloud: Cloud) -> Kind:
+def _mutate_kind(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         name, deployed = operation["target"], operation["request"]["deployedModel"]
         what = serving_of(cloud, name, deployed)
@@ -294,7 +294,7 @@ def _mutate_kind(cloud: Cloud) -> Kind:
         await cloud.fleet.bring_down(name, deployed_id, keep=first_replicas(before))
         _restore(cloud, name, deployed_id)
 
-    return Kind("MutateDeployedModelOperationMetadata", "MutateDeployedModelResponse", work, undo)
+    return OperationKind("MutateDeployedModelOperationMetadata", "MutateDeployedModelResponse", work, undo)
 
 
 async def adopt(cloud: Cloud) -> None:
@@ -315,7 +315,7 @@ async def adopt(cloud: Cloud) -> None:
     await cloud.fleet.adopt(wanted, pending)
 
 
-def kinds(cloud: Cloud) -> dict[str, Kind]:
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
     return {
         "deployModel": _deploy_kind(cloud),
         "undeployModel": _undeploy_kind(cloud),

@@ -15,7 +15,7 @@ from sandbox.context import Call, Cloud
 from sandbox.conventions import check_display_name, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.iam import policy_methods
-from sandbox.operations import Kind
+from sandbox.operations import OperationKind
 from sandbox.serving import Serving, serving
 from sandbox.store import JSON
 
@@ -196,7 +196,7 @@ async def create(call: Call) -> JSON:
     return cloud.operations.start(call, "createEndpoint", name, name, {**endpoint, "name": name})
 
 
-def _create_kind(cloud: Cloud) -> Kind:
+def _create_kind(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
             endpoint = {k: v for k, v in operation["request"].items() if k != "etag"}
@@ -206,7 +206,7 @@ def _create_kind(cloud: Cloud) -> Kind:
 
         return finish
 
-    return Kind("CreateEndpointOperationMetadata", "Endpoint", work)
+    return OperationKind("CreateEndpointOperationMetadata", "Endpoint", work)
 
 
 async def get(call: Call) -> JSON:
@@ -258,7 +258,7 @@ async def delete(call: Call) -> JSON:
     return cloud.operations.start(call, "deleteEndpoint", call.location, call.name, {})
 
 
-def _delete_kind(cloud: Cloud) -> Kind:
+def _delete_kind(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
             cloud.store.delete("endpoint", operation["target"])
@@ -267,10 +267,10 @@ def _delete_kind(cloud: Cloud) -> Kind:
 
         return finish
 
-    return Kind("DeleteOperationMetadata", "google.protobuf.Empty", work)
+    return OperationKind("DeleteOperationMetadata", "google.protobuf.Empty", work)
 
 
-def kinds(cloud: Cloud) -> dict[str, Kind]:
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
     return {"createEndpoint": _create_kind(cloud), "deleteEndpoint": _delete_kind(cloud)}
 
 

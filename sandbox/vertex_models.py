@@ -15,7 +15,7 @@ from sandbox.context import Call, Cloud
 from sandbox.conventions import check_display_name, check_encryption, check_labels, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.iam import check_act_as
-from sandbox.operations import Kind
+from sandbox.operations import OperationKind
 from sandbox.store import JSON
 
 MODEL_ID = re.compile(r"[a-z_][a-z0-9_-]{0,62}")
@@ -138,7 +138,7 @@ async def upload(call: Call) -> JSON:
     return cloud.operations.start(call, "uploadModel", name, name, {**body, "name": name})
 
 
-def _upload_work(cloud: Cloud) -> Kind:
+def _upload_work(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         request = operation["request"]
         image = request["model"]["containerSpec"]["imageUri"]
@@ -172,7 +172,7 @@ def _upload_work(cloud: Cloud) -> Kind:
 
         return finish
 
-    return Kind("UploadModelOperationMetadata", "UploadModelResponse", work)
+    return OperationKind("UploadModelOperationMetadata", "UploadModelResponse", work)
 
 
 def _give_aliases(cloud: Cloud, model: str, aliases: set[str]) -> None:
@@ -341,7 +341,7 @@ async def delete(call: Call) -> JSON:
     return cloud.operations.start(call, "deleteModel", name, name, {})
 
 
-def _delete_work(cloud: Cloud) -> Kind:
+def _delete_work(cloud: Cloud) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
             target = operation["target"]
@@ -356,10 +356,10 @@ def _delete_work(cloud: Cloud) -> Kind:
 
         return finish
 
-    return Kind("DeleteOperationMetadata", "google.protobuf.Empty", work)
+    return OperationKind("DeleteOperationMetadata", "google.protobuf.Empty", work)
 
 
-def kinds(cloud: Cloud) -> dict[str, Kind]:
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
     return {
         "uploadModel": _upload_work(cloud),
         "deleteModel": _delete_work(cloud),

@@ -11,7 +11,7 @@ from sandbox import clock
 from sandbox.context import Call, Cloud
 from sandbox.conventions import check_display_name, etag, page, update_mask
 from sandbox.errors import GoogleError, invalid, not_found
-from sandbox.operations import Kind
+from sandbox.operations import OperationKind
 from sandbox.store import JSON
 from sandbox.vertex_custom_jobs import check_common, deletion
 from sandbox.vertex_models import apply_mask
@@ -69,7 +69,7 @@ async def delete(call: Call) -> JSON:
     return call.cloud.operations.start(call, "deleteTensorboard", call.name, call.name, {})
 
 
-def _saving(cloud: Cloud, metadata: str) -> Kind:
+def _saving(cloud: Cloud, metadata: str) -> OperationKind:
     async def work(operation: JSON) -> Callable[[], JSON]:
         def finish() -> JSON:
             now = clock.now()
@@ -79,10 +79,10 @@ def _saving(cloud: Cloud, metadata: str) -> Kind:
 
         return finish
 
-    return Kind(metadata, "Tensorboard", work)
+    return OperationKind(metadata, "Tensorboard", work)
 
 
-def kinds(cloud: Cloud) -> dict[str, Kind]:
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
     return {
         "createTensorboard": _saving(cloud, "CreateTensorboardOperationMetadata"),
         "updateTensorboard": _saving(cloud, "UpdateTensorboardOperationMetadata"),

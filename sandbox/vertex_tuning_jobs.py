@@ -14,7 +14,7 @@ from sandbox.context import Call, Cloud
 from sandbox.conventions import page
 from sandbox.errors import GoogleError, invalid, not_found, precondition
 from sandbox.jobs import ENDED
-from sandbox.operations import Kind
+from sandbox.operations import OperationKind
 from sandbox.store import JSON
 from sandbox.study import arguments, check_study, final_measurement, measurements, suggest
 from sandbox.training import of_trial
@@ -247,7 +247,7 @@ async def delete(call: Call) -> JSON:
     return call.cloud.operations.start(call, "deleteTuningJob", call.location, call.name, {})
 
 
-def kinds(cloud: Cloud) -> dict[str, Kind]:
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
     def also(document: JSON) -> None:
         for trial in document["resource"].get("trials", []):
             cloud.store.delete("customJob", trial["customJob"])

@@ -26,7 +26,7 @@ from helpers import ROOT, free_port
 from playwright.sync_api import Browser
 
 from headcount.data import fetch, find_weights
-from sandbox.artifact_registry.registry import Registry
+from sandbox.artifact_registry.registry import RegistryServer
 from sandbox.testing import RunningSandbox
 
 # One for a run, whatever processes it takes (pytest-xdist).
@@ -149,7 +149,7 @@ def docker_engine() -> Iterator[docker.DockerClient]:
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Docker registry of this run, 127.0.0.1:PORT."""
     machine.require("docker", "registry")
-    one = Registry(tmp_path_factory.mktemp("registry"), 0, images.RUN)
+    one = RegistryServer(tmp_path_factory.mktemp("registry"), 0, images.RUN)
     one.start()
     yield one.address
     images.forget_images(one.address)

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("engine", "docker", "registry"
 PATH = os.environ["PATH"]
 
 
-class Project:
+class EngineProject:
     """A copy of the checkout with a tiny image, a state of its own, and a sandbox."""
 
     def __init__(self, folder: Path) -> None:
@@ -142,20 +142,20 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    project = Project(tmp_path_factory.mktemp("engine"))
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProject]:
+    project = EngineProject(tmp_path_factory.mktemp("engine"))
     project.start()
     yield project
     project.close()
 
 
 @pytest.fixture(scope="module")
-def deployed(project: Project) -> Project:
+def deployed(project: EngineProject) -> EngineProject:
     project.up()
     return project
 
 
-def test_up_ends_in_a_count_by_a_container_of_the_image_by_digest(deployed: Project) -> None:
+def test_up_ends_in_a_count_by_a_container_of_the_image_by_digest(deployed: EngineProject) -> None:
     found = deployed.outputs()
     assert deployed.count(found["url"]) == 4
     image = found["images"]["main"]
@@ -164,7 +164,7 @@ def test_up_ends_in_a_count_by_a_container_of_the_image_by_digest(deployed: Proj
     assert deployed.containers() == [image]
 
 
-def test_the_lines_that_up_prints_can_be_pasted(deployed: Project, data: Path) -> None:
+def test_the_lines_that_up_prints_can_be_pasted(deployed: EngineProject, data: Path) -> None:
     shutil.copy(data / "people" / "bus.jpg", deployed.folder / "picture.jpg")
     said = deployed.up()
     (headcount,) = re.findall(r"^\s+(headcount count .*)$", said, re.MULTILINE)
@@ -173,7 +173,7 @@ def test_the_lines_that_up_prints_can_be_pasted(deployed: Project, data: Path) -
     assert json.loads(deployed.shell(curl))["count"] == 4
 
 
-def test_the_container_reads_objects_of_the_stack_s_bucket(deployed: Project) -> None:
+def test_the_container_reads_objects_of_the_stack_s_bucket(deployed: EngineProject) -> None:
     found = deployed.outputs()
     bucket = found["bucket"].removeprefix("gs://")
     objects = f"{deployed.sandbox.url}/upload/storage/v1/b/{bucket}/o"
@@ -182,23 +182,23 @@ def test_the_container_reads_objects_of_the_stack_s_bucket(deployed: Project) ->
     assert answer.json()["read"] == "pixels"
 
 
-def test_a_second_up_is_empty_and_so_is_its_preview(deployed: Project) -> None:
+def test_a_second_up_is_empty_and_so_is_its_preview(deployed: EngineProject) -> None:
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
     deployed.pulumi("up", "-s", "local", "--yes", "--expect-no-changes")
 
 
-def test_another_checkout_with_other_modes_and_times_sees_no_change(deployed: Project) -> None:
+def test_another_checkout_with_other_modes_and_times_sees_no_change(deployed: EngineProject) -> None:
     for path in (deployed.folder / "serving").rglob("*.py"):
         path.chmod(0o600)
         os.utime(path, (1, 1))
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 
-def test_refresh_finds_no_drift(deployed: Project) -> None:
+def test_refresh_finds_no_drift(deployed: EngineProject) -> None:
     deployed.pulumi("refresh", "-s", "local", "--yes", "--expect-no-changes")
 
 
-def test_a_preview_builds_and_writes_nothing(deployed: Project) -> None:
+def test_a_preview_builds_and_writes_nothing(deployed: EngineProject) -> None:
     deployed.handler(5)
     deployed.sandbox.admin("DELETE", "requests")
     try:
@@ -209,7 +209,7 @@ def test_a_preview_builds_and_writes_nothing(deployed: Project) -> None:
     assert written == []
 
 
-def test_everything_wrong_is_said_at_once(deployed: Project) -> None:
+def test_everything_wrong_is_said_at_once(deployed: EngineProject) -> None:
     (deployed.folder / "Pulumi.wrong.yaml").write_text(
         "config: {gcp:region: moon, headcount:paused: maybe, headcount:minReplicas: many, headcount:machine: x}\n"
     )
@@ -227,7 +227,7 @@ def test_everything_wrong_is_said_at_once(deployed: Project) -> None:
     deployed.pulumi("destroy", "-s", "wrong", "--yes", "--skip-preview", "--remove")
 
 
-def test_a_changed_handler_is_rolled_out_without_losing_a_request(deployed: Project) -> None:
+def test_a_changed_handler_is_rolled_out_without_losing_a_request(deployed: EngineProject) -> None:
     before = deployed.outputs()
     deployed.handler(6)
     with Load(f"{before['url']}:rawPredict", b"\xff\xd8picture", "count") as load:
@@ -240,14 +240,14 @@ def test_a_changed_handler_is_rolled_out_without_losing_a_request(deployed: Proj
     assert after["models"]["main"] != before["models"]["main"]
 
 
-def traffic(project: Project) -> dict[str, int]:
+def traffic(project: EngineProject) -> dict[str, int]:
     """Percent by the count that the release's container gives, from 200 requests."""
     url = project.outputs()["url"]
     counts = [project.count(url) for _ in range(200)]
     return {str(c): round(counts.count(c) / 2) for c in set(counts)}
 
 
-def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deployed: Project) -> None:
+def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deployed: EngineProject) -> None:
     running = deployed.count(deployed.outputs()["url"])
     old = deployed.outputs()["models"]["main"]
     diff = deployed.release("canary", "next", "10")
@@ -280,7 +280,7 @@ def test_canary_promotion_rollback_and_pause_are_changes_of_the_stack_file(deplo
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 
-def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(deployed: Project) -> None:
+def test_prod_serves_the_digest_that_was_proved_builds_nothing_and_is_protected(deployed: EngineProject) -> None:
     proved = deployed.outputs()
     config = deployed.stack_file + (
         f"  headcount:production: true\n  headcount:releases: {{}}\n  headcount:imageSource: {proved['repository']}\n"
@@ -307,7 +307,7 @@ def typed(text: str, start: str, end: str) -> list[str]:
     return [line.strip() for line in section.splitlines() if re.match(r"(    |)(pulumi|headcount|python) ", line)]
 
 
-def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deployed: Project) -> None:
+def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deployed: EngineProject) -> None:
     """From `pulumi stack init dev` to prod and back to nothing, in a project of its own."""
     deployed.handler(4)
     # What a user with an account does not need.
@@ -346,7 +346,7 @@ def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deploye
     assert left == {}
 
 
-def kill_up_at(project: Project, method: str) -> None:
+def kill_up_at(project: EngineProject, method: str) -> None:
     """Starts `pulumi up` and kills it, and its providers, once the sandbox has answered a call of `method`."""
     project.sandbox.admin("DELETE", "requests")
     process = subprocess.Popen(
@@ -366,7 +366,7 @@ def kill_up_at(project: Project, method: str) -> None:
         process.wait()
 
 
-def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: Project) -> None:
+def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: EngineProject) -> None:
     deployed.pulumi("destroy", "-s", "local", "--yes", "--skip-preview")
     # Without what another test may have pinned: that image went with the repository.
     (deployed.folder / "Pulumi.local.yaml").write_text(deployed.stack_file)
@@ -389,7 +389,7 @@ def test_an_up_that_is_killed_again_and_again_is_repeated_to_the_end(deployed: P
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 
-def test_a_registered_model_is_served_at_the_next_up(deployed: Project) -> None:
+def test_a_registered_model_is_served_at_the_next_up(deployed: EngineProject) -> None:
     """The tiny image tells where it would find the model; tests/test_container.py serves one from such a folder."""
     model = exported_models.weather(deployed.folder.parent / "weather")
     printed = yaml.safe_load(deployed.python("headcount.cli", "register", str(model), "--stack", "local"))
@@ -411,7 +411,7 @@ def test_a_registered_model_is_served_at_the_next_up(deployed: Project) -> None:
     deployed.pulumi("preview", "-s", "local", "--expect-no-changes")
 
 
-def test_destroy_leaves_nothing(deployed: Project) -> None:
+def test_destroy_leaves_nothing(deployed: EngineProject) -> None:
     deployed.pulumi("destroy", "-s", "local", "--yes", "--skip-preview")
     url = deployed.sandbox.url
     location = "projects/headcount-local/locations/europe-west4"

@@ -1,6 +1,6 @@
 """Production under Pulumi's engine: what it takes from dev, what it refuses, and what it does without dev.
 
-The tests are in the order of a stack's life. `Project` is that of test_engine_infra.
+The tests are in the order of a stack's life. `EngineProject` is that of test_engine_infra.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import httpx
 import pytest
 from google_clients import service_account_key
 from helpers import Load
-from test_engine_infra import Project
+from test_engine_infra import EngineProject
 
 from sandbox.testing import RunningSandbox
 
@@ -30,7 +30,7 @@ INSTANCES = {"instances": [{"image": {"b64": "/9hwaWN0dXJl"}}]}
 class Stack:
     """One stack of a project."""
 
-    def __init__(self, project: Project, name: str) -> None:
+    def __init__(self, project: EngineProject, name: str) -> None:
         self.project, self.name = project, name
 
     def run(self, command: str, *more: str, fails: bool = False) -> str:
@@ -58,9 +58,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *options: str) -> Iterator[Project]:
+def running(folder: Path, *options: str) -> Iterator[EngineProject]:
     """A project with a sandbox of these options."""
-    project = Project(folder)
+    project = EngineProject(folder)
     project.sandbox.close()  # the one of test_engine_infra, which was not started
     port = str(project.registry_port)
     project.sandbox = RunningSandbox("--registry-port", port, *options, runner="docker", state=folder / "sandbox")
@@ -72,19 +72,19 @@ def running(folder: Path, *options: str) -> Iterator[Project]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProject]:
     with running(tmp_path_factory.mktemp("promotion")) as project:
         yield project
 
 
 @pytest.fixture(scope="module")
-def dev(project: Project) -> Stack:
+def dev(project: EngineProject) -> Stack:
     project.up()
     return Stack(project, "local")
 
 
 @pytest.fixture(scope="module")
-def prod(project: Project, dev: Stack) -> Stack:
+def prod(project: EngineProject, dev: Stack) -> Stack:
     """Production as docs/deploy.md sets it up, with the release that dev proved."""
     lines = [line for line in project.stack_file.splitlines(True) if not line.startswith(("encryptionsalt", "#"))]
     (project.folder / "Pulumi.prod.yaml").write_text("".join([*lines, "  headcount:releases: {}\n"]))

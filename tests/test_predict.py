@@ -13,7 +13,7 @@ import pytest
 import yaml
 from exported_models import INSTANCES, predicted
 from google.auth.credentials import AnonymousCredentials
-from google.cloud import storage  # type: ignore[attr-defined]
+from google.cloud import storage
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer

@@ -328,13 +328,13 @@ def test_without_the_program_the_registry_is_a_container_that_a_kill_does_not_lo
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     state, project = uuid.uuid4().hex[:12], "my-project"
-    first = registries.Registry(tmp_path, 0, state)
+    first = registries.RegistryServer(tmp_path, 0, state)
     first.start()
     with httpx.Client(base_url=f"http://{first.address}/v2/", trust_env=False) as client:
         for repository in ("one", "two"):
             push(client, f"{project}/{repository}/headcount", "latest")
 
-    second = registries.Registry(tmp_path, 0, state, gated=gated)  # what a killed sandbox's successor does
+    second = registries.RegistryServer(tmp_path, 0, state, gated=gated)  # what a killed sandbox's successor does
     second.start()
     assert httpx.get(f"http://{second.address}/v2/", trust_env=False).status_code == (401 if gated else 200)
     assert len(second.images(f"{project}/two")) == 1

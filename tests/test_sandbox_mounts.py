@@ -15,7 +15,7 @@ import pytest
 
 from sandbox.projects import project_number
 from sandbox.storage.contents import content_file, live_object, retire, save
-from sandbox.storage.mounts import File, Mounts, Plan, is_file_name, plan
+from sandbox.storage.mounts import File, Mounts, SyncPlan, is_file_name, plan
 from sandbox.store import Store
 
 PROJECT = "a-project"
@@ -49,7 +49,7 @@ def test_what_is_to_be_done_follows_from_what_last_agreed(
     expected: set[str],
 ) -> None:
     name = "bucket/a"
-    found: Plan = plan(
+    found: SyncPlan = plan(
         {name: file} if file else {},
         {name: before} if before else {},
         {name: generation} if generation else {},

@@ -28,7 +28,7 @@ from pulumi_vertex.engine_call import EngineCall
 from pulumi_vertex.errors import PassingError, ProblemError
 from pulumi_vertex.registry import Repository
 from pulumi_vertex.wire import UNKNOWN
-from sandbox.artifact_registry.registry import Registry
+from sandbox.artifact_registry.registry import RegistryServer
 from sandbox.testing import RunningSandbox
 
 URN = "urn:pulumi:test::people::vertex:index:ReleasedImage::main"
@@ -50,7 +50,7 @@ def plugin(repositories: Repositories) -> Iterator[Plugin]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     """A path in a registry that asks for no password."""
-    one = Registry(tmp_path_factory.mktemp("registry"), 0, uuid.uuid4().hex[:12])
+    one = RegistryServer(tmp_path_factory.mktemp("registry"), 0, uuid.uuid4().hex[:12])
     one.start()
     yield Remote(f"{one.address}/plain/people")
     one.remove("")
@@ -61,8 +61,8 @@ def released(target: Remote, digest: str, *sources: Remote, tag: str = "release-
     return inputs | ({"sources": [s.path for s in sources]} if sources else {})
 
 
-def client() -> registries.Registry:
-    return registries.Registry(Access("p", "l", "http://127.0.0.1:1", access_token="sandbox"))
+def client() -> registries.RegistryClient:
+    return registries.RegistryClient(Access("p", "l", "http://127.0.0.1:1", access_token="sandbox"))
 
 
 def call(seconds: float = 60) -> EngineCall:

@@ -51,7 +51,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Registry:
+class RegistryServer:
     """One registry on 127.0.0.1:`port` (0: a free one), its images in `folder`, or in a volume named after `state`.
 
     A `gated` one asks for access tokens; the registry itself then listens on another port. With a `certificate` it

@@ -38,7 +38,7 @@ class File:
 
 
 @dataclass
-class Plan:
+class SyncPlan:
     """What makes the files and the objects agree; each name is `BUCKET/NAME`."""
 
     store: list[str] = field(default_factory=list)  # files whose content becomes a generation
@@ -54,13 +54,13 @@ def plan(
     known: dict[str, tuple[str, File]],
     *,
     final: bool,
-) -> Plan:
+) -> SyncPlan:
     """Compares the files with the live generations of the objects.
 
     `before` are the files of the last look, `known` the generation and the file that last agreed. A file that differs
     from `before` may still be written, so it waits, unless this look is the final one.
     """
-    result = Plan()
+    result = SyncPlan()
     for name in sorted(files.keys() | objects.keys() | known.keys()):
         file, generation = files.get(name), objects.get(name)
         agreed_generation, agreed_file = known.get(name, (None, None))
