@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from .definition import Definition, Field, Kind, Property
 from .wire import UNKNOWN, Wire
 
+_DIGEST: Final = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 Failures = list[tuple[str, str]]  # property path, what is wrong and how to repair it
 
 
@@ -71,11 +72,16 @@ def _check_value(path: str, kind: Kind, field: Field, value: Any, failures: Fail
             failures.append((path, f"must be a whole number, not {value!r}."))
         else:
             _check_bounds(path, field, value, "", failures)
+    elif kind.name == "number":
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            failures.append((path, f"must be a number, not {value!r}."))
+        else:
+            _check_bounds(path, field, value, "", failures)
     elif not isinstance(value, bool):
         failures.append((path, f"must be true or false, not {value!r}."))
 
 
-def _check_bounds(path: str, field: Field, number: int, what: str, failures: Failures) -> None:
+def _check_bounds(path: str, field: Field, number: float, what: str, failures: Failures) -> None:
     if field.low is not None and number < field.low:
         failures.append((path, f"must be at least {field.low}{what}, not {number}."))
     if field.high is not None and number > field.high:
@@ -84,6 +90,28 @@ def _check_bounds(path: str, field: Field, number: int, what: str, failures: Fai
 
 def _first_sentence(doc: str) -> str:
     return doc.split(". ")[0].rstrip(".") + "."
+
+
+def given_together(path: str, inputs: Wire, first: str, second: str) -> Failures:
+    """What is wrong where one of two properties that belong together is missing."""
+    if (first in inputs) == (second in inputs):
+        return []
+    given, missing = (first, second) if first in inputs else (second, first)
+    return [(join(path, missing), f"is missing beside {given}. Give both or neither.")]
+
+
+def by_digest(path: str, image: Any, why: str) -> Failures:
+    """What is wrong with an image that is not given by digest; `why` says what a tag would do."""
+    if not isinstance(image, str) or image == UNKNOWN or _DIGEST.fullmatch(image):
+        return []
+    return [
+        (
+            path,
+            f"must be given by digest, NAME@sha256:…, not {image!r}: {why}. Use the digest that the build gives (`ref` "
+            "of a docker_build.Image), or ask for it with `gcloud artifacts docker images describe IMAGE:TAG "
+            "--format='value(image_summary.digest)'`.",
+        )
+    ]
 
 
 def join(path: str, key: str) -> str:

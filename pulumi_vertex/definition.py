@@ -53,7 +53,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of the schema: string, integer, boolean, array, map or an object of named properties."""
+    """A type of the schema: string, integer, number, boolean, array, map or an object of named properties."""
 
     name: str
     item: Kind | None = None
@@ -79,6 +79,9 @@ class Definition:
     outputs: tuple[Property, ...] = ()
 
 
+_SIMPLE: Final = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
 def camel(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(part.capitalize() for part in rest)
@@ -95,8 +98,8 @@ def _kind(hint: Any) -> Kind:
     if is_typeddict(hint):
         doc = inspect.cleandoc(hint.__doc__ or "")
         return Kind("object", properties=properties_of(hint), type_name=hint.__name__, doc=doc)
-    if hint in (str, int, bool):
-        return Kind({str: "string", int: "integer", bool: "boolean"}[hint])
+    if hint in _SIMPLE:
+        return Kind(_SIMPLE[hint])
     if origin is not None and issubclass(origin, Mapping):
         return Kind("map", item=_kind(get_args(hint)[1]))
     if origin is not None and issubclass(origin, Sequence):
@@ -125,7 +128,8 @@ def properties_of(inputs: type) -> tuple[Property, ...]:
 
 
 def outputs_of(resource: type) -> tuple[Property, ...]:
-    """The outputs of a resource: the properties of its own class."""
+    """The outputs of a resource: the properties of its class, and of those between it and Pulumi's."""
+    classes = [kind for kind in reversed(resource.__mro__) if kind not in pulumi.CustomResource.__mro__]
     return tuple(
         Property(
             name,
@@ -134,7 +138,8 @@ def outputs_of(resource: type) -> tuple[Property, ...]:
             Field(inspect.cleandoc(value.__doc__ or "")),
             True,
         )
-        for name, value in vars(resource).items()
+        for kind in classes
+        for name, value in vars(kind).items()
         if isinstance(value, property)
     )
 

@@ -13,19 +13,39 @@ state and writes it on the thing, over that of an earlier create. A deletion rem
 of its own state, and leaves the rest to the later create. A version carries a claim as an alias, an endpoint as a
 label; deployed models carry, in their display names, the claim of the create which deployed them. Where nothing is
 taken over, versions and endpoints carry none.
+
+A job cannot be written to once it is made, so it carries no claim. The state that the engine has created or compared
+last, in this process, is the current one, and a deletion of the other state leaves the job alone (jobs/job.py). The
+engine compares the current state before it deletes what was replaced, also in a later run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import secrets
 from typing import Final
 
+from .definition import Definition
+from .differences import with_defaults
 from .wire import Wire
 
 OUTPUT: Final = "__claim"  # in the outputs of a state; two underscores keep it out of Pulumi's displays and diffs
 LABEL: Final = "pulumi-claim"  # of an endpoint
 _ALIAS = re.compile(r"pulumi-claim-([0-9a-f]{8})")
+
+
+def mark_of(definition: Definition, urn: str, inputs: Wire) -> str:
+    """16 hexadecimal digits by which a create that was killed finds its own work again.
+
+    They are a hash of the resource and of the inputs that cannot change. Two resources of the same content are two
+    things, because the URN is part of the hash.
+    """
+    filled = with_defaults(definition.inputs, inputs)
+    # Only what is given, so that another input of a later release of this provider changes no mark.
+    fixed = {p.wire: filled[p.wire] for p in definition.inputs if p.field.replaces and p.wire in filled}
+    return hashlib.sha256(json.dumps([urn, fixed], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def new_claim() -> str:

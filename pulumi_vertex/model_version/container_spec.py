@@ -5,20 +5,18 @@ https://cloud.google.com/vertex-ai/docs/reference/rest/v1/ModelContainerSpec
 
 # No `from __future__ import annotations` here: a TypedDict would then not know which of its keys are required.
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Final, TypedDict
 
 import pulumi
 
-from ..checks import Failures
+from ..checks import Failures, by_digest
 from ..definition import Field
-from ..wire import UNKNOWN, Wire
+from ..wire import Wire
 
 Texts = Sequence[pulumi.Input[str]]
 MARKER: Final = "PULUMI_VERTEX_VERSION"  # an environment variable: see `model_version.marker`
 PROBES: Final = ("startupProbe", "healthProbe", "livenessProbe")
-_DIGEST = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 
 
 class Probe(TypedDict, total=False):
@@ -41,17 +39,7 @@ class Probe(TypedDict, total=False):
 
 
 def check_container(inputs: Wire) -> Failures:
-    failures: Failures = []
-    image = inputs.get("image")
-    if isinstance(image, str) and image != UNKNOWN and not _DIGEST.fullmatch(image):
-        failures.append(
-            (
-                "image",
-                f"must be given by digest, NAME@sha256:…, not {image!r}: a tag can move, and Vertex AI copies the "
-                "image only once. Use the digest that the build gives (`ref` of a docker_build.Image), or ask for "
-                "it with `gcloud artifacts docker images describe IMAGE:TAG --format='value(image_summary.digest)'`.",
-            )
-        )
+    failures = by_digest("image", inputs.get("image"), "a tag can move, and Vertex AI copies the image only once")
     env = inputs.get("env")
     if isinstance(env, dict) and MARKER in env:
         failures.append((f"env.{MARKER}", "is the provider's own variable. Choose another name."))

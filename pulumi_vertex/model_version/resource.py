@@ -5,17 +5,14 @@ https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.mod
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from typing import Any, ClassVar, Final
 
 from .. import operations
 from ..checks import Failures
-from ..differences import with_defaults
 from ..engine_call import EngineCall
 from ..errors import HalfMadeError, ProblemError, RefusedError
-from ..ownership import alias_of, as_output, claim_of, claims_in, new_claim, without_claims
+from ..ownership import alias_of, as_output, claim_of, claims_in, mark_of, new_claim, without_claims
 from ..resource import ResourceType, State
 from ..retries import HELD_AFTER_UNDEPLOY, Wait, converge
 from ..vertex_api import VertexApi
@@ -26,7 +23,6 @@ from .inputs import DEFINITION
 STOPPED_SECONDS: Final = 15.0  # for a last look after Ctrl-C
 DEFAULT_ALIAS: Final = "default"  # exactly one version of a model holds it; Vertex AI gives it to the first
 _NAME = re.compile(r"projects/([^/]+)/locations/([^/]+)/models/([^/@]+)@(\d+)")
-IMMUTABLE: Final = tuple(p.wire for p in DEFINITION.inputs if p.field.replaces)
 RACE: Final = Wait(
     frozenset({"ALREADY_EXISTS"}),
     "",
@@ -163,12 +159,9 @@ def marker(urn: str, inputs: Wire) -> str:
     """What a version carries in its environment so that a create that was killed finds its own version again.
 
     The container spec is the one part of a version that never changes and is not merged with the model's on reading, as
-    labels are. Two resources of the same content are two versions, because the URN is part of the marker.
+    labels are.
     """
-    filled = with_defaults(DEFINITION.inputs, inputs)
-    # Only what is given, so that another input of a later release of this provider changes no marker.
-    said = json.dumps([urn, {name: filled[name] for name in IMMUTABLE if name in filled}], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return mark_of(DEFINITION, urn, inputs)
 
 
 # --- create, update -----------------------------------------------------------------------------------------

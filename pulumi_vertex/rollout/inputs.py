@@ -7,7 +7,7 @@ from typing import Annotated, Final, Required, TypedDict, Unpack
 
 import pulumi
 
-from ..checks import Failures
+from ..checks import Failures, given_together
 from ..definition import PACKAGE, Definition, Field, outputs_of, properties_of
 from ..resource import Resource
 from ..wire import Wire
@@ -236,11 +236,7 @@ def check_together(inputs: Wire) -> Failures:
             failures.append(("models", f"must share 100 % of the traffic, not {total} % ({said}). Change a `traffic`."))
     for name, release in releases.items():
         failures += _check_size(f"models.{name}", release, alone=len(models) == 1)
-        if ("acceleratorType" in release) != ("acceleratorCount" in release):
-            given, missing = ("acceleratorType", "acceleratorCount")
-            if given not in release:
-                given, missing = missing, given
-            failures.append((f"models.{name}.{missing}", f"is missing beside {given}. Give both or neither."))
+        failures += given_together(f"models.{name}", release, "acceleratorType", "acceleratorCount")
     seen: dict[Spec, str] = {}
     for name, release in releases.items():
         spec = spec_of(release)
