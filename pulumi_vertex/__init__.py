@@ -1,15 +1,29 @@
-"""Model versions and rollouts on Vertex AI as Pulumi resources.
+"""Jobs, model versions and rollouts on Vertex AI as Pulumi resources.
 
     import pulumi_vertex as vertex
 
-`ModelVersion` is one version of a model in the Model Registry, `ReleasedImage` its image in a repository of one's own,
-`Rollout` what is deployed on an endpoint and how the traffic is shared, `Provider` how Vertex AI is reached. README.md
-shows them in a program.
+`CustomJob` runs a container once, `TuningJob` runs it in trials that find the best hyperparameters. `ModelVersion` is
+one version of a model in the Model Registry, `ReleasedImage` its image in a repository of one's own, `Rollout` what is
+deployed on an endpoint and how the traffic is shared, `Provider` how Vertex AI is reached. README.md shows them in a
+program.
 """
 
 from .access import Provider
+from .jobs import CustomJob, Metric, Parameter, Scheduling, TuningJob
 from .model_version import ModelVersion, Probe
 from .released_image import ReleasedImage
 from .rollout import Deployed, Rollout
 
-__all__ = ["Deployed", "ModelVersion", "Probe", "Provider", "ReleasedImage", "Rollout"]
+__all__ = [
+    "CustomJob",
+    "Deployed",
+    "Metric",
+    "ModelVersion",
+    "Parameter",
+    "Probe",
+    "Provider",
+    "ReleasedImage",
+    "Rollout",
+    "Scheduling",
+    "TuningJob",
+]

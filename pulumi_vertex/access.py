@@ -153,6 +153,11 @@ class Access:
         return (self.endpoint or f"https://{self.location}-aiplatform.googleapis.com").rstrip("/")
 
     @property
+    def logging_url(self) -> str:
+        """Address of Cloud Logging: a sandbox on this machine answers for it too."""
+        return self.url if is_loopback(self.url) else "https://logging.googleapis.com"
+
+    @property
     def quota_repair(self) -> str:
         """What gives the credentials a quota project."""
         if self.access_token or self.credentials:

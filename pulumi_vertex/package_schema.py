@@ -55,9 +55,9 @@ def package_schema(resources: Sequence[Definition], settings: Sequence[Property]
         }
     return {
         "name": PACKAGE,
-        "displayName": "Vertex AI model versions and rollouts",
+        "displayName": "Vertex AI jobs, model versions and rollouts",
         "version": VERSION,
-        "description": "Uploads models to the Vertex AI Model Registry and rolls them out on endpoints.",
+        "description": "Runs jobs on Vertex AI, uploads models to its registry and rolls them out on endpoints.",
         "keywords": ["pulumi", "google cloud", "vertex ai", "kind/native", "category/cloud"],
         "config": {"variables": configuration},
         "provider": {

@@ -39,6 +39,7 @@ from .checks import Failures, check_properties
 from .definition import VERSION
 from .engine_call import EngineCall
 from .errors import HalfMadeError, ProblemError
+from .jobs import CustomJobType, TuningJobType
 from .model_version import ModelVersionType
 from .package_schema import package_schema
 from .released_image import ReleasedImageType
@@ -53,6 +54,8 @@ RESOURCES: Final[Mapping[str, ResourceType]] = {
         ModelVersionType(),
         RolloutType(),
         ReleasedImageType(),
+        CustomJobType(),
+        TuningJobType(),
     )
 }
 MESSAGE_BYTES: Final = 400 * 1024 * 1024  # as the SDKs allow; gRPC's own default of 4 MB is soon reached

@@ -30,7 +30,7 @@ class State:
 
 
 class ResourceType(ABC):
-    """One kind of resource, from the check of its inputs to its deletion. It has no state of its own.
+    """One kind of resource, from the check of its inputs to its deletion.
 
     What fails raises ProblemError, with a text for users; HalfMadeError where the resource exists now, but not as
     wanted. The defaults of `check` and `diff` follow from the definition.

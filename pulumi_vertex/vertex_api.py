@@ -80,13 +80,13 @@ class VertexApi:
                 return None
             raise
 
-    def listed(self, call: EngineCall, path: str, field_name: str) -> list[Wire]:
+    def listed(self, call: EngineCall, path: str, field_name: str, **query: str) -> list[Wire]:
         """All pages of a list; nothing where what is listed does not exist."""
         found: list[Wire] = []
         page: dict[str, str] = {}
         while True:
             try:
-                answer = self.read(call, path, **page)
+                answer = self.read(call, path, **query, **page)
             except RefusedError as error:
                 if error.status == "NOT_FOUND":
                     return found
@@ -96,17 +96,29 @@ class VertexApi:
                 return found
             page = {"pageToken": str(answer["nextPageToken"])}
 
+    def log_entries(self, body: Wire) -> list[Wire]:
+        """One page of entries of Cloud Logging, asked once. Raises RefusedError or PassingError.
+
+        https://cloud.google.com/logging/docs/reference/v2/rest/v2/entries/list
+        """
+        url = f"{self.access.logging_url}/v2/entries:list"
+        answer = self._ask("Cloud Logging", "POST", url, {"resourceNames": [f"projects/{self.access.project}"], **body})
+        entries: list[Wire] = answer.get("entries", [])
+        return entries
+
     def _send(self, http: str, path: str, body: Wire | None, version: str, query: dict[str, str]) -> Wire:
         url = f"{self.access.url}/{version}/{path}" + (f"?{urlencode(query)}" if query else "")
+        return self._ask("Vertex AI", http, url, body)
 
+    def _ask(self, service: str, http: str, url: str, body: Wire | None) -> Wire:
         def once() -> Wire:
             answer = self._session.request(http, url, json=body, timeout=REQUEST_SECONDS)
             if answer.status_code >= 400:
-                raise explained(answer.status_code, answer.content, self.access)
+                raise explained(answer.status_code, answer.content, self.access, service)
             parsed: Wire = answer.json()
             return parsed
 
-        return translated(f"Vertex AI cannot be reached at {self.access.url}", once)
+        return translated(f"{service} cannot be reached at {'/'.join(url.split('/')[:3])}", once)
 
 
 def _foreign_consumer(error: Wire, project: str) -> str:
@@ -124,7 +136,7 @@ def _foreign_consumer(error: Wire, project: str) -> str:
     return ""
 
 
-def explained(code: int, content: bytes, access: Access) -> ProblemError:
+def explained(code: int, content: bytes, access: Access, service: str = "Vertex AI") -> ProblemError:
     """An answer that is an error: `code` is its HTTP status, `content` its body."""
     try:
         body = json.loads(content)["error"]
@@ -138,7 +150,7 @@ def explained(code: int, content: bytes, access: Access) -> ProblemError:
             f"Google counts your requests as those of project {consumer}, where the API is disabled, and not of "
             f"{access.project}, because your credentials name no quota project. {access.quota_repair}"
         )
-    message = f"Vertex AI answered {code} {status}: {words}"
+    message = f"{service} answered {code} {status}: {words}"
     # A quota that is used up answers 429 too, and trying again does not help it.
     rate_limited = code == 429 and "quotas are exceeded" not in words
     if rate_limited or code in (502, 503, 504):

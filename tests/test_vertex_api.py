@@ -189,7 +189,7 @@ class Scripted(VertexApi):
         self.sent: list[Wire] = []
         self.operations: list[Wire] = []
 
-    def listed(self, call: EngineCall, path: str, field_name: str) -> list[Wire]:
+    def listed(self, call: EngineCall, path: str, field_name: str, **query: str) -> list[Wire]:
         return self.operations
 
     def find(self, call: EngineCall, path: str, *, version: str = "v1") -> Wire | None:

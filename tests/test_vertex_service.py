@@ -21,9 +21,10 @@ UNKNOWN = rpc.UNKNOWN
 
 def test_the_schema_is_complete(plugin: Plugin) -> None:
     schema = json.loads(plugin.call("GetSchema", provider_pb2.GetSchemaRequest()).schema)
-    kinds = ("ModelVersion", "ReleasedImage", "Rollout")
+    kinds = ("CustomJob", "ModelVersion", "ReleasedImage", "Rollout", "TuningJob")
     assert set(schema["resources"]) == {f"vertex:index:{kind}" for kind in kinds}
-    assert set(schema["types"]) == {"vertex:index:Deployed", "vertex:index:Probe"}
+    types = ("Deployed", "Metric", "Parameter", "Probe", "Scheduling", "Trial")
+    assert set(schema["types"]) == {f"vertex:index:{kind}" for kind in types}
     assert schema["config"]["variables"]["accessToken"]["secret"] is True
 
     def walk(value: object) -> Iterator[dict[str, object]]:
