@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from headcount.count_command import count
+from headcount.jobs_command import jobs, logs
 from headcount.predict_command import predict
 from headcount.register_command import register
 from headcount.release_command import recover, release
@@ -20,7 +21,9 @@ app.command(no_args_is_help=True)(predict)
 app.command(no_args_is_help=True)(register)
 app.command()(web)
 app.command(no_args_is_help=True)(recover)
+app.command(no_args_is_help=True)(logs)
 app.add_typer(release, name="release")
+app.add_typer(jobs, name="jobs")
 
 
 def _print_version(wanted: bool) -> None:
@@ -35,7 +38,7 @@ def _headcount(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Counts the people in pictures, predicts with other models, and manages the releases of a stack."""
+    """Counts the people in pictures, predicts with other models, and manages the releases and jobs of a stack."""
 
 
 def main() -> None:

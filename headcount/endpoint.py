@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from headcount.counters import TIMEOUT, Answer, CountError, Patience, post
+from headcount.credentials import Credentials
 from headcount.stacks import StackError, outputs
 from serving.contract import Parameters, Person
 from serving.pictures import PictureError, annotate, upright
 
-SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
 NAME: Final = r"projects/[^/]+/locations/([a-z0-9-]+)/endpoints/[^/]+"
 # Request size limit, keyed by whether the endpoint is dedicated:
 # https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type
@@ -70,7 +70,7 @@ def describe(url: str) -> dict[str, Any]:
     """What Vertex AI says of an endpoint. url: its own, on the region's host. Raises CountError."""
     import httpx
 
-    headers = _Credentials().header() if url.startswith("https://") else {}
+    headers = Credentials().header() if url.startswith("https://") else {}
     try:
         answer = httpx.get(url, headers=headers, timeout=30, trust_env=url.startswith("https://"))
         content = answer.json()
@@ -95,7 +95,7 @@ class Endpoint:
 
         self._url = httpx.URL(f"{address.url}:predict")
         self._room = address.max_bytes
-        self._credentials = _Credentials() if address.needs_token else None
+        self._credentials = Credentials() if address.needs_token else None
         self._http = httpx.Client(timeout=httpx.Timeout(TIMEOUT, connect=10))
         self._patience = Patience()
 
@@ -196,35 +196,3 @@ def fit(data: bytes, room: int, longest: int) -> Fitted:
         if out.tell() * 4 / 3 <= room or side < 64:
             return Fitted(out.getvalue(), scale, size, original)
         side = side * 4 // 5
-
-
-class _Credentials:
-    """Application Default Credentials, renewed when they run out."""
-
-    def __init__(self) -> None:
-        try:
-            import google.auth
-            import google.auth.exceptions
-            import google.auth.transport.requests
-        except ImportError as error:
-            raise CountError(
-                f"an endpoint on Google Cloud needs {error.name}; run `make install`, or install headcount[client]"
-            ) from None
-        try:
-            self._credentials, _ = google.auth.default(scopes=[SCOPE])
-        except google.auth.exceptions.DefaultCredentialsError:
-            raise CountError("no Google credentials: run `gcloud auth application-default login`") from None
-        self._request = google.auth.transport.requests.Request()
-
-    def header(self) -> dict[str, str]:
-        """The request header that identifies the caller. Raises CountError."""
-        import google.auth.exceptions
-
-        if not self._credentials.valid:
-            try:
-                self._credentials.refresh(self._request)  # type: ignore[no-untyped-call]
-            except google.auth.exceptions.GoogleAuthError as error:
-                raise CountError(
-                    f"the Google credentials are refused ({error}): run `gcloud auth application-default login`"
-                ) from None
-        return {"Authorization": f"Bearer {self._credentials.token}"}
