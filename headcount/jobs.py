@@ -41,7 +41,7 @@ class Place:
 
     @property
     def logging(self) -> str:
-        return self.base or "https://logging.googleapis.com"
+        return f"{self.base}/logging" if self.base else "https://logging.googleapis.com"
 
 
 @dataclass(frozen=True)

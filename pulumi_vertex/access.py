@@ -154,8 +154,8 @@ class Access:
 
     @property
     def logging_url(self) -> str:
-        """Address of Cloud Logging: a sandbox on this machine answers for it too."""
-        return self.url if is_loopback(self.url) else "https://logging.googleapis.com"
+        """Address of Cloud Logging; a sandbox, on this machine, has it below its own."""
+        return f"{self.url}/logging" if is_loopback(self.url) else "https://logging.googleapis.com"
 
     @property
     def quota_repair(self) -> str:

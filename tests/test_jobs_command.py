@@ -99,7 +99,7 @@ def test_a_log_is_printed_page_by_page(cloud: HTTPServer) -> None:
         asked.append(json.loads(request.data))
         return Response(json.dumps(pages["pageToken" in asked[-1]]))
 
-    cloud.expect_request("/v2/entries:list", method="POST").respond_with_handler(answer)
+    cloud.expect_request("/logging/v2/entries:list", method="POST").respond_with_handler(answer)
     done = run("logs", "3", "--stack", "dev")
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines() == [
@@ -122,7 +122,7 @@ def test_a_log_is_followed_to_the_job_s_end_without_repeating_a_line(
     def answer(request: Request) -> Response:
         return Response(json.dumps({"entries": looks.pop(0)}))
 
-    cloud.expect_request("/v2/entries:list", method="POST").respond_with_handler(answer)
+    cloud.expect_request("/logging/v2/entries:list", method="POST").respond_with_handler(answer)
     cloud.expect_request(f"/v1/{CUSTOM}/3").respond_with_handler(
         lambda _: Response(json.dumps(job(3, states.pop(0) if len(states) > 1 else states[0])))
     )
@@ -135,7 +135,7 @@ def test_a_log_is_followed_to_the_job_s_end_without_repeating_a_line(
 def test_what_is_missing_is_said_with_its_repair(cloud: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "name a stack with --stack" in run("jobs").stderr
     assert "not both" in run("logs", "3", "--stack", "dev", "--project", "p").stderr
-    cloud.expect_request("/v2/entries:list").respond_with_json({"error": {"message": "Not you."}}, status=403)
+    cloud.expect_request("/logging/v2/entries:list").respond_with_json({"error": {"message": "Not you."}}, status=403)
     refused = run("logs", "3", "--stack", "dev")
     assert refused.exit_code == 1
     assert "answers 403: Not you." in refused.stderr
@@ -154,7 +154,7 @@ def test_google_is_asked_with_credentials_and_the_sandbox_without(monkeypatch: p
     assert here.vertex == "https://europe-west4-aiplatform.googleapis.com"
     assert here.logging == "https://logging.googleapis.com"
     local = Place("p", "europe-west4", "http://127.0.0.1:8790")
-    assert local.vertex == local.logging == "http://127.0.0.1:8790"
+    assert (local.vertex, local.logging) == ("http://127.0.0.1:8790", "http://127.0.0.1:8790/logging")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere")
     done = run("jobs", "--project", "p", "--region", "europe-west4")
     assert done.exit_code == 1

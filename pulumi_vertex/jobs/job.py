@@ -300,8 +300,8 @@ class JobType(ResourceType):
             lines = last_lines(api, name.rpartition("/")[2], LOG_LINES, str(job.get("createTime", "")))
         except ProblemError as error:
             return f"{message}\nIts log could not be read, which needs roles/logging.viewer: {error}"
-        said = ["The last lines of its log:", *lines] if lines else ["Its log is empty."]
-        return "\n".join([message, *said])
+        more = [line for line in lines if line not in why]  # an error may have the container's last lines
+        return "\n".join([message, "The last lines of its log:", *more]) if more else message
 
     def _existing(self, call: EngineCall, api: VertexApi, name: str) -> Wire:
         job = api.find(call, name)

@@ -16,6 +16,9 @@ from ..errors import ProblemError
 from ..wire import UNKNOWN, Wire
 
 LABEL: Final = "pulumi_job"  # of a job: the mark by which a repeated create finds it
+# Vertex AI's own, which it writes into a job that does not say otherwise.
+BOOT_DISK_GB: Final = 100
+TIMEOUT_SECONDS: Final = 7 * 24 * 3600
 Texts = Sequence[pulumi.Input[str]]
 
 
@@ -99,7 +102,7 @@ class JobInputs(TypedDict, total=False):
     ]
     accelerator_count: Annotated[pulumi.Input[int], Field("Accelerators of each replica.", low=1, replaces=True)]
     boot_disk_gb: Annotated[
-        pulumi.Input[int], Field("Boot disk of each replica in GB; 100 where absent.", low=1, replaces=True)
+        pulumi.Input[int], Field("Boot disk of each replica in GB.", low=1, default=BOOT_DISK_GB, replaces=True)
     ]
     spot: Annotated[
         pulumi.Input[bool],
@@ -115,9 +118,13 @@ class JobInputs(TypedDict, total=False):
     ]
     timeout_seconds: Annotated[
         pulumi.Input[int],
-        Field("Seconds that the job may run, not counting its wait for machines; 7 days where absent.", low=1,
-              replaces=True),
-    ]  # fmt: skip
+        Field(
+            "Seconds that the job may run, not counting its wait for machines.",
+            low=1,
+            default=TIMEOUT_SECONDS,
+            replaces=True,
+        ),
+    ]
     service_account: Annotated[
         pulumi.Input[str],
         Field(
