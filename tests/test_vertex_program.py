@@ -10,9 +10,11 @@ from typing import Any
 
 import pulumi
 import pytest
-from vertex_plugin import IMAGE, PROJECT
+from vertex_plugin import IMAGE, OTHER_IMAGE, PROJECT
 
 import pulumi_vertex as vertex
+from pulumi_vertex.provider import RESOURCES
+from pulumi_vertex.wire import unwrapped
 from sandbox.testing import RunningSandbox
 
 README = Path(vertex.__file__).parent / "README.md"
@@ -43,16 +45,31 @@ def mocks() -> Iterator[RecordingMocks]:
     pulumi.runtime.settings.reset_options()
 
 
-def test_the_readme_s_program_registers_what_it_says(mocks: RecordingMocks) -> None:
-    pytest.importorskip("pulumi_gcp")
-    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    pulumi.runtime.set_all_config({"digits:image": IMAGE})
+def run_readme_s(number: int) -> None:
+    """Runs one of the README's programs in Python."""
+    program = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
+    pulumi.runtime.set_all_config({"digits:image": IMAGE, "digits:trainingImage": OTHER_IMAGE})
 
     @pulumi.runtime.test  # type: ignore[untyped-decorator]
     def run() -> None:
         exec(compile(program, str(README), "exec"), {})
 
     run()
+
+
+@pytest.mark.parametrize(("number", "token"), [(1, "vertex:index:CustomJob"), (2, "vertex:index:TuningJob")])
+def test_the_readme_s_jobs_pass_the_checks_of_a_preview(mocks: RecordingMocks, number: int, token: str) -> None:
+    run_readme_s(number)
+    inputs = unwrapped(mocks.made[token].inputs)
+    assert inputs["image"] == OTHER_IMAGE
+    assert RESOURCES[token].check(inputs) == []
+    if token.endswith("TuningJob"):
+        assert inputs["parameters"]["learning-rate"]["scaleType"] == "UNIT_LOG_SCALE"
+
+
+def test_the_readme_s_program_registers_what_it_says(mocks: RecordingMocks) -> None:
+    pytest.importorskip("pulumi_gcp")
+    run_readme_s(0)
     version = mocks.made["vertex:index:ModelVersion"].inputs
     assert version["modelId"] == "digits"
     assert version["env"] == {"WORKERS": "2"}
