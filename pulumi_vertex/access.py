@@ -14,6 +14,7 @@ import pulumi
 
 from .definition import PACKAGE, Field, Kind, properties_of, to_wire
 from .errors import ProblemError
+from .patterns import EMAIL, EMAIL_HINT
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class ProviderInputs(TypedDict, total=False):
         Field(
             "E-mail of a service account to act as; the credentials need roles/iam.serviceAccountTokenCreator on "
             "it. Also from gcp:impersonateServiceAccount or GOOGLE_IMPERSONATE_SERVICE_ACCOUNT.",
-            pattern=r"[^@\s]+@[^@\s]+",
-            hint="the e-mail of a service account",
+            pattern=EMAIL,
+            hint=EMAIL_HINT,
         ),
     ]
 

@@ -13,6 +13,18 @@ import pulumi
 from ..checks import Failures, by_digest, given_together
 from ..definition import Field
 from ..errors import ProblemError
+from ..patterns import (
+    ACCELERATOR,
+    ACCELERATOR_HINT,
+    EMAIL,
+    EMAIL_HINT,
+    FOLDER,
+    FOLDER_HINT,
+    KMS_KEY,
+    KMS_KEY_HINT,
+    MACHINE_TYPE,
+    MACHINE_TYPE_HINT,
+)
 from ..wire import UNKNOWN, Wire
 
 LABEL: Final = "pulumi_job"  # of a job: the mark by which a repeated create finds it
@@ -62,8 +74,8 @@ class JobInputs(TypedDict, total=False):
             Field(
                 "Machine of one replica, such as n1-standard-4. "
                 "https://cloud.google.com/vertex-ai/docs/training/configure-compute",
-                pattern=r"[a-z][a-z0-9]*(-[a-z0-9]+)+",
-                hint="a machine type such as n1-standard-4",
+                pattern=MACHINE_TYPE,
+                hint=MACHINE_TYPE_HINT,
                 replaces=True,
             ),
         ]
@@ -95,8 +107,8 @@ class JobInputs(TypedDict, total=False):
         pulumi.Input[str],
         Field(
             "Accelerator of each replica, such as NVIDIA_L4.",
-            pattern=r"[A-Z][A-Z0-9_]+",
-            hint="a name such as NVIDIA_L4",
+            pattern=ACCELERATOR,
+            hint=ACCELERATOR_HINT,
             replaces=True,
         ),
     ]
@@ -130,8 +142,8 @@ class JobInputs(TypedDict, total=False):
         Field(
             "E-mail of the service account that the container runs as; Vertex AI's Custom Code Service Agent where "
             "absent. Whoever deploys needs iam.serviceAccounts.actAs on it.",
-            pattern=r"[^@\s]+@[^@\s]+",
-            hint="the e-mail of a service account",
+            pattern=EMAIL,
+            hint=EMAIL_HINT,
             replaces=True,
         ),
     ]
@@ -142,8 +154,8 @@ class JobInputs(TypedDict, total=False):
             "logs are written there. So a changed job neither goes on from another one's checkpoint nor overwrites a "
             "model that is in use, and a failed job that runs again goes on from its own checkpoint. The container "
             "finds the folders in AIP_MODEL_DIR, AIP_CHECKPOINT_DIR and AIP_TENSORBOARD_LOG_DIR.",
-            pattern=r"gs://[^/]+(/.*)?",
-            hint="gs://BUCKET/FOLDER",
+            pattern=FOLDER,
+            hint=FOLDER_HINT,
             replaces=True,
         ),
     ]
@@ -162,8 +174,8 @@ class JobInputs(TypedDict, total=False):
         Field(
             "Cloud KMS key of the same region that encrypts the job's machines and record; Google's own where absent. "
             "https://cloud.google.com/vertex-ai/docs/general/cmek",
-            pattern=r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+",
-            hint="projects/PROJECT/locations/LOCATION/keyRings/RING/cryptoKeys/KEY",
+            pattern=KMS_KEY,
+            hint=KMS_KEY_HINT,
             replaces=True,
         ),
     ]

@@ -8,6 +8,7 @@ from typing import Annotated, Final, Required, TypedDict, Unpack
 import pulumi
 
 from ..definition import PACKAGE, Definition, Field, outputs_of, properties_of
+from ..patterns import EMAIL, EMAIL_HINT, FOLDER, FOLDER_HINT, KMS_KEY, KMS_KEY_HINT
 from ..resource import Resource
 from .container_spec import Probe, Texts
 
@@ -99,8 +100,8 @@ class ModelVersionInputs(TypedDict, total=False):
         pulumi.Input[str | None],
         Field(
             "Folder with the model's files; the container finds a copy under AIP_STORAGE_URI.",
-            pattern=r"gs://[^/]+(/.*)?",
-            hint="gs://BUCKET/FOLDER",
+            pattern=FOLDER,
+            hint=FOLDER_HINT,
             replaces=True,
         ),
     ]
@@ -109,8 +110,8 @@ class ModelVersionInputs(TypedDict, total=False):
         Field(
             "E-mail of the service account that reads image and files during the upload; the Vertex AI service "
             "agent where absent. What the container runs as is said in Deployed.",
-            pattern=r"[^@\s]+@[^@\s]+",
-            hint="the e-mail of a service account",
+            pattern=EMAIL,
+            hint=EMAIL_HINT,
         ),
     ]
     encryption_key: Annotated[
@@ -119,8 +120,8 @@ class ModelVersionInputs(TypedDict, total=False):
             "Cloud KMS key of the same region that encrypts the version; Google's own where absent. Vertex AI's "
             "service agent needs roles/cloudkms.cryptoKeyEncrypterDecrypter on it. "
             "https://cloud.google.com/vertex-ai/docs/general/cmek",
-            pattern=r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+",
-            hint="projects/PROJECT/locations/LOCATION/keyRings/RING/cryptoKeys/KEY",
+            pattern=KMS_KEY,
+            hint=KMS_KEY_HINT,
             replaces=True,
         ),
     ]

@@ -9,6 +9,7 @@ import pulumi
 
 from ..checks import Failures, given_together
 from ..definition import PACKAGE, Definition, Field, outputs_of, properties_of
+from ..patterns import ACCELERATOR, ACCELERATOR_HINT, EMAIL, EMAIL_HINT, MACHINE_TYPE, MACHINE_TYPE_HINT
 from ..resource import Resource
 from ..wire import Wire
 from .endpoint import NAME as ENDPOINT_NAME
@@ -43,8 +44,8 @@ class Deployed(TypedDict, total=False):
             Field(
                 "Machine of one replica, such as n1-standard-4. "
                 "https://cloud.google.com/vertex-ai/docs/predictions/configure-compute",
-                pattern=r"[a-z][a-z0-9]*(-[a-z0-9]+)+",
-                hint="a machine type such as n1-standard-4",
+                pattern=MACHINE_TYPE,
+                hint=MACHINE_TYPE_HINT,
             ),
         ]
     ]
@@ -94,8 +95,8 @@ class Deployed(TypedDict, total=False):
         pulumi.Input[str],
         Field(
             "Accelerator of each replica, such as NVIDIA_L4.",
-            pattern=r"[A-Z][A-Z0-9_]+",
-            hint="a name such as NVIDIA_L4",
+            pattern=ACCELERATOR,
+            hint=ACCELERATOR_HINT,
         ),
     ]
     accelerator_count: Annotated[pulumi.Input[int], Field("Accelerators of each replica.", low=1)]
@@ -104,8 +105,8 @@ class Deployed(TypedDict, total=False):
         Field(
             "E-mail of the service account that the container runs as. Whoever deploys needs "
             "iam.serviceAccounts.actAs on it; it replaces the default access to the model's files.",
-            pattern=r"[^@\s]+@[^@\s]+",
-            hint="the e-mail of a service account",
+            pattern=EMAIL,
+            hint=EMAIL_HINT,
         ),
     ]
     container_logging: Annotated[
