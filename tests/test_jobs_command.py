@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from pytest_httpserver import HTTPServer
+from sandbox_jobs import create, pool, stubbed
+from sandbox_jobs import job as custom_job
 from typer.testing import CliRunner, Result
 from werkzeug import Request, Response
 
@@ -14,6 +16,7 @@ from headcount import jobs
 from headcount.cli import app
 from headcount.jobs import Job, Line, Place, earlier, lines_of, table_text
 from headcount.stacks import StackError
+from sandbox.testing import RunningSandbox
 
 PARENT = "projects/p/locations/europe-west4"
 CUSTOM, TUNING = f"{PARENT}/customJobs", f"{PARENT}/hyperparameterTuningJobs"
@@ -167,3 +170,24 @@ def test_times_and_entries_are_read_as_logging_writes_them() -> None:
     assert earlier("", 30) == ""
     assert lines_of({"timestamp": "t", "jsonPayload": {"step": 1}}) == [Line("t", '{"step": 1}')]
     assert lines_of({"timestamp": "t"}) == []
+
+
+def test_the_sandbox_s_jobs_are_listed_followed_and_cancelled(
+    stub_sandbox: RunningSandbox, project: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = stub_sandbox.project(project)
+    found = {"endpoint": f"{there.location}/endpoints/1", "url": f"{there.url}/v1/{there.location}/endpoints/1"}
+    monkeypatch.setattr(jobs, "outputs", lambda _: found)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.1)
+    create(there, custom_job(pool(stubbed(STUB_LOG="step 1\nstep 2", STUB_SECONDS="1")), name="short"))
+    followed = run("logs", "short", "-f", "-s", "local")
+    assert followed.exit_code == 0, followed.output
+    lines = [line.partition(" ")[2] for line in followed.stdout.splitlines()]
+    assert [line for line in lines if line.startswith("step")] == ["step 1", "step 2"]
+    assert lines[-1] == "Job completed successfully."
+    assert [line.partition(" ")[2] for line in run("logs", "short", "-s", "local").stdout.splitlines()] == lines
+    create(there, custom_job(pool(stubbed(STUB_SECONDS="600")), name="long"))
+    assert run("jobs", "-s", "local", "cancel", "long").exit_code == 0
+    assert run("logs", "long", "-f", "-s", "local").exit_code == 1
+    rows = [line.split() for line in run("jobs", "-s", "local").stdout.splitlines()[1:]]
+    assert [(row[2], row[-1]) for row in rows] == [("CANCELLED", "long"), ("SUCCEEDED", "short")]

@@ -346,7 +346,9 @@ def test_the_engine_accepts_the_schema(project: Project) -> None:
     said = project.pulumi("package", "get-schema", str(program))
     text = said[said.index("{") :]
     schema = json.loads(text)
-    resources = {f"vertex:index:{name}" for name in ("ModelVersion", "ReleasedImage", "Rollout")}
+    resources = {
+        f"vertex:index:{name}" for name in ("CustomJob", "ModelVersion", "ReleasedImage", "Rollout", "TuningJob")
+    }
     assert set(schema["resources"]) == resources
     inputs = schema["resources"]["vertex:index:Rollout"]["inputProperties"]
     assert inputs["models"]["additionalProperties"]["$ref"] == "#/types/vertex:index:Deployed"
