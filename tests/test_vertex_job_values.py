@@ -310,3 +310,53 @@ def test_the_console_s_page_is_that_of_google_s_own_client() -> None:
     """As google-cloud-aiplatform 2.7 writes it; its import would take longer than all of these tests."""
     page = "https://console.cloud.google.com/agent-platform/locations/europe-west4/training/123?project=some-project"
     assert console(JOB) == page
+
+
+class Scripted(VertexApi):
+    """Lists jobs from one script and finds them in another; keeps what is changed."""
+
+    def __init__(self, *lists: list[Wire], found: tuple[Wire | None, ...] = ()) -> None:
+        super().__init__(Access("some-project", "europe-west4"))
+        self.lists, self.found = list(lists), list(found)
+        self.sent: list[str] = []
+
+    def listed(self, call: EngineCall, path: str, field_name: str, **query: str) -> list[Wire]:
+        return self.lists.pop(0)
+
+    def find(self, call: EngineCall, path: str, *, version: str = "v1") -> Wire | None:
+        return self.found.pop(0)
+
+    def read(self, call: EngineCall, path: str, *, version: str = "v1", **query: str) -> Wire:
+        return {"done": True}  # the operation of a deletion
+
+    def change(self, http: str, path: str, body: Wire | None = None, *, version: str = "v1", **query: str) -> Wire:
+        assert http != "POST" or self.lists == [] or path.endswith(":cancel"), "it has not looked before it starts"
+        self.sent.append(f"{http} {path.rpartition('/')[2]}")
+        return {"name": f"{path}/9"}
+
+
+def there(number: int, state: str) -> Wire:
+    return {
+        "name": f"projects/77/locations/europe-west4/customJobs/{number}",
+        "state": f"JOB_STATE_{state}",
+        "labels": {LABEL: mark(MINIMAL)},
+        "createTime": f"2026-01-01T00:00:0{number}Z",
+    }
+
+
+def test_a_job_starts_only_after_the_cancelled_one_has_ended() -> None:
+    """Both write into the same folder."""
+    api = Scripted([there(1, "CANCELLING")], [there(1, "CANCELLED")], found=(there(9, "PENDING"),))
+    call = EngineCall(URN, 30, threading.Event())
+    made = CustomJobType().create(call, api, MINIMAL | {"wait": False})
+    assert (made.id, api.sent) == (f"{PARENT}/customJobs/9", ["POST customJobs"])
+
+
+def test_of_two_jobs_with_one_mark_the_second_is_removed() -> None:
+    """A request was repeated because its answer got lost, and both have arrived."""
+    others = [there(2, "RUNNING"), there(1, "RUNNING"), {**there(3, "RUNNING"), "labels": {LABEL: "another"}}]
+    ended = (there(2, "RUNNING"), there(2, "CANCELLED"), None)
+    api = Scripted(others, found=(*ended, there(1, "RUNNING")))
+    made = CustomJobType().create(EngineCall(URN, 30, threading.Event()), api, MINIMAL | {"wait": False})
+    assert (made.id, api.sent) == (f"{PARENT}/customJobs/1", ["POST 2:cancel", "DELETE 2"])
+    assert made.outputs["state"] == "RUNNING"
