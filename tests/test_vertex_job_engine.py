@@ -119,9 +119,11 @@ def test_a_failed_job_stops_the_run_and_is_repaired_by_the_next_one(project: Tra
     project.train(env={"STUB_LOG": "reading adult.data"})
     project.sandbox.fault("customJobs.create", "operation_error", message="out of memory", when="after")
     said = project.up(fails=True)
-    assert "The job has failed: out of memory. The next `pulumi up` runs it again." in said, said
-    assert "reading adult.data" in said
-    assert "Traceback" not in said
+    problem = said.split("vertex:index:CustomJob (census):")[1].split("pulumi:pulumi:Stack")[0]
+    assert "The job has failed, and the next `pulumi up` runs it again: https://console" in problem
+    assert "out of memory" in problem
+    assert "reading adult.data" in problem
+    assert "Traceback" not in problem
     assert cloud.versions("digits") == []
     assert project.jobs == ["FAILED"]
     assert project.counts(project.up("--refresh"))["replaced"] == 1

@@ -293,9 +293,9 @@ class JobType(ResourceType):
 
     def _failure(self, call: EngineCall, api: VertexApi, name: str, job: Wire) -> str:
         """What users read of a job that has failed. The log comes last, because it may be long."""
-        why = str(job.get("error", {}).get("message", "")).strip().rstrip(".")
-        ended = ": ".join(filter(None, [f"The job has {_ENDINGS.get(state_of(job), 'failed')}", why]))
-        message = f"{ended}. The next `pulumi up` runs it again. All of its log: {console(name)}"
+        why = str(job.get("error", {}).get("message", "")).strip()
+        ended = f"The job has {_ENDINGS.get(state_of(job), 'failed')}, and the next `pulumi up` runs it again"
+        message = "\n".join(filter(None, [f"{ended}: {console(name)}", why]))
         try:
             lines = last_lines(api, name.rpartition("/")[2], LOG_LINES, str(job.get("createTime", "")))
         except ProblemError as error:
