@@ -111,6 +111,7 @@ COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hash
 lock: $(UV) ## write requirements/ after a change of pyproject.toml (UPGRADE=--upgrade: newest allowed versions)
 	$(COMPILE) $(UPGRADE) pyproject.toml --all-extras -o requirements/dev.txt
 	for part in serve client; do $(COMPILE) pyproject.toml --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	echo 'torch; python_version < "3"' | $(COMPILE) pyproject.toml --extra training -c requirements/dev.txt --override - -o requirements/training.txt
 	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
 	echo 'uv' | $(COMPILE) $(UPGRADE) - -o requirements/tools.txt
 

