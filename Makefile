@@ -23,7 +23,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help serve test picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help train tensorboard tune serve test picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,15 @@ compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine now,
 	@$(LOCAL_COMPILE)
 	@$(MAKE_ARCHIVE)
 
+train: .venv/.training ## train a model into runs/ (WORKLOAD=census|digits|search, ARGS=options, RUN=folder)
+	@exec $(BIN)/python -m training.$(or $(WORKLOAD),$(error say WORKLOAD=census, digits or search)) --job-dir $(or $(RUN),runs/$(WORKLOAD)) $(ARGS)
+
+tensorboard: .venv/.training ## curves of all runs below runs/ at http://127.0.0.1:6006 (RUN=folder)
+	@exec $(BIN)/tensorboard --logdir $(or $(RUN),runs) --host 127.0.0.1
+
+tune: .venv/.training ## tune digits on this machine as training/digits_tuning.yaml says (ARGS=options, RUN=folder)
+	@exec $(BIN)/python -m training.tune --spec training/digits_tuning.yaml --job-dir $(or $(RUN),runs/tuning) $(ARGS)
+
 sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: from empty)
 	@exec $(BIN)/python -m sandbox --state $(HOME_FOLDER)/sandbox $(if $(FRESH),--fresh)
 
@@ -89,9 +98,13 @@ INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.tools/bin/pip config 
 	@$(INSTALL) --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
 	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@
 
+.venv/.training: .venv/.serve requirements/training.txt
+	@$(INSTALL) --require-hashes -r requirements/training.txt
+	@touch $@
+
 .venv/.dev: .venv/.serve requirements/dev.txt
 	@$(INSTALL) --require-hashes -r requirements/dev.txt
-	@touch $@
+	@touch .venv/.training $@ # it has training's packages, too
 
 $(CHECKPOINT): | .venv/.serve
 	@mkdir -p $(@D)

@@ -79,16 +79,6 @@ def _weights(size: str, sha256: str, substitute: str = "") -> tuple[str, DataFil
     return name, DataFile(f"weights/{name}", sha256, "AGPL-3.0", f"{_RELEASE}/{name}", substitute=substitute)
 
 
-def _adult(name: str, sha256: str) -> tuple[str, DataFile]:
-    return name, DataFile(f"adult/{name}", sha256, "CC BY 4.0, B. Becker and R. Kohavi", f"{_ADULT}/{name}")
-
-
-def _mnist(name: str, sha256: str, sorted_by_class: str) -> tuple[str, DataFile]:
-    """The file as it was published; mirrors may have one with the same records, sorted by class."""
-    licence = "CC BY-SA 3.0, Y. LeCun and C. Cortes"
-    return name, DataFile(f"mnist/{name}", sha256, licence, f"{_MNIST}/{name}", also=sorted_by_class)
-
-
 # GitHub publishes no checksums for releases of 2022. The checksum of n was computed from the file. For s, m and l two
 # independent public records agree; x has one record, which is right about the other four files.
 FILES: dict[str, DataFile] = dict(
@@ -144,34 +134,38 @@ FILES: dict[str, DataFile] = dict(
     ),
 }
 # UCI and the authors of MNIST publish no SHA-256; many public records agree on these.
-FILES |= [
-    _adult("adult.data", "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
-    _adult("adult.test", "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
-    _mnist(
-        "train-images-idx3-ubyte.gz",
+FILES |= {
+    f"adult.{part}": DataFile(
+        f"adult/adult.{part}", sha256, "CC BY 4.0, Barry Becker and Ronny Kohavi", f"{_ADULT}/adult.{part}"
+    )
+    for part, sha256 in (
+        ("data", "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
+        ("test", "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
+    )
+}
+_MNIST_FILES = {  # as it was published, and in some mirrors: the same records, sorted by class
+    "train-images-idx3-ubyte.gz": (
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
         "166b5d7c605c0c62d1776dc2dc27107624501f04d73268dc7007ae4d97973434",
     ),
-    _mnist(
-        "train-labels-idx1-ubyte.gz",
+    "train-labels-idx1-ubyte.gz": (
         "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
         "802213983972e3a1284c603720a31c1c739f51e0140ec6605470bc0154e2d5e5",
     ),
-    _mnist(
-        "t10k-images-idx3-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz": (
         "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
         "d091e2fdd5984c872a652859ed06c118b27883b66bba31bff6a638c3c92af150",
     ),
-    _mnist(
-        "t10k-labels-idx1-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz": (
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         "819da457064a474e2f7cb5b33832014f1d8f832c93795db237dc97f965265d99",
     ),
-]
-SETS = {
-    "adult": ("adult.data", "adult.test"),
-    "mnist": tuple(name for name, file in FILES.items() if file.path.startswith("mnist/")),
 }
+FILES |= {
+    name: DataFile(f"mnist/{name}", one, "CC BY-SA 3.0, Yann LeCun and Corinna Cortes", f"{_MNIST}/{name}", also=other)
+    for name, (one, other) in _MNIST_FILES.items()
+}
+SETS = {"adult": ("adult.data", "adult.test"), "mnist": tuple(_MNIST_FILES)}
 WEIGHTS = tuple(name.removesuffix(".pt") for name in FILES if name.endswith(".pt"))
 DEFAULT_WEIGHTS = "yolov5n"
 

@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text()
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "docs/unverified.md",
-    "serving/README.md", "pulumi_vertex/README.md",
+    "serving/README.md", "training/README.md", "pulumi_vertex/README.md",
 )  # fmt: skip
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 

@@ -1,10 +1,11 @@
-"""Income over 50,000 dollars a year from the UCI Adult table: a wide and deep network.
+"""Predicts from the UCI Adult table whether a person earns over 50,000 dollars a year, with a wide and deep network.
 
     python -m training.census --job-dir output --train-files adult.data --eval-files adult.test --train-steps 2000
 
-Wide (Cheng et al., https://arxiv.org/abs/1606.07792): a weight for each category and for each crossing of some, which
-remembers exceptions. Deep: embeddings of the categories beside the numeric columns, which generalises. Their logits
-are added. Read from top to bottom: columns, records, network, training, export.
+The logit is the sum of two parts (Cheng et al., https://arxiv.org/abs/1606.07792). The wide part has a weight for each
+category and for each combination of some categories; it memorises exceptions. The deep part is a network on embeddings
+of the categories and on the numeric columns; it generalises. The file goes from columns over records and network to
+training and export.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from serving.exported.model_contract import Category, Contract, Input, Labels, N
 from training import common
 from training.export import export
 
-# The columns of the file, in order: https://archive.ics.uci.edu/dataset/2/adult. The names are those of the requests
-# that older guides send. fnlwgt says how many people of the census a record stands for and nothing about the person.
+# https://archive.ics.uci.edu/dataset/2/adult, with the column names of the requests that older guides send. fnlwgt is
+# the number of people for whom a record stands; it says nothing about the person.
 NUMBERS = ("age", "education_num", "capital_gain", "capital_loss", "hours_per_week")
 CATEGORIES = (
     "workclass", "education", "marital_status", "occupation", "relationship", "race", "gender", "native_country",
@@ -39,15 +39,15 @@ COLUMNS = (
 )  # fmt: skip
 IGNORED = ("fnlwgt", "income_bracket")
 CLASSES = ("<=50K", ">50K")
-HEAVY_TAILED = ("capital_gain", "capital_loss")  # most are 0, some are 99,999: the network gets their logarithm
-AGES = (18, 25, 30, 35, 40, 45, 50, 55, 60, 65)  # lower ends of the age groups that are crossed
+HEAVY_TAILED = ("capital_gain", "capital_loss")  # most are 0 and some are 99,999, so the network gets log(1 + x)
+AGES = (18, 25, 30, 35, 40, 45, 50, 55, 60, 65)  # lower bounds of the age groups in combinations
 CROSSINGS = (("education", "occupation"), ("native_country", "occupation"), ("age", "education", "occupation"),
              ("marital_status", "occupation"))  # fmt: skip
 
 
 @dataclass
 class Table:
-    """Records: numbers [n, 5] float32, categories [n, 8] int64 as places in the vocabulary, labels [n] float32."""
+    """Records: numbers [n, 5] float32, categories [n, 8] int64 (indices of the vocabularies), labels [n] float32."""
 
     numbers: Tensor
     categories: Tensor
@@ -58,30 +58,37 @@ class Table:
 
 
 def read_records(files: Sequence[str], bad: common.BadRecords) -> list[dict[str, str]]:
-    """The records of files as columns and texts. Blank lines and comments (`|…`) are none."""
+    """Returns the records of files as texts by column. Blank lines and comments (`|…`) are skipped.
+
+    Each line is parsed alone, so that a stray quotation mark breaks one record and not the rest of the file.
+    """
     records = []
     for file in map(common.local_path, files):
-        try:
-            with file.open(newline="", encoding="utf-8", errors="replace") as opened:
-                for line, fields in enumerate(csv.reader(opened, skipinitialspace=True), 1):
-                    if not fields or fields[0].startswith("|"):
-                        continue
-                    # The file of test records ends its labels with a full stop.
-                    record = dict(zip(COLUMNS, (one.strip() for one in fields), strict=False))
-                    record["income_bracket"] = record.get("income_bracket", "").rstrip(".")
-                    if why := why_broken(record, len(fields)):
-                        bad.add(file, line, why)
-                    else:
-                        records.append(record)
-        except OSError as error:
-            raise common.UsageError(f"{file} cannot be read: {error.strerror}") from None
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            for number, line in enumerate(opened, 1):
+                if not line.strip() or line.startswith("|"):
+                    continue
+                try:
+                    fields = [one.strip() for one in next(csv.reader([line], skipinitialspace=True, strict=True))]
+                except csv.Error as error:
+                    bad.add(file, number, str(error))
+                    continue
+                record = dict(zip(COLUMNS, fields, strict=False))
+                # The published file of test records ends its labels with a full stop.
+                record["income_bracket"] = record.get("income_bracket", "").rstrip(".")
+                if why := why_broken(record, len(fields)):
+                    bad.add(file, number, why)
+                else:
+                    records.append(record)
     return records
 
 
 def why_broken(record: dict[str, str], fields: int) -> str:
-    """What is wrong with a record, or ""."""
+    """Returns the defect of a record, or ""."""
     if fields != len(COLUMNS):
-        return f"{fields} fields, not {len(COLUMNS)}"
+        return f"it has {fields} fields, not {len(COLUMNS)}"
+    if broken := [name for name, value in record.items() if "\ufffd" in value]:
+        return f"{broken[0]} is not UTF-8"
     for name in NUMBERS:
         try:
             number = float(record[name])
@@ -95,16 +102,12 @@ def why_broken(record: dict[str, str], fields: int) -> str:
 
 
 def vocabularies(records: Sequence[dict[str, str]]) -> list[Category]:
-    """The categories of each column, the most frequent first. What is not known ("?") has the place 0."""
-    found = []
-    for name in CATEGORIES:
-        counts = Counter(record[name] for record in records)
-        counts.pop("?", None)
-        found.append(Category(name, tuple(sorted(counts, key=lambda text, counts=counts: (-counts[text], text)))))  # type: ignore[misc]
-    return found
+    """Returns the values of each categorical column in alphabetical order. Unknown values ("?") get the index 0."""
+    return [Category(name, tuple(sorted({record[name] for record in records} - {"?", ""}))) for name in CATEGORIES]
 
 
 def as_table(records: Sequence[dict[str, str]], categories: Sequence[Category]) -> Table:
+    """Returns records as tensors."""
     return Table(
         torch.tensor([[float(record[name]) for name in NUMBERS] for record in records], dtype=torch.float32),
         torch.tensor([[one.index(record[one.name]) for one in categories] for record in records]),
@@ -113,7 +116,7 @@ def as_table(records: Sequence[dict[str, str]], categories: Sequence[Category]) 
 
 
 def scaled(numbers: Tensor) -> Tensor:
-    """The numeric columns with the heavy tails drawn in."""
+    """Returns the numeric columns [n, 5] with those of HEAVY_TAILED as log(1 + x)."""
     columns = [
         column.log1p() if name in HEAVY_TAILED else column
         for name, column in zip(NUMBERS, numbers.unbind(1), strict=True)
@@ -122,14 +125,14 @@ def scaled(numbers: Tensor) -> Tensor:
 
 
 class WideAndDeep(nn.Module):
-    """numbers [n, 5], categories [n, 8] → logits [n]. Everything between a record and its logit is in here."""
+    """Maps numbers [n, 5] and categories [n, 8] to logits [n], the scaling of the numbers included."""
 
     mean: Tensor
     deviation: Tensor
     ages: Tensor
 
     def __init__(self, sizes: dict[str, int], embedding: int, hidden: Sequence[int], dropout: float) -> None:
-        """sizes: number of values of each category, that of "not known" included."""
+        """sizes: the number of values of each categorical column, the unknown value included."""
         super().__init__()
         self.sizes = sizes | {"age": len(AGES) + 1}
         self.register_buffer("ages", torch.tensor(AGES, dtype=torch.float32))
@@ -147,17 +150,18 @@ class WideAndDeep(nn.Module):
         )
 
     def crossed(self) -> list[tuple[str, ...]]:
-        """What has wide weights: each category, the age group, and the crossings."""
+        """Returns the column groups with weights in the wide part: each category, the age group, and CROSSINGS."""
         return [*((name,) for name in CATEGORIES), ("age",), *CROSSINGS]
 
     def combinations(self, names: Sequence[str]) -> int:
         return math.prod(self.sizes[name] for name in names)
 
     def fit_scale(self, numbers: Tensor) -> None:
-        """Takes mean and standard deviation from the training records."""
+        """Sets mean and standard deviation of the scaling from the training records."""
         columns = scaled(numbers)
         self.mean.copy_(columns.mean(0))
-        self.deviation.copy_(columns.std(0).clamp_min(1e-6))
+        deviation = columns.std(0)
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1))  # 0 for a column with one value
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
         columns = dict(zip(CATEGORIES, categories.unbind(1), strict=True))
@@ -175,9 +179,12 @@ class WideAndDeep(nn.Module):
 
 
 def auc(scores: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Area under the ROC curve: the chance that a positive record scores above a negative one, ties counting half."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    """Returns the area under the ROC curve: the probability that a positive record scores above a negative one.
+
+    Ties count half. The value comes from the ranks (Mann and Whitney); it is NaN if a class is absent.
+    """
+    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]
     positive = int(labels.sum())
     negative = len(labels) - positive
     if not positive or not negative:
@@ -186,7 +193,7 @@ def auc(scores: NDArray[Any], labels: NDArray[Any]) -> float:
 
 
 def evaluate(model: WideAndDeep, table: Table, device: torch.device, records: int) -> dict[str, float]:
-    """Accuracy, AUC and loss on the first records of a table."""
+    """Returns accuracy, AUC and loss on the first records of a table."""
     model.eval()
     with torch.no_grad():
         logits = torch.cat(
@@ -199,22 +206,23 @@ def evaluate(model: WideAndDeep, table: Table, device: torch.device, records: in
         )
     model.train()
     labels = table.labels[:records]
-    return {
+    found = {
         "accuracy": float(((logits > 0) == (labels > 0)).float().mean()),
         "auc": auc(logits.numpy(), labels.numpy()),
         "eval_loss": float(F.binary_cross_entropy_with_logits(logits, labels)),
     }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 class Served(nn.Module):
-    """The network as it is served: a tensor [n] for each column, answers as the older guides' census model gave."""
+    """The network with the inputs and outputs of the older guides' census model: a tensor [n] for each column."""
 
     def __init__(self, model: WideAndDeep) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *columns: Tensor) -> tuple[Tensor, ...]:
-        """The columns of NUMBERS, then those of CATEGORIES → class ids, logistic, logits, probabilities."""
+        """Maps the columns of NUMBERS and CATEGORIES to class ids, logistic, logits and probabilities, each [n, …]."""
         numbers = torch.stack(columns[: len(NUMBERS)], 1)
         logits = self.model(numbers, torch.stack(columns[len(NUMBERS) :], 1))[:, None]
         logistic = logits.sigmoid()
@@ -222,6 +230,7 @@ class Served(nn.Module):
 
 
 def contract(categories: Sequence[Category], metrics: dict[str, float], origin: dict[str, object]) -> Contract:
+    """Returns the contract, to which `export` adds the program's SHA-256 and the examples."""
     inputs: list[Input] = [Number(name, minimum=0) for name in NUMBERS]
     return Contract(
         name="census",
@@ -242,18 +251,8 @@ def contract(categories: Sequence[Category], metrics: dict[str, float], origin: 
 
 
 def instance(record: dict[str, str]) -> dict[str, object]:
-    """A record as a JSON instance."""
+    """Returns a record as a JSON instance."""
     return {name: float(record[name]) for name in NUMBERS} | {name: record[name] for name in CATEGORIES}
-
-
-def published(name: str) -> list[str]:
-    """The published file, fetched where it is not here yet."""
-    from headcount.data import DataError, fetch
-
-    try:
-        return [str(fetch(name))]
-    except DataError as error:
-        raise common.UsageError(str(error)) from None
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -265,11 +264,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--eval-steps", type=common.whole, help="batches to evaluate (all records)")
     parser.add_argument("--eval-every", type=common.whole, default=500, help="steps between evaluations (%(default)s)")
     parser.add_argument("--train-batch-size", type=common.whole, default=256, help="records a step (%(default)s)")
-    parser.add_argument("--eval-batch-size", type=common.whole, default=100, help="records a step (%(default)s)")
+    parser.add_argument(
+        "--eval-batch-size", type=common.whole, default=100, help="records an evaluation step (%(default)s)"
+    )
     parser.add_argument("--learning-rate", type=common.positive, default=0.005, help="at its peak (%(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=2e-4, help="rare crossings need it (%(default)s)")
-    parser.add_argument("--embedding-size", type=common.whole, default=8, help="of a category (%(default)s)")
-    parser.add_argument("--hidden", type=common.whole, nargs="+", default=[100, 50], help="units of the deep layers")
+    parser.add_argument(
+        "--weight-decay", type=float, default=2e-4, help="keeps weights of rare combinations small (%(default)s)"
+    )
+    parser.add_argument("--embedding-size", type=common.whole, default=8, help="numbers for a category (%(default)s)")
+    parser.add_argument(
+        "--hidden", type=common.whole, nargs="+", default=[100, 50], help="units of the deep layers (100 50)"
+    )
     parser.add_argument("--dropout", type=common.fraction, default=0.1, help="in the deep layers (%(default)s)")
     return common.parse(parser, argv)
 
@@ -282,11 +287,11 @@ def main(argv: Sequence[str]) -> None:
 
 def train(arguments: argparse.Namespace, run: common.Run) -> None:
     bad = common.BadRecords(arguments.on_bad_record)
-    records = read_records(arguments.train_files or published("adult.data"), bad)
-    eval_records = read_records(arguments.eval_files or published("adult.test"), bad)
+    records = read_records(arguments.train_files or [str(common.published("adult.data"))], bad)
+    eval_records = read_records(arguments.eval_files or [str(common.published("adult.test"))], bad)
     bad.close(run)
     if len(records) < 2 or not eval_records:
-        raise common.UsageError("there are no records to train with, or none to evaluate with")
+        raise common.UsageError(f"{len(records)} records to train with and {len(eval_records)} to evaluate: too few")
     categories = vocabularies(records)
     table, eval_table = as_table(records, categories), as_table(eval_records, categories)
 
@@ -325,11 +330,7 @@ def train(arguments: argparse.Namespace, run: common.Run) -> None:
         origin = {"workload": "census", "records": len(table), "skipped": bad.count, "options": run.identity}
         examples = [instance(record) for record in eval_records[:2]] + [instance(records[0])]
         export(Served(model), contract(categories, metrics, origin), examples, run.folders.model)
-        run.say(
-            f"accuracy {metrics['accuracy']:.4f}, AUC {metrics['auc']:.4f} on {min(evaluated, len(eval_table))} "
-            f"records; {bad.count} skipped; the model is in {run.folders.model}",
-            {**metrics, "skipped": bad.count, "model": str(run.folders.model)},
-        )
+        run.say_result(metrics, bad.count)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the workloads share: the folders of a run, its checkpoints, its log, its processes, and broken records."""
+"""Shared by the workloads: the folders of a run, its checkpoints, its log, its processes, and broken records."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -28,28 +29,32 @@ from tqdm import tqdm
 # Where a training container of Vertex AI finds Cloud Storage:
 # https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system
 GCS = Path("/gcs")
-KEPT_CHECKPOINTS = 2  # the newest may be broken where a file system cannot rename a file in one step
+KEPT_CHECKPOINTS = 2  # a file system that cannot rename in one step may leave the newest one broken
 SHOWN_BAD_RECORDS = 10
 
 
 class UsageError(Exception):
-    """A run cannot start or go on; the message says how to repair it."""
+    """A run cannot start or continue; the message says how to repair it."""
 
 
 def local_path(text: str) -> Path:
-    """The path of a file or folder; `gs://bucket/name` is `/gcs/bucket/name`. Raises UsageError without /gcs."""
+    """Returns the path of a file or folder: `gs://bucket/name` becomes `/gcs/bucket/name`.
+
+    Raises UsageError for gs:// where /gcs is not mounted.
+    """
     if not text.startswith("gs://"):
         return Path(text).expanduser()
     if not GCS.is_dir():
         raise UsageError(
-            f"{text} is reached through {GCS}, which Vertex AI mounts and this machine lacks; copy it here"
+            f"{text} is read through {GCS}, which Vertex AI mounts and this machine does not have; copy it here first: "
+            f"gcloud storage cp -r {text} ."
         )
     return GCS / text.removeprefix("gs://")
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run writes: the model that it ends with, its checkpoints, and TensorBoard's files."""
+    """The folders that a run writes: the exported model, the checkpoints, and TensorBoard's files."""
 
     model: Path
     checkpoints: Path
@@ -57,10 +62,10 @@ class Folders:
 
     @classmethod
     def choose(cls, job_dir: str | None, environment: Mapping[str, str] = os.environ) -> Folders:
-        """Vertex AI's variables come first, because all trials of a study are given the same --job-dir.
+        """Returns the folders that Vertex AI's variables name, or else those below --job-dir.
 
-        https://cloud.google.com/vertex-ai/docs/training/code-requirements. Raises UsageError where neither says a
-        folder.
+        The variables take precedence because all trials of a tuning get the same --job-dir:
+        https://cloud.google.com/vertex-ai/docs/training/code-requirements. Raises UsageError if both are absent.
         """
 
         def folder(variable: str, name: str) -> Path:
@@ -68,7 +73,7 @@ class Folders:
                 return local_path(text)
             if job_dir:
                 return local_path(job_dir) / name
-            raise UsageError("give --job-dir DIR (on Vertex AI: set baseOutputDirectory), the folder for the results")
+            raise UsageError("give --job-dir DIR, the folder for the results (on Vertex AI, set baseOutputDirectory)")
 
         return cls(
             folder("AIP_MODEL_DIR", "model"),
@@ -78,21 +83,23 @@ class Folders:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, checkpoint_every: int) -> None:
-    """The options that every workload has."""
+    """Adds the options that every workload has."""
     parser.add_argument(
         "--job-dir", metavar="DIR", help="folder for model/, checkpoints/ and logs/; gs:// on Vertex AI"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (0)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (%(default)s)")
     parser.add_argument(
-        "--checkpoint-every", type=int, default=checkpoint_every, metavar="N", help="steps (%(default)s)"
+        "--checkpoint-every",
+        type=whole,
+        default=checkpoint_every,
+        metavar="N",
+        help="steps between checkpoints (%(default)s)",
     )
-    parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoints there are")
-    parser.add_argument(
-        "--on-bad-record", choices=("fail", "skip"), default="fail", help="what to do about broken records (fail)"
-    )
+    parser.add_argument("--fresh", action="store_true", help="start over and ignore existing checkpoints")
+    parser.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="(%(default)s)")
 
 
-# Options that change no weight, or that say where the data is, whose content is compared instead.
+# Options that do not change the weights. Those that name data do, but there the content is compared instead.
 NOT_RESULTS = (
     "job_dir",
     "checkpoint_every",
@@ -106,41 +113,41 @@ NOT_RESULTS = (
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """`--learning_rate=0.1` is `--learning-rate 0.1`: a study names its parameters so, and Vertex AI passes them on."""
+    """Parses the options. A tuning may name a parameter learning_rate and pass `--learning_rate=0.1`."""
     return parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv])
 
 
 def whole(text: str) -> int:
-    """A whole number of at least 1, for argparse. A study may write 64 as 64.0."""
-    if float(text) != int(float(text)) or float(text) < 1:
+    """Returns a whole number of at least 1, for argparse. A tuning may write 64 as 64.0."""
+    if not float(text).is_integer() or float(text) < 1:
         raise ValueError
     return int(float(text))
 
 
 def fraction(text: str) -> float:
-    """A number of [0, 1), for argparse."""
+    """Returns a number of at least 0 and below 1, for argparse."""
     if not 0 <= float(text) < 1:
         raise ValueError
     return float(text)
 
 
 def positive(text: str) -> float:
-    """A finite number above 0, for argparse."""
+    """Returns a finite number above 0, for argparse."""
     if not 0 < float(text) < float("inf"):
         raise ValueError
     return float(text)
 
 
 def seed_for(*numbers: int) -> int:
-    """32 bits that depend on all the numbers: torch's generators of a CPU look at no more."""
+    """Returns a seed of 32 bits that depends on all the numbers; torch's CPU generator uses no more bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def batch_at(step: int, batch: int, records: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Indices of the records of one step, shape [batch].
+    """Returns the indices of the records of one step, shape [batch].
 
-    Epochs follow each other without a gap, each a permutation of all records. Only the step and the seed decide, so a
-    run that starts in the middle needs no history.
+    Each epoch is a permutation of all records, and a batch may span two epochs. The result depends on the step and the
+    seed alone, so that a resumed run needs no history.
     """
     positions = np.arange(step * batch, (step + 1) * batch)
     found = np.empty(batch, np.int64)
@@ -156,7 +163,7 @@ def _permutation(records: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtyp
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """Rises to the peak over a twentieth of the steps, then falls to zero in a straight line."""
+    """Returns the learning rate: it rises to the peak over a twentieth of the steps and then falls linearly to zero."""
     warm = max(1, steps // 20)
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
@@ -167,42 +174,52 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def data_sha256(arrays: Iterable[Tensor]) -> str:
-    """SHA-256 over the bytes of tensors: two runs with the same one see the same data."""
+    """Returns the SHA-256 over the bytes of tensors, by which a resumed run recognises its data."""
     digest = hashlib.sha256()
     for one in arrays:
         digest.update(one.contiguous().numpy().data)
     return digest.hexdigest()
 
 
+def published(name: str) -> Path:
+    """Returns the path of a file of `headcount.data`, which is fetched if it is absent. Raises UsageError."""
+    from headcount.data import DataError, fetch
+
+    try:
+        return fetch(name)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+
+
 @dataclass
 class BadRecords:
-    """The broken records of a run's files, with their places. policy: fail or skip."""
+    """Collects the broken records of a run's files with file and line. policy: fail or skip."""
 
     policy: str
     count: int = 0
     shown: list[str] = field(default_factory=list)
 
     def add(self, file: Path, line: int, why: str) -> None:
-        """line: from 1; for a file of fixed-size records, the number of the record."""
+        """line: counted from 1; in a file of fixed-size records, the number of the record."""
         self.count += 1
         if len(self.shown) < SHOWN_BAD_RECORDS:
             self.shown.append(f"{file}:{line}: {why}")
 
     def close(self, run: Run) -> None:
-        """Logs the broken records where they are skipped. Raises UsageError where they are not."""
+        """Logs the broken records if they are skipped, else raises UsageError."""
         more = [f"… and {self.count - len(self.shown)} more"] if self.count > len(self.shown) else []
         if self.count and self.policy == "fail":
-            remedy = "repair them, or skip them with --on-bad-record skip"
-            raise UsageError("\n".join([f"{self.count} broken records; {remedy}:", *self.shown, *more]))
+            remedy = "repair them, or use --on-bad-record skip"
+            raise UsageError("\n".join([f"broken records: {self.count}; {remedy}:", *self.shown, *more]))
         for line in self.shown + more:
             run.say(f"skipped {line}", severity="WARNING")
 
 
 class Run:
-    """One process of a training run: its device, its part of the work, its log and its checkpoints.
+    """One process of a training run: its device, its share of each batch, its log and its checkpoints.
 
-    `torchrun` starts several processes; each holds a copy of the model and a share of each batch, and the first, the
-    chief, alone writes. The same code runs on a GPU if there is one (HEADCOUNT_ACCELERATOR=cpu leaves it alone).
+    `torchrun` starts several processes. Each has a copy of the model and takes a share of each batch; only the first,
+    the chief, writes files and logs. A GPU is used if there is one and HEADCOUNT_ACCELERATOR is not "cpu".
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -212,11 +229,13 @@ class Run:
         self.rank, self.processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         gpu = torch.cuda.is_available() and os.environ.get("HEADCOUNT_ACCELERATOR") != "cpu"
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-        if self.processes > 1 and not torch.distributed.is_initialized():
+        if gpu:
+            torch.cuda.set_device(self.device)
+        if self.processes > 1:
             torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        # On a GPU some of torch's operations have no deterministic form: it names them in a warning.
+        # On a GPU some of torch's operations have no deterministic form; torch warns of those.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=gpu)
+        torch.set_deterministic_debug_mode("warn" if gpu else "error")
         torch.manual_seed(seed_for(self.seed))
         self.terminal = sys.stdout.isatty()
         self._bar: tqdm[int] | None = None
@@ -227,17 +246,17 @@ class Run:
         return self.rank == 0
 
     def share(self, batch: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """This process's part of a batch, as large as every other process's."""
+        """Returns this process's share of a batch. All shares have the same size, so that gradients average rightly."""
         if len(batch) % self.processes:
-            raise UsageError(f"a batch of {len(batch)} cannot be shared evenly by {self.processes} processes")
+            raise UsageError(f"--train-batch-size {len(batch)} must be a multiple of {self.processes} processes")
         return batch[self.rank :: self.processes]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model that averages its gradients over all processes."""
+        """Returns the model, wrapped so that its gradients are averaged over all processes."""
         return DistributedDataParallel(model) if self.processes > 1 else model
 
     def agree(self, value: float) -> float:
-        """The chief's value, in every process."""
+        """Returns the chief's value in every process."""
         if self.processes > 1:
             told = torch.tensor([value], dtype=torch.float64, device=self.device)
             torch.distributed.broadcast(told, 0)
@@ -245,12 +264,13 @@ class Run:
         return value
 
     def steps(self, first: int, last: int) -> Iterator[int]:
-        """The steps that are left, with a progress bar on a terminal.
+        """Yields the remaining steps and shows a progress bar on a terminal.
 
-        What torch draws at random in a step depends on the seed, the step and the process, not on the steps before.
+        Random numbers that torch draws in a step depend on the seed, the step and the process, and not on earlier
+        steps.
         """
         if first:
-            self.say(f"goes on after step {first} of {last}", {"step": first})
+            self.say(f"resumed after step {first} of {last}", {"step": first})
         with tqdm(total=last, initial=first, disable=not (self.terminal and self.is_chief), leave=False) as self._bar:
             for step in range(first, last):
                 torch.manual_seed(seed_for(self.seed, step, self.rank))
@@ -259,7 +279,7 @@ class Run:
         self._bar = None
 
     def say(self, message: str, values: Mapping[str, object] | None = None, severity: str = "INFO") -> None:
-        """A line for people on a terminal; elsewhere one of JSON with values, as Cloud Logging reads it."""
+        """Prints the message on a terminal, and elsewhere a line of JSON with the values, as Cloud Logging reads it."""
         if not self.is_chief:
             return
         if self.terminal:
@@ -269,10 +289,12 @@ class Run:
             print(json.dumps({"time": now, "severity": severity, "message": message, **(values or {})}), flush=True)
 
     def report(self, step: int, **values: float) -> None:
-        """Figures after a step, into the log and into TensorBoard."""
+        """Writes the figures after a step into the log and for TensorBoard. Raises UsageError if the loss diverged."""
+        if not math.isfinite(values.get("loss", 0)):
+            raise UsageError(f"the loss is {values['loss']} at step {step}; use a lower --learning-rate")
         if not self.is_chief:
             return
-        if self._writer is None:  # figures after the checkpoint were written by a run that was killed: hide them
+        if self._writer is None:  # hides the figures that a killed run wrote after its last checkpoint
             self._writer = SummaryWriter(str(self.folders.logs), purge_step=step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
@@ -282,8 +304,14 @@ class Run:
         else:
             self.say(f"step {step}: {text}", {"step": step, **values})
 
+    def say_result(self, metrics: Mapping[str, float], skipped: int) -> None:
+        """Prints the last line of a run: its figures, the number of skipped records, and the folder of the model."""
+        text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+        values = {**metrics, "skipped": skipped, "model": str(self.folders.model)}
+        self.say(f"{text}; broken records skipped: {skipped}; the model is in {self.folders.model}", values)
+
     def report_trial(self, step: int, **values: float) -> None:
-        """Tells a tuning job its trial's figures, where this run is a trial."""
+        """Reports the figures to the tuning if this run is one of its trials."""
         if self.is_chief and {"CLOUD_ML_TRIAL_ID", "CLOUD_ML_HP_METRIC_FILE"} & set(os.environ):
             import hypertune
 
@@ -291,7 +319,7 @@ class Run:
                 hypertune.HyperTune().report_hyperparameter_tuning_metric(name, value, step)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Writes the state after a number of steps. A kill at any moment leaves the one before."""
+        """Writes a checkpoint of the state after `step` steps. A kill at any moment leaves the one before intact."""
         if not self.is_chief:
             return
         if self._writer is not None:
@@ -308,10 +336,10 @@ class Run:
             old.unlink()
 
     def restore(self, **data: str) -> tuple[int, dict[str, Any]]:
-        """The steps done and the state of the newest checkpoint that can be read; 0 and {} without one.
+        """Returns the number of steps done and the state of the newest readable checkpoint, or 0 and {}.
 
-        data: what besides the options decides the result, such as the SHA-256 of the training data. Raises UsageError
-        if the checkpoint is of another run.
+        data: values that decide the result besides the options, such as the SHA-256 of the training data. Raises
+        UsageError if the checkpoint belongs to a run with other options or data.
         """
         self.identity |= data
         files = [] if self.fresh else sorted(self.folders.checkpoints.glob("step-*.pt"), reverse=True)
@@ -320,14 +348,15 @@ class Run:
                 saved = torch.load(file, map_location=self.device, weights_only=True)
                 step, identity, state = int(saved["step"]), saved["identity"], dict(saved["state"])
             except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
-                self.say(f"{file} cannot be read and is passed over: {error}", severity="WARNING")
+                self.say(f"{file} cannot be read and is ignored: {error}", severity="WARNING")
                 continue
             if identity != self.identity:
                 names = sorted({*identity, *self.identity})
                 both = [(name, identity.get(name, "absent"), self.identity.get(name, "absent")) for name in names]
                 other = ", ".join(f"{name} {was} is now {now}" for name, was, now in both if was != now)
                 raise UsageError(
-                    f"{file} is of another run ({other}); give another --job-dir, or --fresh to start over in this one"
+                    f"{file} belongs to a run with other settings ({other}); give another --job-dir, or --fresh to "
+                    "start over in this one"
                 )
             return step, state
         if self.is_chief:
@@ -352,12 +381,17 @@ def run_of(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def command(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a workload as a command: errors of use in words, exit code 2; 130 after Ctrl-C."""
+    """Runs a workload as a command. The exit code is 2 after an error that the user can repair, 130 after Ctrl-C."""
     try:
         main(sys.argv[1:])
     except UsageError as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{Path(sys.argv[0]).stem}: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,10 +1,10 @@
-"""Handwritten digits (MNIST): a linear model, a deep one, a convolutional one, or a backbone of torchvision.
+"""Recognises handwritten digits (MNIST) with a linear model, a deep one, a CNN, or a backbone of torchvision.
 
     python -m training.digits --job-dir output --model cnn --batch-norm --train-steps 2000
 
-Its options also make the experiments: few labels (--labels-per-class), augmentation (--augment), and transfer from a
-network that was trained on other classes (--classes, --init-from). Read from top to bottom: records, networks,
-augmentation, training, export.
+Options for experiments: few labels (--labels-per-class), augmentation (--augment), and transfer from a network that was
+trained on other classes (--classes, --init-from). The file goes from records over networks and augmentation to training
+and export.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FILES = {  # as MNIST is published
 }
 MODELS = ("linear", "dnn", "dnn_dropout", "cnn", "resnet18")
 AUGMENTATIONS = ("crop", "flip", "brightness", "contrast")
-SYMMETRIC = (0, 1, 8)  # the mirror image of any other digit is no digit
+SYMMETRIC = (0, 1, 8)  # the mirror images of other digits are not digits
 
 
 @dataclass
 class Digits:
-    """Pictures [n, 28, 28] uint8 and their labels [n] int64, as places in the list of classes."""
+    """Pictures [n, 28, 28] uint8 and their labels [n] int64, which are indices of the list of classes."""
 
     pictures: Tensor
     labels: Tensor
@@ -47,42 +47,40 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def chosen(self, places: np.ndarray[Any, Any]) -> Digits:
-        return Digits(self.pictures[places], self.labels[places])
+    def chosen(self, indices: np.ndarray[Any, Any]) -> Digits:
+        return Digits(self.pictures[indices], self.labels[indices])
 
 
 def read_idx(file: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The records of a file of bytes in the idx format, gzipped or not; those that the file was cut off before, not.
+    """Returns the complete records of a file of bytes in the idx format (http://yann.lecun.com/exdb/mnist/).
 
-    shape: of one record. The format: http://yann.lecun.com/exdb/mnist/. Raises UsageError.
+    file: gzipped or not; if it is truncated, the last records are missing. shape: of one record. Raises UsageError.
     """
+    content = file.read_bytes()
     try:
-        content = file.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-    except OSError as error:
-        raise common.UsageError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (EOFError, zlib.error):
-        raise common.UsageError(f"{file} is cut off or damaged; fetch it again") from None
-    header = np.frombuffer(content[: 4 * (2 + len(shape))], ">i4")
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise common.UsageError(f"{file} is truncated or damaged; fetch it again") from None
+    header = np.frombuffer(content[: 4 * (2 + len(shape))].ljust(4 * (2 + len(shape)), b"\0"), ">i4")
     if header[:1] != 0x800 + 1 + len(shape) or tuple(header[2:]) != shape:
-        raise common.UsageError(f"{file} is no idx file of bytes with records of the shape {list(shape)}")
+        raise common.UsageError(f"{file} is not an idx file of bytes with records of the shape {list(shape)}")
     size = int(np.prod(shape))
     body = np.frombuffer(content, np.uint8, offset=header.nbytes)
     return body[: min(int(header[1]), len(body) // size) * size].reshape(-1, *shape)
 
 
 def read_digits(folder: Path | None, kind: str, bad: common.BadRecords) -> Digits:
-    """The digits of a folder with the published files, or as they are published, in an order of our own.
+    """Returns the digits of a folder with the four published files, or of fetched files, sorted by content.
 
-    MNIST is published in more than one order; ours makes the same run of each. A record is broken if its label is no
-    digit, or if only one of its files has it.
+    MNIST is published in several orders; sorting makes runs on all of them equal. A record is broken if its label is
+    not a digit, or if only one of the two files has it.
     """
-    files = [folder / name if folder else published(name) for name in FILES[kind]]
+    files = [folder / name if folder else common.published(name) for name in FILES[kind]]
     pictures, labels = read_idx(files[0], (SIDE, SIDE)), read_idx(files[1], ())
     whole = min(len(pictures), len(labels))
     for absent in range(whole, max(len(pictures), len(labels))):
-        bad.add(files[int(len(labels) <= absent)], absent + 1, "the record is absent")
+        bad.add(files[int(len(labels) <= absent)], absent + 1, "the record is missing")
     pictures, labels = pictures[:whole], labels[:whole]
     for record in np.flatnonzero(labels > 9):
         bad.add(files[1], int(record) + 1, f"the label is {labels[record]}, not a digit")
@@ -92,52 +90,42 @@ def read_digits(folder: Path | None, kind: str, bad: common.BadRecords) -> Digit
     return Digits(torch.from_numpy(pictures[order]), torch.from_numpy(labels[order].astype(np.int64)))
 
 
-def published(name: str) -> Path:
-    """The published file, fetched where it is not here yet."""
-    from headcount.data import DataError, fetch
-
-    try:
-        return fetch(name)
-    except DataError as error:
-        raise common.UsageError(str(error)) from None
-
-
 def of_classes(digits: Digits, classes: Sequence[int]) -> Digits:
-    """The digits of some classes, their labels as places in that list."""
-    place = torch.full((10,), -1)
-    place[classes] = torch.arange(len(classes))
-    labels = place[digits.labels]
+    """Returns the digits of some classes; their labels are indices of `classes`."""
+    index = torch.full((10,), -1)
+    index[classes] = torch.arange(len(classes))
+    labels = index[digits.labels]
     return Digits(digits.pictures[labels >= 0], labels[labels >= 0])
 
 
 def few_of_each(digits: Digits, count: int, seed: int) -> Digits:
-    """As many digits of each class, chosen at random."""
+    """Returns `count` digits of each class, chosen at random."""
     order = np.random.default_rng([seed, 1]).permutation(len(digits))
     labels = digits.labels.numpy()[order]
     return digits.chosen(np.concatenate([order[labels == label][:count] for label in np.unique(labels)]))
 
 
 def split(digits: Digits, count: int, seed: int) -> tuple[Digits, Digits]:
-    """All but a number of digits, and those, chosen at random."""
+    """Returns all digits but `count`, and those `count`, chosen at random."""
     order = np.random.default_rng([seed, 2]).permutation(len(digits))
     return digits.chosen(order[count:]), digits.chosen(order[:count])
 
 
 class Cnn(nn.Module):
-    """Convolutions, the first two followed by pooling, then a dense layer: pictures [n, 1, 28, 28] → logits."""
+    """Convolutions and a dense layer: pictures [n, 1, 28, 28] → logits. The first two convolutions are pooled."""
 
     def __init__(
         self, layers: Sequence[tuple[int, int]], dense: int, batch_norm: bool, dropout: float, classes: int
     ) -> None:
-        """layers: number and side of each convolution's filters."""
+        """layers: number of filters and kernel size of each convolution. dense: units of the dense layer."""
         super().__init__()
         features: list[nn.Module] = []
         channels, side = 1, SIDE
-        for place, (filters, kernel) in enumerate(layers):
+        for number, (filters, kernel) in enumerate(layers):
             features.append(nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=not batch_norm))
             features += [nn.BatchNorm2d(filters)] if batch_norm else []
             features.append(nn.ReLU())
-            if place < 2:
+            if number < 2:
                 features.append(nn.MaxPool2d(2))
                 side //= 2
             channels = filters
@@ -155,6 +143,7 @@ class Cnn(nn.Module):
 
 
 def dnn(units: Sequence[int], batch_norm: bool, dropout: float, classes: int) -> nn.Sequential:
+    """Dense layers: pictures [n, 1, 28, 28] → logits."""
     layers: list[nn.Module] = [nn.Flatten()]
     width = SIDE * SIDE
     for one in units:
@@ -168,13 +157,13 @@ def dnn(units: Sequence[int], batch_norm: bool, dropout: float, classes: int) ->
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet-18 with its weights from ImageNet and a new last layer."""
+    """torchvision's ResNet-18 with its ImageNet weights and a new last layer."""
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, classes: int) -> None:
-        """Raises UsageError where the weights cannot be had."""
+        """Fetches the weights if they are absent. Raises UsageError if that fails."""
         super().__init__()
         from torchvision.models import ResNet18_Weights, resnet18
 
@@ -193,7 +182,7 @@ class ResNet18(nn.Module):
         self.register_buffer("deviation", torch.tensor(preprocess.std)[:, None, None])
 
     def forward(self, pictures: Tensor) -> Tensor:
-        # Twice the size: of 28×28 pixels the last of its five halvings would leave one.
+        # Twice the size, because the network halves the sides five times.
         colour = F.interpolate(pictures, scale_factor=2.0, mode="bilinear").expand(-1, 3, -1, -1)
         logits: Tensor = self.network((colour - self.mean) / self.deviation)
         return logits
@@ -212,7 +201,7 @@ class Network(nn.Module):
 
 
 def build(arguments: argparse.Namespace) -> Network:
-    """The network that the options describe, with the weights at random that the seed gives."""
+    """Returns the network that the options describe, with random weights."""
     classes, norm = len(arguments.classes), arguments.batch_norm
     if arguments.model == "linear":
         return Network(nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, classes)))
@@ -226,7 +215,7 @@ def build(arguments: argparse.Namespace) -> Network:
 
 
 def take_weights(model: nn.Module, folder: Path) -> str:
-    """Takes the weights of a run's newest checkpoint, but for those whose shape differs: the last layer's.
+    """Loads the weights of a run's newest checkpoint, except those of the last layer if the classes differ in number.
 
     Returns the SHA-256 of the checkpoint. Raises UsageError.
     """
@@ -234,17 +223,19 @@ def take_weights(model: nn.Module, folder: Path) -> str:
         file = max((folder / "checkpoints").glob("step-*.pt"))
         state = torch.load(file, map_location="cpu", weights_only=True)["state"]["model"]
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise common.UsageError(f"{folder} has no checkpoint of a run of digits: {error}") from None
+        raise common.UsageError(f"{folder} has no checkpoint of a digits run: {error}") from None
     own = model.state_dict()
     fitting = {name: one for name, one in state.items() if name in own and own[name].shape == one.shape}
     if len(fitting) < len(own) - 2:
-        raise common.UsageError(f"{file} is of another network; train it with the same --model, --nfil1, --nfil2, …")
+        raise common.UsageError(
+            f"{file} belongs to another network; use the same --model, --batch-norm, --nfil1 and --nfil2"
+        )
     model.load_state_dict(own | fitting)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def augmentation(names: Sequence[str], classes: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of pictures [n, 28, 28] uint8 and labels [n] that changes each picture at random."""
+    """Returns a function that takes pictures [n, 28, 28] uint8 and labels [n] and changes each picture at random."""
     from torchvision.transforms import v2
 
     steps: list[nn.Module] = []
@@ -258,7 +249,7 @@ def augmentation(names: Sequence[str], classes: Sequence[int]) -> Callable[[Tens
     flip = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
 
     def augment(pictures: Tensor, labels: Tensor) -> Tensor:
-        # One by one, because a transform draws once for all that it is given.
+        # One by one, because a transform draws one set of random parameters for all pictures that it gets.
         changed = []
         for picture, label in zip(pictures.unsqueeze(1), labels.tolist(), strict=True):
             one = change(picture)
@@ -269,7 +260,7 @@ def augmentation(names: Sequence[str], classes: Sequence[int]) -> Callable[[Tens
 
 
 def accuracy(model: nn.Module, digits: Digits, device: torch.device) -> float:
-    """The share of digits that are recognised."""
+    """Returns the fraction of digits that are recognised."""
     model.eval()
     right = 0
     with torch.no_grad():
@@ -280,7 +271,7 @@ def accuracy(model: nn.Module, digits: Digits, device: torch.device) -> float:
 
 
 class Served(nn.Module):
-    """The network as it is served: pictures [n, 28, 28] uint8 → class ids, logits, probabilities."""
+    """The served network: pictures [n, 28, 28] uint8 → class ids [n, 1], logits and probabilities [n, classes]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -292,6 +283,7 @@ class Served(nn.Module):
 
 
 def contract(classes: Sequence[int], metrics: dict[str, float], origin: dict[str, object]) -> Contract:
+    """Returns the contract, to which `export` adds the program's SHA-256 and the examples."""
     return Contract(
         name="digits",
         sha256="",
@@ -312,12 +304,13 @@ def export_digits(
     model: nn.Module, digits: Digits, classes: Sequence[int], metrics: dict[str, float], origin: dict[str, object],
     folder: Path,
 ) -> None:  # fmt: skip
+    """Exports the network; two of the digits become examples of the contract."""
     instances = [{"image": picture.tolist()} for picture in digits.pictures[:: max(1, len(digits) // 2)][:2]]
     export(Served(model), contract(classes, metrics, origin), instances, folder)
 
 
 def some_classes(text: str) -> list[int]:
-    """ "01234" → [0, 1, 2, 3, 4], for argparse."""
+    """Returns [0, 1, 2, 3, 4] for "01234", for argparse."""
     classes = sorted({int(one) for one in text})
     if len(classes) < 2:
         raise ValueError
@@ -325,7 +318,7 @@ def some_classes(text: str) -> list[int]:
 
 
 def some_augmentations(text: str) -> list[str]:
-    """ "crop,contrast" → ["contrast", "crop"], for argparse."""
+    """Returns ["contrast", "crop"] for "crop,contrast", for argparse."""
     names = sorted({one for one in text.split(",") if one})
     if set(names) - set(AUGMENTATIONS):
         raise ValueError
@@ -335,9 +328,9 @@ def some_augmentations(text: str) -> list[str]:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="digits", description=__doc__.partition("\n")[0])
     common.add_arguments(parser, checkpoint_every=200)
-    parser.add_argument("--data-dir", metavar="DIR", help="folder with MNIST's four files (fetched where absent)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with MNIST's four files (fetched)")
     parser.add_argument("--model", choices=MODELS, default="cnn", help="(%(default)s)")
-    parser.add_argument("--batch-norm", action="store_true", help="normalise after each layer but the last")
+    parser.add_argument("--batch-norm", action="store_true", help="normalise after each layer except the last")
     parser.add_argument("--train-steps", type=common.whole, default=2000, help="batches to train (%(default)s)")
     parser.add_argument("--eval-every", type=common.whole, default=500, help="steps between evaluations (%(default)s)")
     parser.add_argument("--train-batch-size", type=common.whole, default=128, help="digits a step (%(default)s)")
@@ -346,14 +339,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nfil2", type=common.whole, default=20, help="filters of the second layer (%(default)s)")
     parser.add_argument("--dprob", type=common.fraction, default=0.25, help="dropout (%(default)s)")
     parser.add_argument(
-        "--augment", type=some_augmentations, default=[], metavar="LIST", help=f"of {','.join(AUGMENTATIONS)}"
+        "--augment", type=some_augmentations, default=[], metavar="LIST", help=f"some of {','.join(AUGMENTATIONS)}"
     )
     parser.add_argument("--classes", type=some_classes, default=list(range(10)), metavar="0123456789", help="digits")
-    parser.add_argument("--labels-per-class", type=common.whole, metavar="N", help="train with so many of each (all)")
     parser.add_argument(
-        "--holdout", type=common.whole, metavar="N", help="evaluate on so many training digits, not on the test set"
+        "--labels-per-class", type=common.whole, metavar="N", help="digits of each class to train with (all)"
     )
-    parser.add_argument("--init-from", metavar="DIR", help="job-dir of a run whose weights to start from")
+    parser.add_argument(
+        "--holdout", type=common.whole, metavar="N", help="evaluate on N training digits instead of the test set"
+    )
+    parser.add_argument("--init-from", metavar="DIR", help="start from the weights of the run with this --job-dir")
     return common.parse(parser, argv)
 
 
@@ -375,7 +370,7 @@ def train(arguments: argparse.Namespace, run: common.Run) -> None:
     if arguments.labels_per_class:
         digits = few_of_each(digits, arguments.labels_per_class, run.seed)
     if len(digits) < 2 or len(eval_digits) < 2:
-        raise common.UsageError("there are no digits to train with, or none to evaluate with")
+        raise common.UsageError(f"{len(digits)} digits to train with and {len(eval_digits)} to evaluate: too few")
 
     model = build(arguments)
     initial = take_weights(model, common.local_path(arguments.init_from)) if arguments.init_from else ""
@@ -412,11 +407,7 @@ def train(arguments: argparse.Namespace, run: common.Run) -> None:
         run.report_trial(done, **metrics)
         origin = {"workload": "digits", "records": len(digits), "skipped": bad.count, "options": run.identity}
         export_digits(model, eval_digits, arguments.classes, metrics, origin, run.folders.model)
-        run.say(
-            f"accuracy {metrics['accuracy']:.4f} on {len(eval_digits)} digits; {bad.count} skipped; the model is in "
-            f"{run.folders.model}",
-            {**metrics, "skipped": bad.count, "model": str(run.folders.model)},
-        )
+        run.say_result(metrics, bad.count)
 
 
 if __name__ == "__main__":

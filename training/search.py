@@ -1,17 +1,17 @@
-"""Searches an architecture of the digits CNN: a controller that learns from its trials, against two that do not.
+"""Searches for an architecture of the digits CNN with a controller that learns from the trials' accuracy.
 
     python -m training.search --job-dir output --method controller --trials 40
 
 After Zoph and Le (https://arxiv.org/abs/1611.01578): an LSTM makes the choices of an architecture one after the other,
-the network is trained for a short time, and REINFORCE makes choices likelier that led to more accuracy than before.
-`--method random` draws them evenly and `--method tpe` asks Optuna's sampler, on the same number of trials. The best
-architecture is then trained for longer and exported. Read from top to bottom: choices, proposers, trial, search.
+the network is trained for a short time, and REINFORCE raises the probability of choices that led to more accuracy than
+the average. For comparison, `--method random` draws uniformly and `--method tpe` asks Optuna's sampler. The best
+architecture is then trained for longer and exported. The file goes from choices over proposers and trial to search.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,33 +22,33 @@ from torch import Tensor, nn
 
 from training import common, digits
 
-# The choices in their order. A third layer of 0 filters is none.
+# The choices in order. filters3 = 0 means that there is no third layer.
 CHOICES: dict[str, tuple[float, ...]] = {
     "filters1": (4, 8, 16, 24), "kernel1": (3, 5, 7), "filters2": (8, 16, 24, 32), "kernel2": (3, 5, 7),
     "filters3": (0, 16, 32), "dense": (32, 64, 128, 256), "batch_norm": (0, 1), "dropout": (0.0, 0.25, 0.5),
 }  # fmt: skip
 SIZES = [len(options) for options in CHOICES.values()]
-Places = list[int]  # an architecture: the place of each choice in its options
+Indices = list[int]  # an architecture: for each choice the index of its option
 
 
 class Proposer(Protocol):
-    def propose(self, trial: int, tried: Sequence[tuple[Places, float]]) -> Places: ...
-    def learn(self, places: Places, reward: float) -> None: ...
+    def propose(self, trial: int, tried: Sequence[tuple[Indices, float]]) -> Indices: ...
+    def learn(self, indices: Indices, reward: float) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class Random:
-    """Draws every choice evenly; also the base of the others."""
+    """Draws every choice uniformly and learns nothing."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def propose(self, trial: int, tried: Sequence[tuple[Places, float]]) -> Places:
+    def propose(self, trial: int, tried: Sequence[tuple[Indices, float]]) -> Indices:
         generator = np.random.default_rng([self.seed, trial])
         return [int(generator.integers(size)) for size in SIZES]
 
-    def learn(self, places: Places, reward: float) -> None:
+    def learn(self, indices: Indices, reward: float) -> None:
         pass
 
     def state(self) -> dict[str, Any]:
@@ -59,19 +59,19 @@ class Random:
 
 
 class Tpe(Random):
-    """Optuna's tree-structured Parzen estimator, made anew for each trial, so that a restart changes nothing."""
+    """Optuna's tree-structured Parzen estimator. It is created for each trial, so that a resumed run draws the same."""
 
-    def propose(self, trial: int, tried: Sequence[tuple[Places, float]]) -> Places:
+    def propose(self, trial: int, tried: Sequence[tuple[Indices, float]]) -> Indices:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = {
             name: optuna.distributions.CategoricalDistribution(range(len(options))) for name, options in CHOICES.items()
         }
         sampler = optuna.samplers.TPESampler(seed=common.seed_for(self.seed, trial))
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        for places, accuracy in tried:
+        for indices, accuracy in tried:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=dict(zip(CHOICES, places, strict=True)), distributions=dict(space), value=accuracy
+                    params=dict(zip(CHOICES, indices, strict=True)), distributions=dict(space), value=accuracy
                 )
             )
         found = study.ask(dict(space)).params
@@ -79,10 +79,10 @@ class Tpe(Random):
 
 
 class Controller(nn.Module):
-    """An LSTM that makes one choice a step, given the one before."""
+    """An LSTM that makes one choice in each step and gets the one before as its input."""
 
     def __init__(self, seed: int, hidden: int = 32, learning_rate: float = 0.02, entropy: float = 0.005) -> None:
-        """entropy: how much it is rewarded for staying undecided."""
+        """entropy: weight of the entropy bonus, which keeps the controller from settling too early."""
         super().__init__()
         torch.manual_seed(common.seed_for(seed, 3))
         self.seed, self.entropy = seed, entropy
@@ -94,34 +94,35 @@ class Controller(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         self.rewarded = 0
 
-    def logits(self, places: Sequence[int]) -> list[Tensor]:
-        """The logits of each choice up to the one after the places that are given."""
+    def choose(self, pick: Callable[[int, Tensor], int]) -> tuple[Indices, list[Tensor]]:
+        """Makes the choices one after the other; `pick` gets the number and the logits of each.
+
+        Returns the picked indices and the logits.
+        """
         state = (torch.zeros(1, self.hidden), torch.zeros(1, self.hidden))
-        input_, found = self.begin, []
-        for step in range(min(len(places) + 1, len(SIZES))):
+        input_: Tensor = self.begin
+        indices: Indices = []
+        logits: list[Tensor] = []
+        for step, (head, embedding) in enumerate(zip(self.heads, self.embeddings, strict=True)):
             state = self.cell(input_, state)
-            found.append(self.heads[step](state[0])[0])
-            if step < len(places):
-                input_ = self.embeddings[step](torch.tensor([places[step]]))
-        return found
+            logits.append(head(state[0])[0])
+            indices.append(pick(step, logits[-1]))
+            input_ = embedding(torch.tensor(indices[-1:]))
+        return indices, logits
 
-    def propose(self, trial: int, tried: Sequence[tuple[Places, float]]) -> Places:
+    def propose(self, trial: int, tried: Sequence[tuple[Indices, float]]) -> Indices:
         generator = torch.Generator().manual_seed(common.seed_for(self.seed, trial))
-        places: Places = []
         with torch.no_grad():
-            for _ in SIZES:
-                chances = self.logits(places)[-1].softmax(0)
-                places.append(int(torch.multinomial(chances, 1, generator=generator)))
-        return places
+            return self.choose(lambda _, logits: int(torch.multinomial(logits.softmax(0), 1, generator=generator)))[0]
 
-    def learn(self, places: Places, reward: float) -> None:
-        """A step of REINFORCE; the baseline is the moving average of the rewards before."""
+    def learn(self, indices: Indices, reward: float) -> None:
+        """Takes a step of REINFORCE. The baseline is the moving average of earlier rewards."""
         advantage = reward - self.baseline if self.rewarded else 0.0
-        logs = [logits.log_softmax(0) for logits in self.logits(places)]
-        chosen = torch.stack([log[place] for log, place in zip(logs, places, strict=True)]).sum()
-        undecided = torch.stack([-(log.exp() * log).sum() for log in logs]).sum()
+        logs = [logits.log_softmax(0) for logits in self.choose(lambda step, _: indices[step])[1]]
+        log_probability = torch.stack([log[index] for log, index in zip(logs, indices, strict=True)]).sum()
+        entropy_of_choices = torch.stack([-(log.exp() * log).sum() for log in logs]).sum()
         self.optimizer.zero_grad()
-        (-advantage * chosen - self.entropy * undecided).backward()
+        (-advantage * log_probability - self.entropy * entropy_of_choices).backward()
         self.optimizer.step()
         self.baseline = 0.8 * self.baseline + 0.2 * reward if self.rewarded else reward
         self.rewarded += 1
@@ -141,8 +142,8 @@ class Controller(nn.Module):
 METHODS = {"controller": Controller, "random": Random, "tpe": Tpe}
 
 
-def architecture(places: Places) -> dict[str, float]:
-    return {name: options[place] for (name, options), place in zip(CHOICES.items(), places, strict=True)}
+def architecture(indices: Indices) -> dict[str, float]:
+    return {name: options[index] for (name, options), index in zip(CHOICES.items(), indices, strict=True)}
 
 
 def build(chosen: dict[str, float]) -> digits.Network:
@@ -153,10 +154,10 @@ def build(chosen: dict[str, float]) -> digits.Network:
     )
 
 
-def fit(run: common.Run, places: Places, data: digits.Digits, steps: int, arguments: argparse.Namespace) -> nn.Module:
-    """Trains the network of an architecture from random weights that only the seed decides."""
+def fit(run: common.Run, indices: Indices, data: digits.Digits, steps: int, arguments: argparse.Namespace) -> nn.Module:
+    """Trains the network of an architecture. Its random weights depend on the run's seed alone."""
     torch.manual_seed(common.seed_for(run.seed, 4))
-    model = build(architecture(places)).to(run.device)
+    model = build(architecture(indices)).to(run.device)
     optimizer, parallel = torch.optim.Adam(model.parameters()), run.parallel(model)
     for step in range(steps):
         torch.manual_seed(common.seed_for(run.seed, 5, step, run.rank))
@@ -203,15 +204,15 @@ def search(arguments: argparse.Namespace, run: common.Run) -> None:
 
     proposer: Proposer = METHODS[arguments.method](run.seed)
     done, state = run.restore(data=common.data_sha256([everything.pictures, everything.labels]))
-    tried: list[tuple[Places, float]] = [(list(one), float(two)) for one, two in state.get("tried", [])]
+    tried: list[tuple[Indices, float]] = [(list(one), float(two)) for one, two in state.get("tried", [])]
     if state:
         proposer.restore(state["proposer"])
     for trial in run.steps(done, arguments.trials):
-        places = proposer.propose(trial, tried)
-        model = fit(run, places, few, arguments.trial_steps, arguments)
+        indices = proposer.propose(trial, tried)
+        model = fit(run, indices, few, arguments.trial_steps, arguments)
         accuracy = run.agree(digits.accuracy(model, judges, run.device))
-        proposer.learn(places, -float(np.log(max(1 - accuracy, 1 / len(judges)))))
-        tried.append((places, accuracy))
+        proposer.learn(indices, -float(np.log(max(1 - accuracy, 1 / len(judges)))))
+        tried.append((indices, accuracy))
         done = trial + 1
         run.report(done, accuracy=accuracy, best=max(one for _, one in tried))
         if done % arguments.checkpoint_every == 0 or done == arguments.trials:
@@ -226,12 +227,10 @@ def search(arguments: argparse.Namespace, run: common.Run) -> None:
         run.report_trial(done, **metrics)
         origin = {
             "workload": "search", "architecture": chosen, "skipped": bad.count, "options": run.identity,
+            "trial_accuracies": [one for _, one in tried],
         }  # fmt: skip
         digits.export_digits(model, test, range(10), metrics, origin, run.folders.model)
-        run.say(
-            f"accuracy {metrics['accuracy']:.4f} on {len(test)} digits; the model is in {run.folders.model}",
-            {**metrics, "skipped": bad.count, "model": str(run.folders.model)},
-        )
+        run.say_result(metrics, bad.count)
 
 
 if __name__ == "__main__":
