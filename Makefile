@@ -43,7 +43,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 samples: .venv/.dev $(CHECKPOINT) # without them the tests say which ones did not run
-	@$(BIN)/python -m headcount.data bus.jpg zidane.jpg coco128 > /dev/null || true
+	@$(BIN)/python -m headcount.data bus.jpg zidane.jpg coco128 adult mnist > /dev/null || true
 
 install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; then: source .venv/bin/activate
 

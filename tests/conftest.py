@@ -34,7 +34,8 @@ RUN = os.environ["HEADCOUNT_TEST_RUN"] if "PYTEST_XDIST_WORKER" in os.environ el
 # The user's environment changes no result. HEADCOUNT_HOME and HEADCOUNT_MIRROR only say where files are.
 _KEPT = {"HEADCOUNT_REQUIRE", "HEADCOUNT_HOME", "HEADCOUNT_MIRROR"}
 _DROPPED = ("HEADCOUNT_", "AIP_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCP_", "PULUMI_", "STORAGE_EMULATOR_HOST",
-            "JAVA_HOME", "JAVA_TOOL_OPTIONS", "OMP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # fmt: skip
+            "JAVA_HOME", "JAVA_TOOL_OPTIONS", "OMP_", "CLOUD_ML_",
+            "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # fmt: skip
 for _name in list(os.environ):
     if _name.upper().startswith(_DROPPED) and _name not in _KEPT:
         del os.environ[_name]
@@ -44,7 +45,13 @@ os.environ |= {
     "CLOUDSDK_CONFIG": os.devnull,  # no credentials of the user
     "HEADCOUNT_TEST_RUN": RUN,  # in the environment of all that a test starts: see pytest_sessionfinish
 }
-LONGEST = ("image", "server", "test_infra_without_engine", "test_network")  # groups of tests, see below
+LONGEST = (
+    "image",
+    "server",
+    "test_training_runs",
+    "test_infra_without_engine",
+    "test_network",
+)  # groups of tests, see below
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no error
 hypothesis.settings.load_profile("tests")
 

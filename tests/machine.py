@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from headcount.data import DataError, fetch
+from headcount.data import SETS, DataError, fetch
 from sandbox.artifact_registry.registry import IMAGE as REGISTRY_IMAGE
 
 BASE_IMAGE = "python:3.11-slim-bookworm"  # as the Dockerfile has it
@@ -138,6 +138,16 @@ PARTS: dict[str, Part] = {
         lambda: _fetchable("bus.jpg", "zidane.jpg"),
     ),
     "coco128": Part("labelled pictures", "reach github.com, or set HEADCOUNT_MIRROR", lambda: _fetchable("coco128")),
+    "adult": Part(
+        "the UCI Adult table",
+        "reach archive.ics.uci.edu, or set HEADCOUNT_MIRROR",
+        lambda: _fetchable("adult.data", "adult.test"),
+    ),
+    "mnist": Part(
+        "the digits of MNIST",
+        "reach PyTorch's copy at Amazon, or set HEADCOUNT_MIRROR",
+        lambda: _fetchable(*SETS["mnist"]),
+    ),
     "docker": Part("a Docker engine", "install Docker, start it, and let this user use it", _no_docker),
     "build": Part(
         f"a Docker client that builds with BuildKit from {BASE_IMAGE}",

@@ -257,6 +257,31 @@ def test_a_folder_comes_as_a_zip_archive_or_from_a_folder(
     assert (data.fetch("set", tmp_path / "2") / "images" / "1.jpg").read_bytes() == b"one", "a damaged one is replaced"
 
 
+def test_another_file_with_the_same_records_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = DataFile("digits/labels.gz", sha256(b"as published"), "ours", also=sha256(b"sorted"))
+    monkeypatch.setitem(data.FILES, "labels.gz", kept)
+    monkeypatch.setenv("HEADCOUNT_MIRROR", str(tmp_path / "mirror"))
+    (tmp_path / "mirror" / "digits").mkdir(parents=True)
+    (tmp_path / "mirror" / "digits" / "labels.gz").write_bytes(b"sorted")
+    assert data.fetch("labels.gz").read_bytes() == b"sorted"
+    (tmp_path / "mirror" / "digits" / "labels.gz").write_bytes(b"other")
+    with pytest.raises(DataError, match="another file"):
+        data.fetch("labels.gz", tmp_path / "elsewhere")
+
+
+def test_the_name_of_a_set_stands_for_its_files(
+    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    httpserver.expect_request("/home/big.pt").respond_with_data(CONTENT)
+    httpserver.expect_request("/home/alone.pt").respond_with_data(CONTENT)
+    monkeypatch.setattr(data, "SETS", {"both": ("big.pt", "alone.pt")})
+    monkeypatch.setattr(sys, "argv", ["data", "both"])
+    with pytest.raises(SystemExit) as end:
+        data.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "home" / "weights" / f"{n}.pt") for n in ("big", "alone")]
+
+
 FETCH = """
 import resource, sys
 from headcount import data

@@ -297,13 +297,14 @@ def test_the_controller_learns_which_choices_are_rewarded() -> None:
 
 @pytest.mark.parametrize("method", search.METHODS)
 def test_a_resumed_search_proposes_the_same(method: str) -> None:
-    whole, tried = search.METHODS[method](3), []
+    whole: search.Proposer = search.METHODS[method](3)
+    tried: list[tuple[list[int], float]] = []
     for trial in range(14):
         if trial == 12:
             state = whole.state()
         tried.append((whole.propose(trial, tried), trial / 14))
         whole.learn(*tried[-1])
-    resumed = search.METHODS[method](3)
+    resumed: search.Proposer = search.METHODS[method](3)
     resumed.restore(state)
     again = tried[:12]
     for trial in (12, 13):

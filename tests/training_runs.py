@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Runner:
 
     def run(
         self, workload: str, *arguments: object, kill: tuple[str, int] | None = None, terminal: bool = False,
-        **environment: str,
+        environment: Mapping[str, str] | None = None,
     ) -> Done:  # fmt: skip
         """Runs `python -m training.WORKLOAD ARGUMENTS`.
 
@@ -52,7 +53,7 @@ class Runner:
         """
         request = {
             "workload": workload, "arguments": list(map(str, arguments)), "kill": kill, "terminal": terminal,
-            "environment": environment, "log": str(self._log),
+            "environment": dict(environment or {}), "log": str(self._log),
         }  # fmt: skip
         assert self._process.stdin
         assert self._process.stdout

@@ -23,6 +23,8 @@ from typing import Any
 import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from training.common import UsageError, command, whole
@@ -32,10 +34,10 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Spec:
-    """A tuning: the parameters by their names, and the metric to maximise or minimise ("maximize", "minimize")."""
+    """A tuning: the parameters by their names, and the metric to maximise or minimise."""
 
     metric: str
-    direction: str
+    direction: StudyDirection
     parameters: dict[str, BaseDistribution]
     trials: int
     parallel: int
@@ -49,7 +51,7 @@ class Spec:
             (metric,) = given["studySpec"]["metrics"]
             spec = cls(
                 metric=metric["metricId"],
-                direction={"MAXIMIZE": "maximize", "MINIMIZE": "minimize"}[metric["goal"]],
+                direction=StudyDirection[metric["goal"]],
                 parameters={one["parameterId"]: distribution(one) for one in given["studySpec"]["parameters"]},
                 trials=int(given["maxTrialCount"]),
                 parallel=int(given.get("parallelTrialCount", 1)),
@@ -155,7 +157,7 @@ def ended(study: optuna.Study) -> int:
 def table(study: optuna.Study, metric: str) -> str:
     """Returns the successful trials with their parameters, the best first, as text."""
     best_first = sorted(succeeded(study), key=lambda one: one.value or 0.0,
-                        reverse=study.direction is optuna.study.StudyDirection.MAXIMIZE)  # fmt: skip
+                        reverse=study.direction is StudyDirection.MAXIMIZE)  # fmt: skip
     names = sorted({name for one in best_first for name in one.params})
     rows = [["trial", metric, *names]]
     for one in best_first:
@@ -185,7 +187,7 @@ def main(argv: Sequence[str]) -> None:
     spec = Spec(**(vars(spec) | changes))
     arguments.job_dir.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = optuna.storages.journal.JournalFileBackend(str(arguments.job_dir / "study.log"))
+    backend = JournalFileBackend(str(arguments.job_dir / "study.log"))
     study = optuna.create_study(
         study_name="tuning", storage=optuna.storages.JournalStorage(backend), direction=spec.direction,
         sampler=optuna.samplers.TPESampler(seed=arguments.seed), load_if_exists=True,
