@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,12 +15,13 @@ import pytest
 import torch
 from helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_data import adult_line, write_adult, write_digits
+from training_data import adult_line, typed_by_make, write_adult, write_digits
 from training_runs import Runner
 
 from headcount.data import fetch
 from serving.exported.predictor import Predictor
 
+README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.slow
 
 
@@ -228,6 +231,21 @@ def test_the_experiments_print_tables_and_a_plot(runner: Runner, tmp_path: Path)
     done = runner.run("experiments", "search", "--job-dir", tmp_path / "search", "--seeds", 2, *search)
     assert done.code == 0, done.output
     assert (tmp_path / "search" / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.needs("adult", "mnist")
+def test_the_commands_of_the_readme_run(runner: Runner, tmp_path: Path) -> None:
+    table = README[README.index("| the guide says |") :].partition("\n\n")[0]
+    (fetched,) = re.findall(r"`\.venv/bin/python -m (headcount\.data [^`]*)`", table)
+    paths = subprocess.run([sys.executable, "-m", *fetched.split()], check=True, capture_output=True, text=True).stdout
+    assert [Path(path).parent.name for path in paths.split()] == ["adult"] * 2 + ["mnist"] * 4
+    commands = re.findall(r"`make (train [^`]*)`", table)
+    assert len(commands) == 2
+    for command in commands:
+        module, *options = typed_by_make(*shlex.split(command), f"RUN={tmp_path / 'job'}")
+        done = runner.run(module.removeprefix("training."), *options, "--fresh", "--train-steps", 2)
+        assert done.code == 0, done.output
+        assert (tmp_path / "job" / "model" / "contract.json").exists()
 
 
 @pytest.mark.needs("adult")

@@ -13,7 +13,7 @@ from google.cloud.aiplatform_v1.types import HyperparameterTuningJob
 from helpers import ROOT
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
-from training_data import write_digits
+from training_data import typed_by_make, write_digits
 
 from training import digits, tune
 from training.common import UsageError
@@ -178,11 +178,14 @@ def test_the_command_continues_a_finished_study_and_prints_it(
 
     monkeypatch.setattr(tune, "Trial", Fake)
     monkeypatch.setattr(tune, "POLL_SECONDS", 0)
-    command = ["--spec", str(SPEC), "--job-dir", str(tmp_path), "--trials", "2", "--", "--train-steps", "7"]
+    module, *command = typed_by_make("tune", f"RUN={tmp_path}", "ARGS=--trials 2 -- --train-steps 7")
+    assert module == "training.tune"
+    monkeypatch.chdir(ROOT)
     tune.main(command)
     assert started == [("digits", 0, ["--train-steps", "7"]), ("digits", 1, ["--train-steps", "7"])]
     first = capsys.readouterr().out
     assert f"the best model is in {tmp_path / 'trials' / '1' / 'model'}" in first
+    assert (tmp_path / "trials.png").read_bytes().startswith(b"\x89PNG")
     tune.main(command)
     assert len(started) == 2
     assert first.endswith(capsys.readouterr().out)

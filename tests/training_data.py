@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
+from helpers import ROOT
 
 from training.census import COLUMNS
 from training.digits import FILES, SIDE
+
+
+def typed_by_make(*words: str) -> list[str]:
+    """Returns the module and the arguments that a verb of the Makefile runs Python with."""
+    printed = subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    _, python, option, *rest = shlex.split(printed.splitlines()[-1])
+    assert (python, option) == (".venv/bin/python", "-m")
+    return rest
 
 
 def adult_line(income: str = "<=50K", **changed: str) -> str:

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,17 @@ def table(study: optuna.Study, metric: str) -> str:
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
+def plot(study: optuna.Study, file: Path) -> None:
+    """Draws each successful trial as a line through its parameters (parallel coordinates)."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    with warnings.catch_warnings(action="ignore"):  # Optuna calls its plots by matplotlib experimental
+        figure = optuna.visualization.matplotlib.plot_parallel_coordinate(study).get_figure()
+    figure.set_size_inches(9, 4)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
 def succeeded(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
@@ -201,6 +213,7 @@ def main(argv: Sequence[str]) -> None:
     if not succeeded(study):
         raise UsageError(f"no trial succeeded; see {arguments.job_dir / 'trials'}")
     print(table(study, spec.metric))
+    plot(study, arguments.job_dir / "trials.png")
     print(f"the best model is in {arguments.job_dir / 'trials' / str(study.best_trial.number) / 'model'}")
 
 
