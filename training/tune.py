@@ -172,10 +172,13 @@ def plot(study: optuna.Study, file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    from matplotlib import pyplot
+
     with warnings.catch_warnings(action="ignore"):  # Optuna calls its plots by matplotlib experimental
-        figure = optuna.visualization.matplotlib.plot_parallel_coordinate(study).get_figure()
-    figure.set_size_inches(9, 4)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+        optuna.visualization.matplotlib.plot_parallel_coordinate(study)
+    pyplot.gcf().set_size_inches(9, 4)
+    pyplot.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close("all")
 
 
 def succeeded(study: optuna.Study) -> list[FrozenTrial]:
