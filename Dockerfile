@@ -1,4 +1,5 @@
-# The serving image: TorchServe with the YOLOv5 handler behind the front. `make image` builds it.
+# The serving image: TorchServe with the YOLOv5 handler behind the front. `make image` builds it. The target `training` is
+# the image that trains models (`make image TARGET=training IMAGE=headcount-training`); both have the same layer of torch.
 #
 #   BASE         image with Python 3.11; the program gives it by digest
 #   ACCELERATOR  cpu, or cuda: keeps the libraries that only a GPU needs
@@ -67,6 +68,43 @@ RUN cd /opt/torch && rm -rf torch/include torch/test bin .lock \
       fi; \
     fi
 
+FROM tools AS training-packages
+ARG TORCH=index
+ARG INDEX=
+COPY requirements/training.txt /build/
+# --no-deps, because the file is complete and torch has a layer of its own.
+RUN --mount=type=cache,target=/cache \
+    uv pip install --target /opt/training ${INDEX:+--default-index "$INDEX"} --no-deps --require-hashes -r /build/training.txt \
+    && if [ "$TORCH" = cpu ]; then \
+      rm -r /opt/training/torchvision* \
+      && uv pip install --target /opt/training --no-deps --torch-backend cpu "$(grep -o '^torchvision==[0-9.]*' /build/training.txt)"; \
+    fi && rm -f /opt/training/.lock
+
+FROM ${BASE} AS training
+ARG BASE
+ARG ACCELERATOR=cpu
+ARG TORCH=index
+ARG SOURCES=
+LABEL org.opencontainers.image.title="headcount-training" \
+      org.opencontainers.image.description="Trains the workloads of Headcount: arguments MODULE OPTIONS, as training.census" \
+      org.opencontainers.image.base.name="${BASE}" \
+      headcount.torch="${TORCH}" \
+      headcount.sources="${SOURCES}"
+COPY --from=slim /opt/torch /opt/torch
+COPY --from=training-packages /opt/training /opt/training
+COPY headcount/data.py /opt/headcount/headcount/
+COPY serving/__init__.py serving/contract.py /opt/headcount/serving/
+COPY serving/exported /opt/headcount/serving/exported
+COPY training /opt/headcount/training
+ENV PYTHONPATH=/opt/headcount:/opt/training:/opt/torch \
+    PYTHONDONTWRITEBYTECODE=1 \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    HEADCOUNT_HOME=/tmp/headcount \
+    HEADCOUNT_ACCELERATOR=${ACCELERATOR}
+WORKDIR /opt/headcount
+ENTRYPOINT ["python", "-m"]
+
+# The serving image is the last stage, hence the default target.
 FROM ${BASE}
 ARG BASE
 ARG ACCELERATOR=cpu

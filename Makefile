@@ -78,11 +78,11 @@ up: .venv/.dev samples ## the whole program on this machine, from nothing to a c
 down: .venv/.dev ## destroy it again
 	@$(BIN)/python -m laptop down
 
-image: $(CHECKPOINT) ## build the serving image (IMAGE=, DOCKER=, BASE=, TORCH=cpu|index, BUILD_ARGS=)
+image: $(CHECKPOINT) ## build the serving image (TARGET=training: the training image; IMAGE=, DOCKER=, BASE=, TORCH=cpu|index, BUILD_ARGS=)
 	@torch="$(TORCH)"; test -n "$$torch" || torch=$$($(BIN)/python -m infra.torch_source); \
 	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg TORCH="$$torch" \
 	  $(if $(BASE),--build-arg BASE=$(BASE)) $${PIP_INDEX_URL:+--build-arg INDEX="$$PIP_INDEX_URL"} \
-	  --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(BUILD_ARGS) .
+	  --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(if $(TARGET),--target $(TARGET)) $(BUILD_ARGS) .
 
 $(UV): requirements/tools.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -99,7 +99,7 @@ INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.tools/bin/pip config 
 	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@
 
 .venv/.training: .venv/.serve requirements/training.txt
-	@$(INSTALL) --require-hashes -r requirements/training.txt
+	@$(INSTALL) --no-deps --require-hashes -r requirements/training.txt # the file is complete; torch is installed
 	@touch $@
 
 .venv/.dev: .venv/.serve requirements/dev.txt

@@ -20,6 +20,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 WEIGHTS: Final = Path(".headcount/weights")
 CONTEXT: Final = Path(".headcount/context")
 NAME: Final = "headcount"
+# Files of the build context that only the target `training` needs: the serving image does not change with them.
+TRAINING: Final = ("training/", "headcount/", "requirements/training.txt")
 # Machine families whose processors multiply bfloat16: https://cloud.google.com/compute/docs/cpu-platforms
 BFLOAT16_FAMILIES: Final = {"c3", "c3d", "c4", "c4d", "n4"}
 
@@ -114,9 +116,9 @@ def fetch_weights(root: Path, weights: str) -> str:
 def stage(root: Path, to: Path, weights: str) -> str:
     """Copies the files that `.dockerignore` lets into the image from `root` to the folder `to`; returns their hash.
 
-    Of the weights only the chosen ones are copied. Modes and times do not depend on the checkout, because a layer's
-    digest depends on them. Times depend on the content, because BuildKit treats a file of the same size and time as
-    unchanged.
+    Of the weights only the chosen ones are copied, and nothing of the target `training`. Modes and times do not depend
+    on the checkout, because a layer's digest depends on them. Times depend on the content, because BuildKit treats a
+    file of the same size and time as unchanged.
     """
     ignore = (root / ".dockerignore").read_text().splitlines()
     patterns = [line.strip() for line in ignore if line.strip() and not line.lstrip().startswith("#")]
@@ -124,7 +126,9 @@ def stage(root: Path, to: Path, weights: str) -> str:
     files = sorted(
         name
         for name in {"Dockerfile", *exclude_paths(str(root), patterns)}
-        if (root / name).is_file() and (Path(name).parent != WEIGHTS or name == chosen)
+        if (root / name).is_file()
+        and (Path(name).parent != WEIGHTS or name == chosen)
+        and not name.startswith(TRAINING)
     )
     shutil.rmtree(to, ignore_errors=True)
     whole = hashlib.sha256()

@@ -14,7 +14,12 @@ def sources(tmp_path: Path) -> Path:
     for name in ("Dockerfile", ".dockerignore", "serving/a.py", ".headcount/weights/yolov5n.pt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
-    (root / ".dockerignore").write_text("*\n!serving/**/*.py\n!.headcount/weights/*.pt\n")
+    (root / ".dockerignore").write_text(
+        "*\n!serving/**/*.py\n!training\n!requirements\n!headcount/data.py\n!.headcount/weights/*.pt\n"
+    )
+    for name in ("training/c.py", "requirements/training.txt", "headcount/data.py"):  # of the training image
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("no")
     for name in ("serving/b.txt", "secret", ".headcount/weights/yolov5s.pt"):
         (root / name).write_text("no")
     return root
