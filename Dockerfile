@@ -94,7 +94,7 @@ COPY --from=slim /opt/torch /opt/torch
 COPY --from=training-packages /opt/training /opt/training
 COPY headcount/data.py /opt/headcount/headcount/
 COPY serving/__init__.py serving/contract.py /opt/headcount/serving/
-COPY serving/exported /opt/headcount/serving/exported
+COPY serving/exported/*.py /opt/headcount/serving/exported/
 COPY training /opt/headcount/training
 ENV PYTHONPATH=/opt/headcount:/opt/training:/opt/torch \
     PYTHONDONTWRITEBYTECODE=1 \

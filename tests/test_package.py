@@ -90,6 +90,29 @@ def test_the_stage_that_compiles_the_network_has_the_modules_that_it_imports(tmp
     assert {Path(file).parent for file in imported.stdout.split()} == {tmp_path / "serving"}
 
 
+@pytest.mark.slow
+def test_the_training_image_has_the_modules_that_it_imports(tmp_path: Path) -> None:
+    stage = (ROOT / "Dockerfile").read_text().partition(" AS training\n")[2].partition("\nFROM ")[0]
+    for sources, target in re.findall(r"^COPY (?!--)(.+) /opt/headcount/(\S+)$", stage, re.MULTILINE):
+        (tmp_path / target).mkdir(parents=True, exist_ok=True)
+        for source in sources.split():
+            for file in ROOT.glob(f"{source}/*.py" if "." not in source else source):
+                shutil.copy(file, tmp_path / target)
+    program = (
+        "import sys, training.census, training.digits, training.search, training.tune, training.experiments\n"
+        "for name, module in sys.modules.items():\n"
+        "    if name.partition('.')[0] in ('headcount', 'serving', 'training'): print(module.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    imported = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert imported.returncode == 0, imported.stderr
+    assert len(imported.stdout.split()) > 8
+    assert all(Path(file).is_relative_to(tmp_path) for file in imported.stdout.split()), imported.stdout
+    assert (tmp_path / "headcount" / "data.py").exists()
+
+
 def test_the_installed_command_answers(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     install = [
