@@ -117,6 +117,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv])
 
 
+def options_for_runs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words before `--`, and those after it, which a command passes on to the runs that it starts."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:end]), list(argv[end + 1 :])
+
+
 def whole(text: str) -> int:
     """Returns a whole number of at least 1, for argparse. A tuning may write 64 as 64.0."""
     if not float(text).is_integer() or float(text) < 1:

@@ -114,9 +114,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--job-dir", type=Path, required=True, metavar="DIR", help="folder for the runs")
     parser.add_argument("--seeds", type=common.whole, default=3, help="runs of each variant (%(default)s)")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="options for every run")
-    arguments = parser.parse_args(argv)
-    runs = EXPERIMENTS[arguments.experiment](arguments.job_dir, arguments.seeds, arguments.options)
+    parser.epilog = "Options after -- go to every run."
+    own, options = common.options_for_runs(argv)
+    arguments = parser.parse_args(own)
+    runs = EXPERIMENTS[arguments.experiment](arguments.job_dir, arguments.seeds, options)
     print(table(runs))
     if arguments.experiment == "search":
         plot(runs, arguments.job_dir / "search.png")

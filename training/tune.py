@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from training.common import UsageError, command, whole
+from training.common import UsageError, command, options_for_runs, whole
 
 POLL_SECONDS = 0.1
 
@@ -195,8 +195,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--trials", type=whole, metavar="N", help="number of trials (maxTrialCount)")
     parser.add_argument("--parallel", type=whole, metavar="N", help="trials at a time (parallelTrialCount)")
     parser.add_argument("--seed", type=int, default=0, help="of the proposals (%(default)s)")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="options for every trial")
-    arguments = parser.parse_args(argv)
+    parser.epilog = "Options after -- go to every trial."
+    own, options = options_for_runs(argv)
+    arguments = parser.parse_args(own)
     spec = Spec.load(arguments.spec)
     changes = {"trials": arguments.trials or spec.trials, "parallel": arguments.parallel or spec.parallel}
     spec = Spec(**(vars(spec) | changes))
@@ -210,7 +211,7 @@ def main(argv: Sequence[str]) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // spec.parallel)
 
     def start(number: int, parameters: dict[str, Any]) -> Trial:
-        return Trial(arguments.workload, number, parameters, arguments.options, arguments.job_dir, threads)
+        return Trial(arguments.workload, number, parameters, options, arguments.job_dir, threads)
 
     tune(study, spec, start)
     if not succeeded(study):
