@@ -61,7 +61,8 @@ compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine now,
 	@$(MAKE_ARCHIVE)
 
 train: .venv/.training ## train a model into runs/ (WORKLOAD=census|digits|search, ARGS=options, RUN=folder)
-	@exec $(BIN)/python -m training.$(or $(WORKLOAD),$(error say WORKLOAD=census, digits or search)) --job-dir $(or $(RUN),runs/$(WORKLOAD)) $(ARGS)
+	@test -n "$(WORKLOAD)" || { echo "say WORKLOAD=census, digits or search"; exit 2; }
+	@exec $(BIN)/python -m training.$(WORKLOAD) --job-dir $(or $(RUN),runs/$(WORKLOAD)) $(ARGS)
 
 tensorboard: .venv/.training ## curves of all runs below runs/ at http://127.0.0.1:6006 (RUN=folder)
 	@exec $(BIN)/tensorboard --logdir $(or $(RUN),runs) --host 127.0.0.1
