@@ -7,9 +7,11 @@ into a temporary folder where a compiled network may not be run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from model_archiver.model_archiver_config import ModelArchiverConfig
@@ -17,10 +19,10 @@ from model_archiver.model_packaging import generate_model_archive
 
 
 def make_archive(checkpoint: Path, out: Path, compiled: Path | None = None) -> None:
-    """Put checkpoint, handler and compiled packages into out, replacing it in one step."""
+    """Put checkpoint, handler and compiled packages into out, which is replaced when the new archive is whole."""
     extra = sorted(compiled.iterdir()) if compiled else []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, _private_temporary_folder(Path(folder)):
         version = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
         generate_model_archive(
             ModelArchiverConfig(
@@ -32,6 +34,19 @@ def make_archive(checkpoint: Path, out: Path, compiled: Path | None = None) -> N
         if out.exists():
             shutil.rmtree(out)
         (Path(folder) / "people").rename(out)
+
+
+@contextlib.contextmanager
+def _private_temporary_folder(folder: Path) -> Iterator[None]:
+    """Makes `folder` the temporary folder, because the archiver deletes what has the model's name in that.
+
+    In the shared one that would be another process's model, or somebody's folder of pictures.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(dir=folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def main() -> None:
