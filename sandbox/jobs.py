@@ -110,6 +110,9 @@ class Jobs:
             job = self.find(name)
             if job and job["fault"].get("kind") == "hold":
                 self._update(name, {"fault": {}})
+        for name, document in self._store.list("tuningJob"):  # a fault holds its first trial, which may not exist yet
+            if document["fault"].get("kind") == "hold":
+                self._store.put("tuningJob", name, {**document, "fault": {}})
         self._wake()
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:

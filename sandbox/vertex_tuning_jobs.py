@@ -161,7 +161,8 @@ def _start_trial(cloud: Cloud, document: JSON, values: list[JSON]) -> None:
     )
     if resource["state"] == "JOB_STATE_QUEUED":
         resource |= {"state": "JOB_STATE_RUNNING", "startTime": now}
-    first = document["fault"] if trial_id == "1" and document["fault"].get("kind") in ("hold", "slow") else {}
+    fault: JSON = (cloud.store.get("tuningJob", name) or document)["fault"]  # may have been released meanwhile
+    first = fault if trial_id == "1" and fault.get("kind") in ("hold", "slow") else {}
     trial = {"job": name, "id": trial_id, "arguments": arguments(values)}
     with cloud.store.transaction():
         _save(cloud, document)

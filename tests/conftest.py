@@ -60,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*parts): parts of the machine, by their names in tests/machine.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups the tests that share costly fixtures, each group for one process, and puts the longest groups first."""
     groups = {item: _group(item) for item in items}
