@@ -21,7 +21,7 @@ ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
-TESTS = $(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
+TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help train tensorboard tune serve test picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 

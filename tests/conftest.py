@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import docker
 import httpx
@@ -24,6 +25,7 @@ import pytest
 from browser import launched
 from helpers import ROOT, free_port
 from playwright.sync_api import Browser
+from xdist.scheduler import LoadScopeScheduling
 
 from headcount.data import fetch, find_weights
 from sandbox.artifact_registry.registry import RegistryServer
@@ -51,7 +53,10 @@ LONGEST = (
     "test_training_runs",
     "test_infra_without_engine",
     "test_network",
-)  # groups of tests, see below
+)  # groups of tests, see GroupScheduling
+GROUPS = dict.fromkeys(("test_container", "test_vertex_docker"), "image") | dict.fromkeys(
+    ("test_server", "test_openapi", "test_page", "test_readme", "test_web", "test_client"), "server"
+)
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no error
 hypothesis.settings.load_profile("tests")
 
@@ -60,24 +65,35 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*parts): parts of the machine, by their names in tests/machine.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc] # it has no types
+    """Runs the tests of a file in one process, and those of files that share the image or the server, too.
+
+    pytest-xdist's own groups need marks in the ids of tests, which pytest 9.2 does not pass on.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    return GroupScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups the tests that share costly fixtures, each group for one process, and puts the longest groups first."""
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(group) if (group := groups[item]) in LONGEST else len(LONGEST))
+    """Puts the longest groups first."""
+    items.sort(key=lambda item: _rank(_group(item.nodeid)))
 
 
-def _group(item: pytest.Item) -> str:
-    slow = item.get_closest_marker("slow")
-    if slow and item.path.stem in ("test_container", "test_vertex_docker"):
-        return "image"
-    if slow and "server" in getattr(item, "fixturenames", ()):
-        return "server"
-    if slow and item.path.stem == "test_vertex_kills":  # each has a sandbox of its own
-        return item.nodeid
-    return item.path.stem
+def _rank(group: str) -> int:
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST) + ("::" not in group)
+
+
+def _group(nodeid: str) -> str:
+    file = Path(nodeid.partition("::")[0]).stem
+    if file == "test_vertex_kills":  # each of its tests has a sandbox of its own
+        return nodeid
+    return GROUPS.get(file, file)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -255,6 +255,7 @@ def test_errors_are_told_in_words(page: Page) -> None:
 @pytest.mark.parametrize("key", ["Enter", "Space"])
 def test_pictures_are_chosen_with_the_keyboard(page: Page, key: str) -> None:
     page.keyboard.press("Tab")
+    expect(page.get_by_label("Choose pictures")).to_be_focused()
     with page.expect_file_chooser() as waiting:
         page.keyboard.press(key)
     waiting.value.set_files([file(NOBODY, "a.png")])  # type: ignore[arg-type]
