@@ -113,25 +113,32 @@ class Mounts:
         self._seen: dict[str, dict[str, File]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._lifetimes: dict[str, asyncio.Lock] = {}  # held while a folder is filled, and while it is removed
 
     def folder(self, project: str) -> Path:
         return (self._store.folder / "gcs" / project).resolve()
 
     async def open(self, project: str) -> Path:
         """The folder, filled with the project's objects. Each call is followed by one of `close`."""
-        await self.sync(project)
-        self._users[project] = self._users.get(project, 0) + 1
-        if project not in self._tasks:
-            self._tasks[project] = asyncio.create_task(self._watch(project))
+        self._users[project] = self._users.get(project, 0) + 1  # at once, so that no `close` forgets the folder
+        try:
+            async with self._lifetimes.setdefault(project, asyncio.Lock()):
+                await self.sync(project)
+                if project not in self._tasks:
+                    self._tasks[project] = asyncio.create_task(self._watch(project))
+        except BaseException:
+            self._users[project] -= 1
+            raise
         return self.folder(project)
 
     async def close(self, project: str) -> None:
         """Stores what the containers wrote. The folder goes with its last user."""
         await self.sync(project, final=True)
         self._users[project] -= 1
-        if not self._users[project]:
-            await self.stop(project)
-            await self._forget(project)
+        async with self._lifetimes.setdefault(project, asyncio.Lock()):
+            if not self._users[project]:
+                await self.stop(project)
+                await self._forget(project)
 
     async def stop(self, project: str = "") -> None:
         """Ends the background tasks. The folders stay, and what is in them is stored at the next start."""
