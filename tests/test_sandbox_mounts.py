@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,6 +159,32 @@ def test_the_folder_goes_with_its_last_user(store: Store) -> None:
     assert not (store.folder / "gcs").exists()
     assert store.list("mounted") == []
     assert (content(store, "late"), content(store, "later")) == (b"late", b"later")
+
+
+def test_a_folder_that_a_job_opens_while_it_is_removed_is_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    removing, opened, remove = threading.Event(), threading.Event(), shutil.rmtree
+
+    def wait_and_remove(folder: Path, **options: Any) -> None:
+        removing.set()
+        opened.wait(60)
+        remove(folder, **options)
+
+    async def both() -> None:
+        mounts = Mounts(store)
+        await mounts.open(PROJECT)
+        monkeypatch.setattr(shutil, "rmtree", wait_and_remove)
+        closing = asyncio.create_task(mounts.close(PROJECT))
+        await asyncio.to_thread(removing.wait, 60)
+        opening = asyncio.create_task(mounts.open(PROJECT))
+        await asyncio.wait([opening], timeout=0.5)  # it must wait for the removal
+        opened.set()
+        folder = await opening
+        await closing
+        assert (folder / "bucket").is_dir()
+        await mounts.close(PROJECT)
+        assert not folder.exists()
+
+    asyncio.run(both())
 
 
 def test_links_lead_nowhere(store: Store, tmp_path: Path) -> None:
