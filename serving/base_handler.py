@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -59,7 +60,7 @@ class Reply(NamedTuple):
 S = TypeVar("S", bound=RequestState)
 
 
-class BaseHandler(Generic[S]):
+class BaseHandler(ABC, Generic[S]):
     """Answers for TorchServe. One process has one handler and one thread of arithmetic.
 
     A model's handler has `state_type` and the four verbs: set_up, decode, predict, answer.
@@ -67,24 +68,24 @@ class BaseHandler(Generic[S]):
 
     state_type: type[S]
 
+    @abstractmethod
     def set_up(self, model: Path, folder: Path, gpu: int) -> dict[str, Any]:
         """Load the model, let it compute, and return what the launcher's log says of it.
 
         model: HEADCOUNT_MODEL, else the archive's folder, which is `folder`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, body: Body) -> S:
         """From a body to a parsed request. Raises RequestError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, states: list[S]) -> None:
         """Compute a batch of requests, and keep the sign of life fresh."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, state: S) -> Reply:
         """The answer to a request without an error. Raises RequestError."""
-        raise NotImplementedError
 
     def initialize(self, context: Any) -> None:
         """TorchServe's entry point: set up, and only then report this worker as alive."""
