@@ -10,6 +10,8 @@ GRPC ?= 7070
 HOME_FOLDER := .headcount
 # A folder with the weights, pictures and tables serves as their mirror, where it exists.
 export HEADCOUNT_MIRROR ?= $(abspath $(wildcard ../shared/data))
+# Python starts hundreds of times in the tests and once for each worker: it keeps its bytecode, in the environment.
+unexport PYTHONDONTWRITEBYTECODE
 
 UV := .tools/bin/uv
 BIN := .venv/bin

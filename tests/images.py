@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import machine
 import pytest
 from helpers import ROOT
+from pytest_httpserver import HTTPServer
 
 # Names and labels of this run: images and containers of others on this machine are neither looked at nor removed.
 RUN = f"headcount-test-{uuid.uuid4().hex[:8]}"
@@ -65,6 +69,25 @@ def push(name: str) -> str:
     docker("push", "--quiet", name)
     digests: list[str] = json.loads(docker("image", "inspect", "--format", "{{json .RepoDigests}}", name))
     return next(digest for digest in digests if digest.startswith(name.rpartition(":")[0] + "@"))
+
+
+@contextlib.contextmanager
+def named_by_digest(image: str) -> Iterator[str]:
+    """The name by digest of a local image, in a registry that has its manifest alone.
+
+    Docker has the layers and does not ask for them. To push the gigabytes of the serving image takes minutes, because
+    Docker compresses them.
+    """
+    types = "application/vnd.docker.distribution.manifest.v2+json", "application/vnd.docker.container.image.v1+json"
+    config = {"mediaType": types[1], "size": 1, "digest": docker("image", "inspect", "-f", "{{.Id}}", image)}
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": types[0], "config": config, "layers": []})
+    digest = f"sha256:{hashlib.sha256(manifest.encode()).hexdigest()}"
+    with HTTPServer() as server:
+        server.expect_request("/v2/").respond_with_data("")
+        server.expect_request(f"/v2/headcount/manifests/{digest}").respond_with_data(manifest, content_type=types[0])
+        name = f"127.0.0.1:{server.port}/headcount@{digest}"
+        yield name
+        docker("rmi", name, check=False)
 
 
 def forget_images(registry: str) -> None:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yolo_checkpoint
 from front_harness import Launched
 from helpers import ROOT
 
 from serving import local_compile
-from serving.detector import Detector
+from serving.contract import Limits, Parameters
+from serving.detector import Detector, dtype_name
 from serving.local_compile import CompileError, LocalCompile, compile_in_background
 
 # A shell script in the place of the compiler: $1 is the folder that it writes into.
@@ -27,7 +27,7 @@ MADE = 'echo {} > "$1/float32.json"; echo library > "$1/float32-any.so"'
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def weights(tmp_path: Path) -> Path:
     file = tmp_path / "yolov5n.pt"
     file.write_bytes(b"weights")
     return file
@@ -50,8 +50,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[int]]:
     return use
 
 
-def in_background(checkpoint: Path, out: Path, counted: str = "person") -> None:
-    asyncio.run(compile_in_background(checkpoint, out, counted))
+def in_background(weights: Path, out: Path, counted: str = "person") -> None:
+    asyncio.run(compile_in_background(weights, out, counted))
 
 
 def alive(pid: int) -> bool:
@@ -62,20 +62,20 @@ def alive(pid: int) -> bool:
 
 
 def test_it_is_made_once_and_replaces_the_old_one_as_a_whole(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     calls, out = compiler(MADE), tmp_path / "compiled" / "yolov5n"
     out.mkdir(parents=True)
     (out / "bfloat16.json").write_text("of another torch")
-    in_background(checkpoint, out)
+    in_background(weights, out)
     assert sorted(file.name for file in out.iterdir()) == ["float32-any.so", "float32.json", "key"]
-    assert LocalCompile(checkpoint, out, "person").done()
+    assert LocalCompile(weights, out, "person").done()
     said = [record.message for record in caplog.records]
     assert [line.partition(";")[0] for line in said] == [
         "compiling the network for this machine in the background", "compiled the network for this machine",
     ]  # fmt: skip
-    in_background(checkpoint, out)
+    in_background(weights, out)
     assert len(calls) == 1
     assert len(caplog.records) == 2
     assert sorted(file.name for file in out.parent.iterdir()) == ["yolov5n", "yolov5n.lock"]
@@ -90,47 +90,47 @@ def test_it_is_made_once_and_replaces_the_old_one_as_a_whole(
     ],
 )
 def test_a_failure_is_said_once_and_not_tried_again_for_the_same_checkpoint(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture,
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture,
     script: str, reason: str,
 ) -> None:  # fmt: skip
     calls, out = compiler(script), tmp_path / "yolov5n"
     for _ in range(2):
-        in_background(checkpoint, out)
+        in_background(weights, out)
     assert len(calls) == 1
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert reason in record.fields["reason"]  # type: ignore[attr-defined]
     assert reason in json.loads((tmp_path / "yolov5n.failed").read_text())["reason"]
     assert not out.exists()
     assert not (tmp_path / "yolov5n.scratch").exists()
-    checkpoint.write_bytes(b"other weights")
+    weights.write_bytes(b"other weights")
     compiler(MADE)
-    in_background(checkpoint, out)
+    in_background(weights, out)
     assert out.exists()
     assert not (tmp_path / "yolov5n.failed").exists()
 
 
 def test_what_was_there_stays_when_compiling_fails(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
 ) -> None:
     out = tmp_path / "yolov5n"
     compiler(MADE)
-    in_background(checkpoint, out)
-    checkpoint.write_bytes(b"other weights")
+    in_background(weights, out)
+    weights.write_bytes(b"other weights")
     compiler("exit 1")
     with pytest.raises(CompileError, match="ended with status 1"):
-        asyncio.run(LocalCompile(checkpoint, out, "person").run(humble=True))
+        asyncio.run(LocalCompile(weights, out, "person").run(humble=True))
     assert (out / "float32-any.so").exists()
-    assert not LocalCompile(checkpoint, out, "person").done()
+    assert not LocalCompile(weights, out, "person").done()
 
 
 def test_the_compiler_is_humble_and_keeps_to_the_folder(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
 ) -> None:
     compiler(
         f'{MADE}; (nice; ulimit -t; cat /proc/self/oom_score_adj; echo "$TMPDIR $TORCHINDUCTOR_CACHE_DIR") > "$1/facts"'
     )
     out = tmp_path / "yolov5n"
-    in_background(checkpoint, out)
+    in_background(weights, out)
     scratch = tmp_path / "yolov5n.scratch"
     assert (out / "facts").read_text().split() == [
         "19", str(local_compile.CPU_SECONDS), "1000", str(scratch), str(scratch / "cache"),
@@ -139,12 +139,12 @@ def test_the_compiler_is_humble_and_keeps_to_the_folder(
 
 
 def test_cancelling_ends_the_compiler_with_its_children(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
 ) -> None:
     compiler(f'sleep 1000 & echo $! > "{tmp_path}/new" && mv "{tmp_path}/new" "{tmp_path}/pid"; wait')
 
     async def begin_and_cancel() -> int:
-        task = asyncio.create_task(compile_in_background(checkpoint, tmp_path / "yolov5n", "person"))
+        task = asyncio.create_task(compile_in_background(weights, tmp_path / "yolov5n", "person"))
         while not (tmp_path / "pid").exists():
             await asyncio.sleep(0.01)
         child = int((tmp_path / "pid").read_text())
@@ -160,35 +160,35 @@ def test_cancelling_ends_the_compiler_with_its_children(
 
 
 def test_only_one_of_two_servers_compiles(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     calls, out = compiler(MADE), tmp_path / "yolov5n"
-    with LocalCompile(checkpoint, out, "person").lock(wait=False):
-        in_background(checkpoint, out)
+    with LocalCompile(weights, out, "person").lock(wait=False):
+        in_background(weights, out)
     assert not calls
     assert not caplog.records
-    in_background(checkpoint, out)
+    in_background(weights, out)
     assert calls
 
 
 def test_the_leftovers_of_a_killed_compiler_are_removed(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]]
 ) -> None:
     left = tmp_path / "yolov5n.scratch" / "made" / "half.so"
     left.parent.mkdir(parents=True)
     left.touch()
     compiler(MADE)
-    in_background(checkpoint, tmp_path / "yolov5n")
+    in_background(weights, tmp_path / "yolov5n")
     assert not left.exists()
     assert not (tmp_path / "yolov5n" / "half.so").exists()
 
 
 def test_the_key_names_all_that_the_libraries_depend_on(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(counted: str = "person") -> str:
-        return LocalCompile(checkpoint, tmp_path / "out", counted).key
+        return LocalCompile(weights, tmp_path / "out", counted).key
 
     keys = [key(), key("bus")]
     assert key() == keys[0]
@@ -203,17 +203,17 @@ def test_the_key_names_all_that_the_libraries_depend_on(
     with monkeypatch.context() as other:
         other.setattr(local_compile, "SOURCES", ("compile.py",))
         keys.append(key())
-    checkpoint.write_bytes(b"other weights")
+    weights.write_bytes(b"other weights")
     keys.append(key())
     assert len(set(keys)) == len(keys)
 
 
 def test_without_a_compiler_a_line_says_how_to_get_one(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    in_background(checkpoint, tmp_path / "yolov5n")
+    in_background(weights, tmp_path / "yolov5n")
     (record,) = caplog.records
     assert "no C++ compiler `no-such-compiler`; install the package g++" in record.message
     monkeypatch.setenv("CXX", "sh")
@@ -222,14 +222,14 @@ def test_without_a_compiler_a_line_says_how_to_get_one(
 
 
 def test_the_command_line_compiles_now_and_says_if_that_fails(
-    checkpoint: Path, tmp_path: Path, compiler: Callable[[str], list[int]], monkeypatch: pytest.MonkeyPatch,
+    weights: Path, tmp_path: Path, compiler: Callable[[str], list[int]], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "yolov5n"
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(checkpoint), "--out", str(out), *arguments])
+        monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(weights), "--out", str(out), *arguments])
         local_compile.main()
         return capsys.readouterr().out
 
@@ -248,14 +248,14 @@ def test_the_command_line_compiles_now_and_says_if_that_fails(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_command_line_ends_with_its_compiler(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_the_command_line_ends_with_its_compiler(weights: Path, tmp_path: Path, number: signal.Signals) -> None:
     script = f'echo $$ > "{tmp_path}/new" && mv "{tmp_path}/new" "{tmp_path}/pid"; exec sleep 1000'
     program = (
         "import signal\nfrom serving import local_compile\nlocal_compile.missing = lambda: ''\n"
         f"local_compile.LocalCompile.command = lambda self, out: ['sh', '-c', {script!r}]\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\nlocal_compile.main()"
     )
-    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "yolov5n")]
+    arguments = ["--checkpoint", str(weights), "--out", str(tmp_path / "yolov5n")]
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL)
     while not (tmp_path / "pid").exists():
         assert process.poll() is None
@@ -347,20 +347,30 @@ def test_make_serve_takes_what_was_compiled_since(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.needs("compiler")
 @pytest.mark.timeout(900)
-def test_the_real_compiler_makes_what_the_detector_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And writes nowhere else."""
-    weights, out = yolo_checkpoint.save(tmp_path / "own.pt", ["person", "hen"]), tmp_path / "compiled" / "own"
-    home, temporary = tmp_path / "home", tmp_path / "tmp"
+def test_the_real_compiler_makes_what_the_detector_takes_and_writes_nowhere_else(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled network counts as the eager one does."""
+    home, temporary, out = tmp_path / "home", tmp_path / "tmp", tmp_path / "compiled" / "people"
     for folder in (home, temporary):
         folder.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("TMPDIR", str(temporary))
-    local = LocalCompile(weights, out, "person")
-    less = "import serving.compile as c; c.COMMON_SHAPES = c.COMMON_SHAPES[:1]; c.main()"  # one library less to compile
+    local = LocalCompile(checkpoint, out, "person")
+    less = "import serving.compile as c; c.COMMON_SHAPES = c.COMMON_SHAPES[:1]; c.main()"  # fewer libraries to compile
     whole = LocalCompile.command
     monkeypatch.setattr(LocalCompile, "command", lambda self, to: [sys.executable, "-c", less, *whole(self, to)[3:]])
     asyncio.run(local.run(humble=False))  # on a busy machine the lowest priority gets nothing
     assert local.done()
-    assert Detector(weights, compiled=out).compiled
-    assert [file.name for file in out.parent.iterdir()] == ["own"]
+    assert [file.name for file in out.parent.iterdir()] == ["people"]
     assert not [*home.iterdir(), *temporary.iterdir()]
+
+    eager, compiled = Detector(checkpoint), Detector(checkpoint, compiled=out)
+    assert (eager.compiled, compiled.compiled) == (False, True)
+    for picture, people in (("bus", 4), ("zidane", 2)):
+        box = eager.prepare((data / "people" / f"{picture}.jpg").read_bytes(), Limits())
+        counts = [len(one.count([box], [Parameters()])[0].people) for one in (eager, compiled)]
+        assert counts == [people, people]
+    facts = out / f"{dtype_name(eager.precision)}.json"
+    facts.write_text(facts.read_text().replace('"cpu_flags": [', '"cpu_flags": ["a-flag-of-2040",'))
+    assert not Detector(checkpoint, compiled=out).compiled, "made for another processor"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from torch import nn
 from headcount import Client
 from headcount.data import labelled_people
 from serving.contract import Limits, Parameters
-from serving.detector import Detector, FromPictures, dtype_name
+from serving.detector import Detector, FromPictures
 from serving.network import CheckpointError, load_network
 
 
@@ -72,29 +70,6 @@ def test_count_error_on_coco128(checkpoint: Path, coco128: Path) -> None:
         errors[precision] = np.abs(np.array([len(c.people) for c in counts]) - truth).mean()
     assert max(errors.values()) <= 0.55
     assert max(errors.values()) - min(errors.values()) <= 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.needs("compiler")
-def test_compiled_network_counts_as_eager(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    eager = Detector(checkpoint)
-    # In a process of its own, because the compiler imports setuptools, which warns of Python's distutils.
-    program = f"""
-from pathlib import Path
-import torch
-from serving.compile import compile_network
-compile_network(Path({str(checkpoint)!r}), "person", {eager.precision}, Path({str(tmp_path)!r}))
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
-    compiled = Detector(checkpoint, compiled=tmp_path)
-    assert compiled.compiled
-    for picture in ("bus", "zidane"):
-        path = data / "people" / f"{picture}.jpg"
-        assert count(compiled, path) == count(eager, path)
-    facts = tmp_path / f"{dtype_name(eager.precision)}.json"
-    facts.write_text(facts.read_text().replace('"cpu_flags": [', '"cpu_flags": ["a-flag-of-2040",'))
-    assert not Detector(checkpoint, compiled=tmp_path).compiled, "made for another processor"
 
 
 @pytest.mark.parametrize("era", ["v6.0", "v7.0"])

@@ -91,20 +91,17 @@ def test_the_serving_image_counts_four_through_the_endpoint(
     sandbox: RunningSandbox,
     cloud: Cloud,
     plugin: Plugin,
-    registry: str,
     serving_image: str,
     data: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name = f"{registry}/headcount:test"
-    images.docker("tag", serving_image, name)
-    digest = images.push(name)
     endpoint = cloud.endpoint("people")
     made = Stack(f"{VERSION_URN}people")
-    made.up(plugin, version_inputs("people", digest, predictRoute="/predictions/people"))
     rollout = Stack(f"{ROLLOUT_URN}people")
-    try:
+    with images.named_by_digest(serving_image) as image:
+        made.up(plugin, version_inputs("people", image, predictRoute="/predictions/people"))
         rollout.up(plugin, rollout_inputs(endpoint, main=release(made.id)))
+    try:
         picture = base64.b64encode((data / "people" / "bus.jpg").read_bytes()).decode()
         body = {"instances": [{"image": {"b64": picture}}], "parameters": {"confidence": 0.25}}
         answer = httpx.post(f"{sandbox.url}/v1/{endpoint}:predict", json=body, timeout=60)
