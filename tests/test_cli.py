@@ -41,6 +41,14 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 # Output and exit code
 
 
+@pytest.mark.parametrize("verb", ["", "count", "predict", "register", "recover", "logs", "release", "jobs"])
+def test_a_verb_alone_prints_its_help(verb: str) -> None:
+    done = CliRunner().invoke(app, [verb] if verb else [])
+    assert done.output.strip().startswith("Usage: ")
+    assert "--help" in done.output
+    assert "Missing" not in done.output
+
+
 def test_a_table_has_every_picture_the_total_and_nothing_else(stub: Stub, pictures: Path) -> None:
     done = run(pictures, "--url", stub.url)
     lines = [line.split() for line in done.stdout.decode().splitlines()]

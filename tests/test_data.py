@@ -66,7 +66,10 @@ def source_archive(content: bytes, name: str = MEMBER.name) -> bytes:
 
 def publish(server: HTTPServer, archive: bytes, file_name: str = "some-project-1.0.tar.gz") -> None:
     """On the package index, as the simple repository API has it: a relative link with a hash."""
-    page = f'<a href="../../files/{file_name}#sha256=0" data-requires-python="&gt;=3.7">{file_name}</a><br/>'
+    page = "".join(
+        f'<a href="../../files/{name}#sha256=0" data-requires-python="&gt;=3.7">{name}</a><br/>'
+        for name in ("some-project-0.9.tar.gz", file_name, "some-project-1.1.tar.gz")
+    )
     server.expect_request("/index/some-project/").respond_with_data(page, content_type="text/html")
     server.expect_request(f"/files/{file_name}").respond_with_data(archive)
 

@@ -106,3 +106,16 @@ def test_ctrl_c_reaches_pulumi_and_is_known_when_it_stopped_something(
     with pytest.raises(KeyboardInterrupt) if raised else contextlib.nullcontext():
         assert stacks.run("local", "up") == 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_stack_exists_if_pulumi_lists_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulumi_that(project, monkeypatch, """print('[{"name": "dev"}]')""")
+    assert (stacks.exists("dev"), stacks.exists("prod")) == (True, False)
+    (project / "bin" / "pulumi").unlink()
+    (project / "bin").rmdir()
+    pulumi_that(project, monkeypatch, "sys.exit('error: no state yet')")
+    assert not stacks.exists("dev")
+    (project / "bin" / "pulumi").unlink()
+    monkeypatch.setenv("PATH", str(project / "bin"))
+    with pytest.raises(StackError, match=r"^Pulumi's command line is not installed\."):
+        stacks.exists("dev")
