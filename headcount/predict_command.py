@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from headcount.counters import CountError
-from headcount.predictors import LocalModel, Predictor, Served, predict_all, table
+from headcount.predictors import LocalModel, Predictor, Server, predict_all, table
 
 
 def predict(
@@ -94,7 +94,7 @@ def _open(model: Path | None, url: str | None, stack: str | None, endpoint: str 
         return LocalModel(model)
     try:
         if url is not None:
-            return Served(url)
+            return Server(url)
         from headcount.endpoint import Endpoint, of_name, of_stack
 
         return Endpoint(of_stack(stack) if stack is not None else of_name(endpoint or ""))

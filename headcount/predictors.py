@@ -34,8 +34,8 @@ class LocalModel:
 
     def __init__(self, folder: Path) -> None:
         try:
+            from serving.exported.model import ExportedModel
             from serving.exported.model_contract import ContractError
-            from serving.exported.predictor import Predictor
             from serving.exported.program import ProgramError
         except ImportError as error:
             raise CountError(
@@ -43,20 +43,20 @@ class LocalModel:
                 "install requirements/torch.txt, or name a server"
             ) from None
         try:
-            self._predictor = Predictor(folder)
+            self._model = ExportedModel(folder)
         except (ContractError, ProgramError) as error:
             raise CountError(str(error)) from None
-        self.contract = self._predictor.contract
+        self.contract = self._model.contract
 
     def predict(self, instances: list[Any]) -> list[Any]:
-        answers = self._predictor.predict(instances)
+        answers = self._model.predict(instances)
         return [{"error": {"message": str(one)}} if isinstance(one, Exception) else one for one in answers]
 
     def close(self) -> None:
         pass
 
 
-class Served:
+class Server:
     """Asks a server of an exported model. url: its address, with or without the route. Raises ValueError."""
 
     largest_request = Limits.request_bytes - 200

@@ -39,8 +39,8 @@ class RequestState:
         self.milliseconds[step] = self.milliseconds.get(step, 0) + milliseconds
 
 
-class Body(NamedTuple):
-    """A request's body, and what was said of it. fields: further inputs of a request over gRPC."""
+class RawRequest(NamedTuple):
+    """A request before it is parsed. data: its body. fields: further inputs of a request over gRPC."""
 
     data: bytes
     content_type: str = ""
@@ -76,8 +76,8 @@ class BaseHandler(ABC, Generic[S]):
         """
 
     @abstractmethod
-    def decode(self, body: Body) -> S:
-        """From a body to a parsed request. Raises RequestError."""
+    def decode(self, raw: RawRequest) -> S:
+        """Parse a request. Raises RequestError."""
 
     @abstractmethod
     def predict(self, states: list[S]) -> None:
@@ -137,7 +137,7 @@ class BaseHandler(ABC, Generic[S]):
     def _guarded(self, row: dict[str, Any]) -> S:
         began = time.perf_counter()
         try:
-            state = self.decode(self._body(row))
+            state = self.decode(self._raw(row))
         except RequestError as error:
             return self.state_type(error=error)
         except Exception:
@@ -146,15 +146,15 @@ class BaseHandler(ABC, Generic[S]):
         state.spend("decode", (time.perf_counter() - began) * 1e3)
         return state
 
-    def _body(self, row: dict[str, Any]) -> Body:
+    def _raw(self, row: dict[str, Any]) -> RawRequest:
         told = row.get("body")
         if isinstance(told, bytes | bytearray) and "data" not in row:  # from the front
             return self._spooled(bytes(told))
         texts = {k: bytes(v).decode(errors="replace") for k, v in row.items() if k not in ("data", "body")}
         accept = texts.pop("accept", "")
-        return Body(bytes(row.get("data", b"")), accept=accept, fields=texts)
+        return RawRequest(bytes(row.get("data", b"")), accept=accept, fields=texts)
 
-    def _spooled(self, told: bytes) -> Body:
+    def _spooled(self, told: bytes) -> RawRequest:
         try:
             said = json.loads(told)
             name, size = said["spooled"], said["size"]
@@ -165,7 +165,7 @@ class BaseHandler(ABC, Generic[S]):
             raise RequestError("over gRPC, send the request's bytes, or JSON with instances, as 'data'") from None
         try:
             with (self.run_folder.spool / name).open("rb", 0) as file:
-                return Body(file.read(size), content_type, query, accept)
+                return RawRequest(file.read(size), content_type, query, accept)
         except FileNotFoundError:
             raise RequestError("the front gave this request up before a worker was free", 503) from None
 

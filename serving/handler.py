@@ -16,11 +16,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from serving.base_handler import BaseHandler, Body, Reply, as_json
+from serving.base_handler import BaseHandler, RawRequest, Reply, as_json
 from serving.contract import COUNT_HEADER, Parameters, RequestError, parse_request
 from serving.detector import TOGETHER, Count, Detector, dtype_name
 from serving.pictures import Letterbox, PictureError
-from serving.request_state import PeopleState, Picture, annotate_count
+from serving.request_state import PeopleState, PictureState, annotate_count
 from serving.storage import StorageError, read_object
 
 logger = logging.getLogger("handler")
@@ -41,10 +41,10 @@ class PeopleHandler(BaseHandler[PeopleState]):
         self._warm_up()
         return {"precision": dtype_name(self.detector.precision), "compiled": self.detector.compiled}
 
-    def decode(self, body: Body) -> PeopleState:
-        request = parse_request(body.data, body.content_type, body.query, body.accept, self.limits)
-        if body.fields:
-            request = replace(request, parameters=Parameters.parse(body.fields))
+    def decode(self, raw: RawRequest) -> PeopleState:
+        request = parse_request(raw.data, raw.content_type, raw.query, raw.accept, self.limits)
+        if raw.fields:
+            request = replace(request, parameters=Parameters.parse(raw.fields))
         return PeopleState.of(request, self.limits)
 
     def predict(self, states: list[PeopleState]) -> None:
@@ -64,7 +64,7 @@ class PeopleHandler(BaseHandler[PeopleState]):
                 for state, _ in part:
                     state.error = RequestError("the server failed to count in this request", 500)
 
-    def _count(self, part: list[tuple[PeopleState, Picture]]) -> None:
+    def _count(self, part: list[tuple[PeopleState, PictureState]]) -> None:
         self._read(part)
         # On a CPU one picture after the other, so that few pixels are in memory and the sign of life stays fresh.
         for some in [part] if self.detector.batches else [[one] for one in part]:
@@ -76,7 +76,7 @@ class PeopleHandler(BaseHandler[PeopleState]):
             for (state, picture, box), count in zip(ready, counts, strict=True):
                 self._finish(state, picture, box, count)
 
-    def _finish(self, state: PeopleState, picture: Picture, box: Letterbox, first: Count) -> None:
+    def _finish(self, state: PeopleState, picture: PictureState, box: Letterbox, first: Count) -> None:
         """Look closer at a picture, and draw on it, if the request asks for that. first: what the first look gave."""
         alive = self.run_folder.sign_of_life
         try:
@@ -120,7 +120,7 @@ class PeopleHandler(BaseHandler[PeopleState]):
             prediction["annotated"] = {"b64": base64.b64encode(picture.annotated or b"").decode()}
         return prediction
 
-    def _read(self, part: list[tuple[PeopleState, Picture]]) -> None:
+    def _read(self, part: list[tuple[PeopleState, PictureState]]) -> None:
         """Fetch the pictures that lie in buckets, side by side."""
         began = time.perf_counter()
         remote = [(state, picture, picture.instance.uri) for state, picture in part if picture.instance.uri is not None]
@@ -146,7 +146,7 @@ class PeopleHandler(BaseHandler[PeopleState]):
         finally:
             self.run_folder.sign_of_life()
 
-    def _letterbox(self, state: PeopleState, picture: Picture) -> Letterbox | None:
+    def _letterbox(self, state: PeopleState, picture: PictureState) -> Letterbox | None:
         if picture.error is not None:
             return None
         began = time.perf_counter()

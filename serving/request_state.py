@@ -12,7 +12,7 @@ from serving.pictures import PictureError, annotate
 
 
 @dataclass
-class Picture:
+class PictureState:
     """One picture of a request, and what was made of it.
 
     content: its bytes, while they are needed. annotated: a JPEG. error: why it could not be counted.
@@ -34,7 +34,7 @@ class PeopleState(RequestState):
     """
 
     request: Request | None = None
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[PictureState] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0))
 
@@ -45,7 +45,7 @@ class PeopleState(RequestState):
         for instance in request.instances:
             place = len(state.pictures) if instance.uri is None else first.setdefault(instance.uri, len(state.pictures))
             if place == len(state.pictures):
-                state.pictures.append(Picture(instance, instance.data or b"", error=instance.error))
+                state.pictures.append(PictureState(instance, instance.data or b"", error=instance.error))
             state.places.append(place)
         return state
 

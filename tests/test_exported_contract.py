@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from serving.exported.model import ExportedModel
 from serving.exported.model_contract import Category, Contract, ContractError, InstanceError, Number, Picture
-from serving.exported.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weather(whole: Path) -> Predictor:
-    return Predictor(whole)
+def weather(whole: Path) -> ExportedModel:
+    return ExportedModel(whole)
 
 
 # Predictions
@@ -48,12 +48,12 @@ def weather(whole: Path) -> Predictor:
         max_size=5,
     )
 )
-def test_predictions_are_those_of_the_formula(weather: Predictor, instances: list[dict[str, Any]]) -> None:
+def test_predictions_are_those_of_the_formula(weather: ExportedModel, instances: list[dict[str, Any]]) -> None:
     found = weather.predict([one | {"day": " tue "} for one in instances])
     assert found == [predicted(one["a"], one["b"], 20) for one in instances]
 
 
-def test_a_bad_instance_among_good_ones_has_an_error_in_its_place(weather: Predictor) -> None:
+def test_a_bad_instance_among_good_ones_has_an_error_in_its_place(weather: ExportedModel) -> None:
     good = {"a": 1, "b": 2, "day": "mon"}
     first, second, third = weather.predict([good, good | {"b": "two"}, good | {"a": 5}])
     assert (first, third) == (predicted(1, 2, 10), predicted(5, 2, 10))
@@ -75,7 +75,9 @@ def test_a_bad_instance_among_good_ones_has_an_error_in_its_place(weather: Predi
         ({"a": 3e38, "b": -100, "day": "mon"}, "the model answers with a score that is not a finite number"),
     ],
 )
-def test_an_instance_that_does_not_fit_is_refused_in_a_sentence(weather: Predictor, instance: Any, says: str) -> None:
+def test_an_instance_that_does_not_fit_is_refused_in_a_sentence(
+    weather: ExportedModel, instance: Any, says: str
+) -> None:
     (found,) = weather.predict([instance])
     assert isinstance(found, InstanceError)
     assert says in str(found)
@@ -183,7 +185,7 @@ def test_a_contract_that_is_wrong_is_refused_in_a_sentence(change: dict[str, Any
 
 def refused(folder: Path, says: str) -> None:
     with pytest.raises(ContractError) as caught:
-        Predictor(folder)
+        ExportedModel(folder)
     assert says in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -224,7 +226,7 @@ def test_an_index_beyond_an_embedding_is_the_error_of_its_instance_alone(folder:
     contract["inputs"][2]["vocabulary"].append("wed")  # the program's embedding has no row for it
     change_contract(folder, contract)
     good = {"a": 1, "b": 2, "day": "mon"}
-    first, second, third = Predictor(folder).predict([good, good | {"day": "wed"}, good])
+    first, second, third = ExportedModel(folder).predict([good, good | {"day": "wed"}, good])
     assert first == third == predicted(1, 2, 10)
     assert "the model cannot compute it: index out of range" in str(second)
 
@@ -234,5 +236,5 @@ def test_a_number_without_a_label_is_an_error(folder: Path) -> None:
     contract["outputs"][1]["vocabulary"] = ["dry"]
     contract["examples"] = [{"instance": {"a": -9, "b": 0, "day": None}, "prediction": predicted(-9, 0)}]
     change_contract(folder, contract)
-    (found,) = Predictor(folder).predict([{"a": 9, "b": 0, "day": None}])
+    (found,) = ExportedModel(folder).predict([{"a": 9, "b": 0, "day": None}])
     assert str(found) == "the model answers with class_ids 1, for which classes has no text"

@@ -19,7 +19,7 @@ from training_data import adult_line, typed_by_make, write_adult, write_digits
 from training_runs import Runner
 
 from headcount.data import fetch
-from serving.exported.predictor import Predictor
+from serving.exported.model import ExportedModel
 
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_census_run_ends_with_a_model_that_predicts(runner: Runner, census: li
     assert {line["severity"] for line in log} == {"INFO"}
     assert log[-1]["accuracy"] > 0.95
     assert log[-1]["auc"] > 0.98
-    predictor = Predictor(tmp_path / "model")
+    predictor = ExportedModel(tmp_path / "model")
     assert predictor.contract.metrics == {name: log[-1][name] for name in ("accuracy", "auc", "eval_loss")}
     person: dict[str, object] = {"age": 40, "education_num": 12, "capital_gain": 0, "capital_loss": 0}
     person |= {one.name: None for one in predictor.contract.inputs if one.kind == "category"}

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from serving.exported.model import ExportedModel
 from serving.exported.model_contract import CONTRACT, PROGRAM, Contract, Example, Instance
-from serving.exported.predictor import Predictor
 from serving.exported.program import Program, save
 
 
@@ -42,7 +42,7 @@ def export(model: nn.Module, draft: Contract, instances: Sequence[Instance], fol
     )
     partial.replace(folder / PROGRAM)
     _write_json(folder / CONTRACT, contract.as_json())
-    Predictor(folder)
+    ExportedModel(folder)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from serving.base_handler import BaseHandler, Body, Reply
+from serving.base_handler import BaseHandler, RawRequest, Reply
 from serving.contract import RequestError
-from serving.exported.predictor import Predictor
+from serving.exported.model import ExportedModel
 from serving.exported.requests import TOGETHER, InstancesState, parse, reply
 
 logger = logging.getLogger("handler")
@@ -27,18 +27,18 @@ class ExportedHandler(BaseHandler[InstancesState]):
         """Load the model and let it predict its examples. model: a folder with model.pt2 and contract.json."""
         cuda = os.environ.get("HEADCOUNT_ACCELERATOR") != "cpu" and torch.cuda.is_available()
         device = torch.device(f"cuda:{gpu}" if cuda else "cpu")
-        self.predictor = Predictor(model, device, self.limits.max_pixels)
+        self.model = ExportedModel(model, device, self.limits.max_pixels)
         return {"device": device.type}
 
-    def decode(self, body: Body) -> InstancesState:
-        return parse(body, self.predictor.contract.name, self.limits)
+    def decode(self, raw: RawRequest) -> InstancesState:
+        return parse(raw, self.model.contract.name, self.limits)
 
     def predict(self, states: list[InstancesState]) -> None:
         for state in states:
             began = time.perf_counter()
             try:
                 for start in range(0, len(state.instances), TOGETHER):
-                    state.answers += self.predictor.predict(state.instances[start : start + TOGETHER])
+                    state.answers += self.model.predict(state.instances[start : start + TOGETHER])
                     self.run_folder.sign_of_life()
             except Exception:
                 logger.exception("predicting failed")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.base_handler import Body, Reply, RequestState, as_json
+from serving.base_handler import RawRequest, Reply, RequestState, as_json
 from serving.contract import Limits, RequestError, json_instances
 from serving.exported.model_contract import InstanceError, Prediction
 
@@ -21,14 +21,14 @@ class InstancesState(RequestState):
     answers: list[Prediction | InstanceError] = field(default_factory=list)
 
 
-def parse(body: Body, model: str, limits: Limits) -> InstancesState:
+def parse(raw: RawRequest, model: str, limits: Limits) -> InstancesState:
     """A request to the model of this name. Raises RequestError."""
     shape = 'send {"instances": [{…}]}; /openapi.json describes an instance'
-    kind = body.content_type.partition(";")[0].strip().lower()
+    kind = raw.content_type.partition(";")[0].strip().lower()
     if kind.startswith(("image/", "multipart/")):
         raise RequestError(f"this server has the model {model} and counts no people in pictures: {shape}")
-    instances, parameters = json_instances(body.data, shape, limits)
-    if unknown := sorted({*parameters, *body.fields}):
+    instances, parameters = json_instances(raw.data, shape, limits)
+    if unknown := sorted({*parameters, *raw.fields}):
         raise RequestError(f"unknown parameter {unknown[0]!r}; the model {model} takes none")
     return InstancesState(instances=instances)
 

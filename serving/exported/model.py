@@ -18,7 +18,7 @@ TOLERANCE = 1e-3  # between a prediction here and where the model was exported, 
 _UNFIT = (RuntimeError, TypeError, ValueError, LookupError)
 
 
-class Predictor:
+class ExportedModel:
     """A model from a folder, ready: it has predicted its own examples right. Threads may share it."""
 
     def __init__(self, folder: Path, device: torch.device | None = None, max_pixels: int = Limits.max_pixels) -> None:
