@@ -99,7 +99,7 @@ INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.tools/bin/pip config 
 .venv/.serve: $(UV) requirements/serve.txt requirements/torch.txt requirements/client.txt pyproject.toml
 	@test -x $(BIN)/python || $(UV) venv -q --python $$(.tools/bin/python -c 'import sys; print(sys._base_executable)') .venv
 	@$(INSTALL) --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
-	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@
+	@TMPDIR=$(CURDIR)/.tools $(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@ # it leaves a lock
 
 .venv/.training: .venv/.serve requirements/training.txt
 	@$(INSTALL) --no-deps --require-hashes -r requirements/training.txt # the file is complete; torch is installed

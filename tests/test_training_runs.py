@@ -196,7 +196,8 @@ def test_broken_records_stop_a_run_or_are_counted(runner: Runner, census: list[o
 def test_two_processes_train_the_same_model(runner: Runner, census: list[object], tmp_path: Path) -> None:
     options = ["--dropout", "0", *map(str, census)]
     assert runner.run("census", "--job-dir", tmp_path / "one", *options).code == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "--log-dir", str(tmp_path / "log")]  # fmt: skip
     command = [*torchrun, "-m", "training.census", "--job-dir", str(tmp_path / "two"), *options]
     two = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
