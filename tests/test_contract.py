@@ -41,6 +41,7 @@ def b64(data: bytes) -> dict[str, Any]:
         ("region", [[0, 0], [1, 0], [1, 1.5]], "region's y"), ("region", [[0, 0], [math.inf, 0], [1, 1]], "region's x"),
         ("region", [[0, 0], [1, 1], [1, 0], [0, 1]], "crosses itself: side 1 meets side 3"),
         ("region", [[0, 0], [1, 0], [0.5, 0], [0.5, 1]], "crosses itself: side 1 meets side 2"),
+        ("region", [[0.05, 0.9], [0.05, 0.5], [0.05, 0.7], [1, 0.7]], "crosses itself: side 1 meets side 2"),
         ("region", [[0.5, 0], [0.5, 1], [0, 0], [1, 0]], "crosses itself: side 1 meets side 3"),
         ("detail", "close", "detail is 'close'; it must be fast, full or auto"), ("detail", None, "fast, full or auto"),
         ("detail", ["full"], "fast, full or auto"), ("detail", "FULL", "fast, full or auto"),
@@ -57,6 +58,13 @@ def test_a_bad_parameter_is_named_with_what_would_do(name: str, value: object, s
     assert says in str(caught.value)
     assert caught.value.code == 400
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("true", True), ("TRUE", True), ("1", True), ("false", False), ("0", False)]
+)
+def test_a_truth_value_is_written_in_several_ways(text: str, meant: bool) -> None:
+    assert Parameters.parse({"annotate": text}).annotate is meant
 
 
 @pytest.mark.parametrize(

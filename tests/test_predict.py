@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -136,7 +137,9 @@ def test_batches_keep_all_instances_in_order_within_the_limits(instances: list[s
     assert [one for batch in found for one in batch] == instances
     for batch in found:
         assert 0 < len(batch) <= most
-        assert len(batch) == 1 or len(json.dumps(batch)) <= room + 2
+        assert len(batch) == 1 or len(json.dumps(batch)) <= room
+    for batch, after in itertools.pairwise(found):
+        assert len(batch) == most or len(json.dumps([*batch, after[0]])) > room, "one more would have fitted"
 
 
 def weather_server(request: Request) -> Response:
