@@ -319,8 +319,8 @@ def test_a_cell_has_the_people_whom_a_region_of_its_shape_has(
 
 def test_small_boxes_are_drawn_so_that_one_still_sees_who_is_in_them() -> None:
     picture = encode(Image.new("RGB", (4000, 3000), "white"))
-    small, large = (1000, 1000, 1014, 1030), (2000, 1000, 2900, 2800)
-    drawn = np.asarray(Image.open(io.BytesIO(pictures.annotate(picture, [small, large], ["0.90", "0.80"]))))
+    small, large, flat = (1000, 1000, 1014, 1030), (2000, 1000, 2900, 2800), (1000, 2000, 1900, 2030)
+    drawn = np.asarray(Image.open(io.BytesIO(pictures.annotate(picture, [small, large, flat], ["0.90", "0.80", ""]))))
 
     def green(x: int, y: int) -> bool:
         red, green, blue = map(int, drawn[y, x])
@@ -331,4 +331,5 @@ def test_small_boxes_are_drawn_so_that_one_still_sees_who_is_in_them() -> None:
     assert not green(990, 1015), "and thin"
     assert not green(1005, 985), "there is no label, which nobody could read"
     assert green(1996, 2000), "a large box has a thick line"
+    assert not green(1400, 1996), "and a flat one a thin line"
     assert green(2005, 985), "and a label"

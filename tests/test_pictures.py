@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from serving.contract import Limits, Parameters
 from serving.detector import Detector, choose_people
-from serving.pictures import PictureError, annotate, letterbox
+from serving.pictures import PictureError, annotate, letterbox, upright
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,13 @@ def test_a_png_that_cannot_be_inflated_is_damaged() -> None:
     whole = encode(Image.new("RGB", (640, 640)), "PNG")
     with pytest.raises(PictureError, match="damaged"):
         letterbox(whole[: whole.index(b"IDAT")] + b"IDAT" + bytes(100))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("broken", [b"Exif\0\0no TIFF", exif(6)[:12] + bytes(9), b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_a_picture_with_broken_exif_is_read_as_stored(broken: bytes) -> None:
+    data = encode(Image.new("RGB", (64, 32), "white"), "JPEG", exif=broken)
+    assert upright(data).shape == (32, 64, 3)
 
 
 def test_ten_thousand_mutated_pictures_are_decoded_or_refused() -> None:
