@@ -31,6 +31,14 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "LONGEST_PAUSE", 0.001)
 
 
+def test_pauses_grow_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "LONGEST_PAUSE", 0.005)
+    some = list(itertools.islice(retries.pauses(), 10))
+    assert some == sorted(some)
+    assert (some[0], some[-1]) == (0.001, 0.005)
+    assert len(set(some)) > 3
+
+
 def call(seconds: float = 30) -> EngineCall:
     return EngineCall("urn", seconds, threading.Event())
 
