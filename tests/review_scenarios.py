@@ -1,0 +1,147 @@
+"""Changes as pull requests make them, previewed by Pulumi's engine on the sandbox; each becomes a recorded event log.
+
+`HEADCOUNT_RECORD=1 pytest tests/test_engine_review.py` writes the logs to tests/reviews/, from which every machine renders
+reviews (tests/test_review.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from helpers import ROOT
+from test_engine_infra import EngineProject
+
+RECORDS: Final = ROOT / "tests" / "reviews"
+PUBLIC: Final = """
+        gcp.storage.BucketIAMMember(
+            "everybody-reads-pictures",
+            bucket=self.bucket.name,
+            role="roles/storage.objectViewer",
+            member="allUsers",
+            opts=self._parent,
+        )
+        self.register_outputs({})
+"""
+
+
+class Recorder:
+    """A project with the stacks dev and prod, as docs/deploy.md sets them up."""
+
+    def __init__(self, project: EngineProject) -> None:
+        self.project = project
+        self.folder = project.folder
+        mine = r"  (gcp|vertex):(accessToken|\w*[eE]ndpoint)"
+        endpoints = [line for line in project.stack_file.splitlines(True) if re.match(mine, line)]
+        for stack in ("dev", "prod"):
+            text = (ROOT / f"Pulumi.{stack}.yaml").read_text() + "".join(endpoints)
+            self.file(stack).write_text(text + "  gcp:project: my-project\n  headcount:drainSeconds: 1\n")
+            project.pulumi("stack", "init", stack)
+
+    def file(self, stack: str) -> Path:
+        return self.folder / f"Pulumi.{stack}.yaml"
+
+    def up(self, stack: str) -> None:
+        self.project.pulumi("up", "-s", stack, "--yes", "--skip-preview")
+
+    def release(self, stack: str, *arguments: str) -> None:
+        self.project.python("headcount.cli", "release", "-s", stack, *arguments)
+
+    def set(self, stack: str, **settings: Any) -> None:
+        document = yaml.safe_load(self.file(stack).read_text())
+        document["config"] |= {f"headcount:{key}": value for key, value in settings.items()}
+        self.file(stack).write_text(yaml.safe_dump(document))
+
+    def digest(self, stack: str, release: str) -> str:
+        found = json.loads(self.project.pulumi("stack", "output", "-s", stack, "--json"))
+        return str(found["images"][release]).partition("@")[2]
+
+    def preview(self, stack: str, *, fails: bool = False) -> list[dict[str, Any]]:
+        """The events of a preview."""
+        log = self.folder.parent / "events.json"
+        log.unlink(missing_ok=True)
+        self.project.environment["PULUMI_DEBUG_COMMANDS"] = "true"
+        self.project.pulumi("preview", "-s", stack, "--event-log", str(log), fails=fails)
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    def tidy(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The events without what differs between machines and runs."""
+        text = json.dumps(events)
+        for pattern, plain in (
+            (re.escape(str(self.folder.parent)), "/home/me"),
+            (re.escape(str(ROOT)), "/home/me/headcount"),
+            (rf"127\.0\.0\.1:{self.project.registry_port}", "127.0.0.1:5000"),
+            (rf"127\.0\.0\.1:{self.project.sandbox.port}", "127.0.0.1:8790"),
+        ):
+            text = re.sub(pattern, plain, text)
+        return trimmed(json.loads(text))
+
+    def scenarios(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Each change with the events of its preview, in the order of a stack's life."""
+        yield "first-deployment", self.preview("dev")
+        self.up("dev")
+        yield "nothing", self.preview("dev")
+        yield "new-handler-line", self.undone("dev", lambda: self.project.handler(5))
+        yield "machine-type", self.undone("dev", lambda: self.set("dev", machineType="c3-highcpu-8"))
+        yield "replicas", self.undone("dev", lambda: self.set("dev", minReplicas=2, maxReplicas=4))
+        yield "bucket-public", self.undone("dev", self.make_public)
+        yield "endpoint-kind", self.undone("dev", lambda: self.set("dev", dedicated=False))
+        yield "paused", self.undone("dev", lambda: self.release("dev", "pause"))
+        proved = self.digest("dev", "main")
+        self.set("prod", imageSource="", releases={})
+        self.set("prod", imageSource=self.repository("dev"))
+        self.set("prod", releases={"main": {"image": proved, "traffic": 100}})
+        self.up("prod")
+        yield "prod-below-two", self.undone("prod", lambda: self.set("prod", minReplicas=1))
+        yield "prod-endpoint-kind", self.undone("prod", lambda: self.set("prod", dedicated=False), fails=True)
+
+        self.release("dev", "canary", "next", "10")
+        self.project.handler(8)
+        yield "canary", self.preview("dev")
+        self.up("dev")
+        self.release("dev", "promote", "next")
+        yield "promotion", self.preview("dev")
+        self.up("dev")
+        self.release("dev", "promote", "main")
+        yield "rollback", self.preview("dev")
+        newer = self.digest("dev", "next")
+        straight = {"main": {"image": newer, "traffic": 100}}
+        yield "prod-without-canary", self.undone("prod", lambda: self.set("prod", releases=straight))
+        limits = {"monthlyCostLimit": 1000, "maxReplicas": 8}
+        yield "prod-over-limit", self.undone("prod", lambda: self.set("prod", **limits))
+
+    def repository(self, stack: str) -> str:
+        return str(json.loads(self.project.pulumi("stack", "output", "-s", stack, "--json"))["repository"])
+
+    def make_public(self) -> None:
+        file = self.folder / "infra" / "foundation.py"
+        text = file.read_text().replace('public_access_prevention="enforced"', 'public_access_prevention="inherited"')
+        start, last, end = text.rpartition("        self.register_outputs({})\n")
+        assert last and end.strip().startswith("@property") or last
+        first, _, rest = text.partition("        self.register_outputs({})\n")
+        file.write_text(first.rstrip("\n") + PUBLIC + rest)
+
+    def undone(self, stack: str, change: Callable[[], None], *, fails: bool = False) -> list[dict[str, Any]]:
+        """The events of the preview of a change, which is undone afterwards."""
+        foundation = self.folder / "infra" / "foundation.py"
+        server = self.folder / "serving" / "server.py"
+        kept = {path: path.read_text() for path in (self.file(stack), foundation, server)}
+        try:
+            change()
+            return self.preview(stack, fails=fails)
+        finally:
+            for path, text in kept.items():
+                path.write_text(text)
+
+
+def trimmed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return events
+
+
+def write(name: str, events: list[dict[str, Any]]) -> None:
+    RECORDS.mkdir(exist_ok=True)
+    (RECORDS / f"{name}.jsonl").write_text("".join(json.dumps(event, sort_keys=True) + "\n" for event in events))
