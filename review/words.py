@@ -1,0 +1,163 @@
+"""The sentences and tables of a review that Markdown and HTML share."""
+
+from __future__ import annotations
+
+from .cost import HOURS_PER_MONTH, Cost
+from .events import PolicyFinding
+from .prices import COMPUTE, PREDICTION
+from .summary import Job, Review, Usage
+from .traffic import Serving
+
+Table = tuple[list[str], list[list[str]]]  # the heads of the columns, and the rows
+DONE = {"delete": "deleted", "replace": "replaced", "create": "created", "update": "changed", "same": "protection"}
+SERVICES = {COMPUTE: "Compute Engine", PREDICTION: "Vertex AI"}
+
+
+def traffic_table(found: Review) -> Table:
+    """Each release before and after. A cell has `now → after` where the two differ."""
+    before = {s.release: s for s in found.traffic.before}
+    after = {s.release: s for s in found.traffic.after}
+    rows = []
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name), after.get(name)
+        rows.append(
+            [
+                name,
+                _arrow(old and _version(old), new and _version(new)),
+                _arrow(old and _image(old), new and _image(new)),
+                _arrow(old and str(old.machines), new and str(new.machines)),
+                _percent(old),
+                _percent(new),
+            ]
+        )
+    return ["release", "version", "image", "machines", "traffic now", "after"], rows
+
+
+def traffic_stays(found: Review) -> str:
+    """One sentence on traffic and machines that a change leaves alone, or empty where it does not."""
+    if found.traffic.before != found.traffic.after:
+        return ""
+    if not found.traffic.after:
+        return "Nothing is deployed, before and after."
+    serving = ", ".join(f"{s.release} has {_percent(s)} of the traffic on {s.machines}" for s in found.traffic.after)
+    return f"Traffic and machines stay as they are: {serving}."
+
+
+def cost_table(found: Review) -> Table:
+    now, after = found.cost_before, found.cost_after
+    return (
+        ["USD", "now", "after"],
+        [
+            ["an hour", _amount(now, 1), _amount(after, 1)],
+            [f"a month of {HOURS_PER_MONTH} hours", _amount(now, HOURS_PER_MONTH), _amount(after, HOURS_PER_MONTH)],
+        ],
+    )
+
+
+def cost_stays(found: Review) -> str:
+    """One sentence on a cost that does not change, or empty."""
+    now, after = found.cost_before, found.cost_after
+    if (now.least, now.most, now.unknown) != (after.least, after.most, after.unknown):
+        return ""
+    return f"The machines cost {_amount(after, 1)} USD an hour, {_amount(after, HOURS_PER_MONTH)} USD a month, as before."
+
+
+def cost_remarks(found: Review) -> list[str]:
+    """What the sums do not have, and where the prices are from."""
+    remarks = []
+    unknown = tuple(dict.fromkeys((*found.cost_before.unknown, *found.cost_after.unknown)))
+    if unknown:
+        remarks.append(f"Unknown, and in no sum: {'; '.join(unknown)}.")
+    if found.usage:
+        remarks.append(f"Paid by use, and in no sum: {'; '.join(map(_usage, found.usage))}.")
+    remarks += map(_job, found.jobs)
+    sources = dict.fromkeys(
+        f"{SERVICES.get(price.service, price.service)} on {price.day}"
+        for price in (*found.cost_before.sources, *found.cost_after.sources)
+    )
+    if sources:
+        remarks.append(f"List prices without discounts: {', '.join(sources)} (review/prices.csv).")
+    if found.limit is not None:
+        remarks.append(f"The stack's limit is {found.limit:,.0f} USD a month.")
+    return remarks
+
+
+def resource_table(found: Review) -> Table:
+    rows = []
+    for one in found.resources:
+        paths = [d.path for d in one.differences] if one.operation in ("update", "replace", "same") else []
+        data = one.holds or "no" if one.operation in ("delete", "replace") else ""
+        rows.append([DONE[one.operation], f"{one.kind} `{plain(one.name)}`", _few(paths), data])
+    return ["", "resource", "properties", "holds data"], rows
+
+
+def policy_line(policy: PolicyFinding) -> str:
+    on = f" on `{plain(policy.resource)}`" if policy.resource else ""
+    return f"{policy.level} `{plain(policy.policy)}`{on}: {one_line(policy.text)}"
+
+
+def plain(text: str) -> str:
+    """A text that may stand between backticks."""
+    return one_line(text).replace("`", "'")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def cut(text: str, longest: int) -> str:
+    """At most so many characters of a text, and how many are left out."""
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest} more characters)"
+
+
+def _arrow(old: str | None, new: str | None) -> str:
+    if old == new or old is None or new is None:
+        return str(new or old)
+    return f"{old} → {new}"
+
+
+def _version(serving: Serving) -> str:
+    return serving.version_number or "new"
+
+
+def _image(serving: Serving) -> str:
+    digest = serving.image.removeprefix("sha256:")
+    return f"`{plain(digest[:12])}`" if digest else "built by the deployment"
+
+
+def _percent(serving: Serving | None) -> str:
+    if serving is None:
+        return "–"
+    return "unknown" if serving.traffic is None else f"{serving.traffic} %"
+
+
+def _amount(cost: Cost, hours: int) -> str:
+    """An amount in USD; `at least` where a part of it is unknown."""
+
+    def one(usd: float) -> str:
+        return f"{usd * hours:,.0f}" if hours > 1 else f"{usd:,.2f}"
+
+    least, most = one(cost.least), one(cost.most)
+    if not cost.exact and not cost.most:
+        return "unknown"
+    return ("" if cost.exact else "at least ") + (least if least == most else f"{least} to {most}")
+
+
+def _usage(usage: Usage) -> str:
+    if usage.price is None or usage.price.usd is None:
+        return f"{usage.what} (price unknown)"
+    unit = usage.price.unit if usage.price.unit.startswith("a ") else f"a {usage.price.unit}"
+    return f"{usage.what} ({usage.price.usd:.2f} USD {unit}{usage.free})"
+
+
+def _job(job: Job) -> str:
+    costs = "an unknown price" if job.hour is None else f"{job.hour:,.2f} USD"
+    return (
+        f"The {job.kind} `{plain(job.name)}` runs once on {job.machines}: {costs} an hour, and how long it takes is not "
+        f"known, at most {job.most_hours:g} hours."
+    )
+
+
+def _few(paths: list[str]) -> str:
+    shown = [f"`{plain(path)}`" for path in paths[:4]]
+    return ", ".join(shown) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
