@@ -81,13 +81,16 @@ def installed() -> bool:
     return shutil.which("pulumi", path=environment(LOCAL)["PATH"]) is not None
 
 
-def pulumi(stack: str, *arguments: str) -> str:
-    """Returns the output of a Pulumi command on a stack. Raises StackError with Pulumi's message."""
+def pulumi(stack: str, *arguments: str, **variables: str) -> str:
+    """Returns the output of a Pulumi command on a stack. Raises StackError with Pulumi's message.
+
+    variables: of the environment, besides the stack's own.
+    """
     command = _command()
     from pulumi.automation.errors import CommandError, StackNotFoundError
 
     try:
-        done = command.run([*arguments, "--stack", stack], str(project_folder()), environment(stack))
+        done = command.run([*arguments, "--stack", stack], str(project_folder()), environment(stack) | variables)
     except StackNotFoundError:
         raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the existing stacks.") from None
     except CommandError as error:

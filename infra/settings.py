@@ -268,6 +268,14 @@ class Settings(_Model):
         bool,
         Field(description="looks for known vulnerabilities in each pushed image, at a price an image", examples=[True]),
     ] = False
+    monthly_cost_limit: Annotated[
+        float | None,
+        Field(
+            description="USD a month that the machines may cost with all replicas; a review says when it is more",
+            gt=0,
+            examples=[500],
+        ),
+    ] = None
     labels: Annotated[
         dict[Label, LabelValue],
         Field(description="further labels of every resource", examples=['{"owner": "vision", "cost-centre": "42"}']),

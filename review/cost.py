@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from .prices import COMPUTE, PREDICTION, Price, Prices
 
@@ -36,21 +36,36 @@ class Machines:
         extra = f" with {self.accelerators} {self.accelerator}" if self.accelerator else ""
         return f"{self.machine_type}{extra}{', spot' if self.spot else ''}"
 
+    @property
+    def count(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
+
     def __str__(self) -> str:
-        count = str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
-        return f"{count} × {self.machine}"
+        return f"{self.count} × {self.machine}"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A machine whose price is not known.
+
+    why: `spot`, because such prices change; `fee`, because only Compute Engine's lower price is known; or `price`.
+    """
+
+    machine: str
+    region: str
+    why: Literal["spot", "fee", "price"]
 
 
 @dataclass(frozen=True)
 class Cost:
     """USD an hour with the least and with the most replicas; lower bounds where something is unknown.
 
-    unknown: what is not in it, in sentences. sources: the prices that are in it.
+    unknown: the machines of which not everything is in it. sources: the prices that are in it.
     """
 
     least: float = 0.0
     most: float = 0.0
-    unknown: tuple[str, ...] = ()
+    unknown: tuple[Unknown, ...] = ()
     sources: tuple[Price, ...] = ()
 
     @property
@@ -81,18 +96,12 @@ def cost(machines: Iterable[Machines], region: str, prices: Prices) -> Cost:
 
 def _cost(machines: Machines, region: str, prices: Prices) -> Cost:
     wanted = (machines.machine_type, region, machines.accelerator, machines.accelerators)
-    name = f"a {machines.machine} in {region}"
     if machines.spot:
-        return Cost(unknown=(f"the price of {name}: spot prices change from day to day",))
-    unknown: tuple[str, ...] = ()
+        return Cost(unknown=(Unknown(machines.machine, region, "spot"),))
+    unknown: tuple[Unknown, ...] = ()
     parts = prices.machine_parts(PREDICTION, *wanted)
     if parts is None:
         parts = prices.machine_parts(COMPUTE, *wanted) or []
-        why = (
-            f"what Vertex AI asks for {name} beyond the price of the machine itself on Compute Engine"
-            if parts
-            else f"the price of {name}"
-        )
-        unknown = (why,)
+        unknown = (Unknown(machines.machine, region, "fee" if parts else "price"),)
     hour = sum((price.usd or 0) * quantity for price, quantity in parts)
     return Cost(hour * machines.least, hour * machines.most, unknown, tuple(price for price, _ in parts))

@@ -46,9 +46,13 @@ _KEY: Final = "gcp:serviceaccount/key:Key"
 
 @dataclass(frozen=True)
 class Rule:
-    """name: stays the same, for tools. what: the danger, in a few words. why: the reason. dangerous: or only notable."""
+    """What is looked for in a change.
+
+    name: for tools, so it stays the same. brief: for a headline. dangerous: else it is only worth knowing.
+    """
 
     name: str
+    brief: str
     what: str
     why: str
     dangerous: bool = True
@@ -108,7 +112,7 @@ def _lost_data(facts: Facts) -> Iterator[tuple[str, str]]:
             continue
         if change.old.retain:
             continue
-        done = "deleted" if change.operation == "delete" else "deleted and made anew"
+        done = "deleted" if change.operation == "delete" else "deleted and created again"
         kept = change.type == BUCKET and not change.old.inputs.get("forceDestroy")
         end = "; Google refuses while there are objects in it" if kept else f", and with it {DATA[change.type]}"
         yield change.name, f"{described(change)} is {done}{end}."
@@ -124,8 +128,8 @@ def _replaced_endpoint(facts: Facts) -> Iterator[tuple[str, str]]:
             )
             yield (
                 change.name,
-                "The endpoint is deleted and made anew. Nothing answers from its deletion until the models are "
-                f"deployed on the new one, which takes about 20 minutes for each.{url}",
+                f"The endpoint is deleted and created again.{url} Until its models are deployed, which takes about 20 "
+                "minutes for each, callers get errors.",
             )
         elif change.operation == "delete":
             yield change.name, "The endpoint is deleted, and nothing answers any more."
@@ -257,63 +261,75 @@ def _idle_release(facts: Facts) -> Iterator[tuple[str, str]]:
 CHECKS: Final[Mapping[Rule, Check]] = {
     Rule(
         "data-lost",
+        "data is lost",
         "what holds data is deleted or replaced",
         "A deleted bucket, repository or table does not come back with the next deployment; its content is gone.",
     ): _lost_data,
     Rule(
         "endpoint-replaced",
+        "an outage",
         "the endpoint is replaced or deleted",
-        "Nothing answers until the models are deployed on the new one, and callers may need another URL.",
+        "It is an outage for all callers, and they may need another URL afterwards.",
     ): _replaced_endpoint,
     Rule(
         "nothing-serves",
+        "nothing answers any more",
         "everything that has traffic is undeployed",
         "Callers get errors until something is deployed again, which takes about 20 minutes.",
     ): _nothing_serves,
     Rule(
         "unproven-traffic",
+        "much traffic on a version that never served",
         f"production: over {CANARY_PERCENT} % of the traffic moves to a version that never served",
         "A version's faults show under real requests; a canary lets few callers meet them.",
     ): _unproven_traffic,
     Rule(
         "protection-removed",
+        "protection is removed",
         "protection is removed from what holds data or serves",
         "Protection is the last check before a deletion, so its removal is where a deletion begins.",
     ): _protection_removed,
     Rule(
         "access-widened",
+        "more access",
         "somebody gets a role, a role gets a permission, or a service account gets a key",
-        "Access that is given is seldom taken back, and a key does not expire. The first deployment of a stack is exempt.",
+        "Access that is given is seldom taken back, and a key does not expire. A new stack is exempt.",
     ): _widened_access,
     Rule(
         "public-access",
+        "public access",
         "something becomes public, or may become so",
         "Pictures show people, and what was public for a minute may be copied for ever.",
     ): _public_access,
     Rule(
         "few-replicas",
+        "too few replicas for production",
         f"production: a release with traffic may run with fewer than {PRODUCTION_REPLICAS} replicas",
         "With one replica, the loss or maintenance of a single machine is an outage.",
     ): _few_replicas,
     Rule(
         "cost-over-limit",
+        "over the cost limit",
         "the cost with all replicas exceeds `monthlyCostLimit`",
         "Replicas are added under load without anybody being asked, so the limit has to hold for the most of them.",
     ): _over_the_limit,
     Rule(
         "unproven-traffic-elsewhere",
+        "a version that never served",
         f"outside production: over {CANARY_PERCENT} % of the traffic moves to a version that never served",
         "This is the usual way of working on a stack such as dev, and still worth knowing.",
         dangerous=False,
     ): _unproven_traffic_elsewhere,
     Rule(
         "idle-release",
+        "an idle release",
         "a release stays deployed without traffic",
         "It costs as much as with traffic; it is worth that as long as a rollback may be needed.",
         dangerous=False,
     ): _idle_release,
     Rule(
         "limit-unknown",
+        "unknown cost",
         "a limit is set, and the price of a machine is not known",
         "The known part of the cost is below the limit; nobody knows whether the whole is.",
         dangerous=False,

@@ -37,7 +37,9 @@ def differences(change: Change) -> list[Difference]:
     if change.operation in ("update", "replace"):
         for path, replaces in sorted(change.paths.items()):
             before, after = (_at(state.inputs, path) for state in (old, new))
-            leaves = list(_leaves(path, before, after)) or [(path, before, after)]
+            # A provider also names properties that it computes, and those that are the same. A changed secret is
+            # shown as the same twice.
+            leaves = list(_leaves(path, before, after)) or [(path, before, after)] * _has_secret(after)
             found += [Difference(where, _text(a), _text(b), replaces) for where, a, b in leaves]
         if not found:
             found = [Difference(path, _text(a), _text(b)) for path, a, b in _leaves("", old.inputs, new.inputs)]
@@ -72,7 +74,10 @@ def _at(value: Any, path: str) -> Any:
 
 def _leaves(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     """The innermost properties that differ."""
-    old, new = ({} if value is _MISSING and isinstance(other, dict) else value for value, other in ((old, new), (new, old)))
+    if old is _MISSING and isinstance(new, dict):
+        old = {}
+    if new is _MISSING and isinstance(old, dict):
+        new = {}
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             if key.startswith("__"):  # Pulumi's own
@@ -83,6 +88,10 @@ def _leaves(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         return
     elif not (old is _MISSING and new is _MISSING):
         yield path, old, new
+
+
+def _has_secret(value: Any) -> bool:
+    return value is not _MISSING and any(word in json.dumps(value) for word in (SECRET, HIDDEN))
 
 
 def _text(value: Any) -> str | None:

@@ -183,7 +183,7 @@ def _change(metadata: Wire) -> Change:
 
 
 def _state(state: Wire | None) -> State | None:
-    if not state:
+    if state is None:
         return None
     inputs, outputs = (shown(state.get(key) or {}) for key in ("inputs", "outputs"))
     return State(inputs, outputs, bool(state.get("protect")), bool(state.get("retainOnDelete")))

@@ -39,11 +39,23 @@ def render(found: Review, longest: int = LONGEST) -> str:
 def _findings(found: Review) -> list[str]:
     lines: list[str] = []
     if found.errors:
-        lines += ["> [!CAUTION]", "> **The preview fails**", "", *(_fenced(message.text) for message in found.errors), ""]
+        lines += [
+            "> [!CAUTION]",
+            "> **The preview fails**",
+            "",
+            *(_fenced(message.text) for message in found.errors),
+            "",
+        ]
     if found.dangers:
-        lines += ["> [!CAUTION]", f"> **Dangerous** ({len(found.dangers)})"]
-        lines += [f"> - {finding.text} {finding.rule.why}" for finding in found.dangers[:MOST_LINES]]
-        lines += [*_more(len(found.dangers), "> - "), ""]
+        lines.append("> [!CAUTION]")
+        for rule, texts in words.by_rule(found.dangers):
+            lines += [
+                f"> **Dangerous: {rule.brief}.** {rule.why}",
+                ">",
+                *(f"> - {text}" for text in texts[:MOST_LINES]),
+            ]
+            lines += [*_more(len(texts), "> - "), ">"]
+        lines[-1] = ""
     if found.policies:
         listed = [f"- {words.policy_line(policy)}" for policy in found.policies[:MOST_LINES]]
         lines += ["**Policies**", "", *listed, *_more(len(found.policies), "- "), ""]
@@ -59,7 +71,9 @@ def _traffic(found: Review) -> list[str]:
     if steps := found.traffic.steps:
         lines += ["Steps of the rollout:", ""]
         if found.traffic.logged:
-            lines[-2] = "Steps of the rollout. The endpoint is not as Pulumi's state has it, so these are from the endpoint:"
+            lines[-2] = (
+                "Steps of the rollout. The endpoint is not as Pulumi's state has it, so these are from the endpoint:"
+            )
         lines += [f"{number}. {one_line(step)}" for number, step in enumerate(steps[:MOST_LINES], 1)]
         lines += [*_more(len(steps), ""), ""]
     return lines

@@ -28,6 +28,7 @@ BY_USE: Final = {
 }
 FREE: Final = {"registry": " after the first 0.5 GB", "logging": " after the first 50 GiB a month"}
 
+FAILED: Final = "the preview fails, and nothing can be deployed"
 # The exit codes of `headcount review`.
 NO_CHANGE: Final = 0
 ERROR: Final = 1
@@ -115,7 +116,9 @@ def review(preview: Preview, prices: Prices, served: Collection[str] = ()) -> Re
     code = ERROR if failed else DANGEROUS if dangerous else CHANGE if changed else NO_CHANGE
     return Review(
         stack=preview.stack,
-        headline=headline(preview, changed, moved) if not failed else "the preview fails, and nothing can be deployed",
+        headline=headline(preview, changed, moved, found)
+        if not failed
+        else "the preview fails, and nothing can be deployed",
         exit_code=code,
         traffic=moved,
         cost_before=before,
@@ -145,7 +148,8 @@ def is_component(change: Change) -> bool:
 
 def images(preview: Preview) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """The digests of the releases before and after."""
-    before, after = {}, {}
+    before: dict[str, str] = {}
+    after: dict[str, str] = {}
     for change in preview.of_type(VERSION):
         for state, found in ((change.old, before), (change.new, after)):
             if state and state.inputs.get("image", UNKNOWN) != UNKNOWN:
@@ -156,29 +160,24 @@ def images(preview: Preview) -> tuple[Mapping[str, str], Mapping[str, str]]:
 # ------------------------------------------------------------------------------------------------ the headline
 
 
-def headline(preview: Preview, changed: Sequence[Change], moved: Traffic) -> str:
-    """The change in one sentence without its full stop."""
+def headline(preview: Preview, changed: Sequence[Change], moved: Traffic, found: Sequence[Finding]) -> str:
+    """The change in one sentence without its full stop, the dangers first."""
     if not changed:
         return "no change"
     if not any(c.old for c in preview.changes if not c.type.startswith("pulumi:")):
-        count = sum(1 for c in changed if c.operation == "create" and not c.type.startswith("pulumi:"))
+        count = sum(1 for c in changed if not c.type.startswith("pulumi:"))
         serves = ", ".join(f"{s.release} serves {_share(s.traffic)}" for s in moved.after if s.traffic != 0)
-        return "; ".join(filter(None, [f"a new stack with {count} resources", serves or "nothing serves"]))
-    parts = [
-        *_what_is_new(changed),
-        *_traffic_words(moved),
-        *_machine_words(moved),
-        *_gone(changed, moved),
-    ]
-    covered = {IMAGE, VERSION, RELEASED_IMAGE, ROLLOUT}
-    others = [c for c in changed if c.type not in covered and c.operation in ("create", "update")]
-    if others:
-        parts.insert(0, _counted(others))
-    deleted = [c for c in changed if c.operation in ("delete", "replace") and c.type not in covered]
-    parts += [_done(deleted, "delete", "deleted"), _done(deleted, "replace", "replaced")]
-    if not deleted and not any(c.operation == "delete" for c in changed):
-        parts.append("nothing is deleted")
-    return "; ".join(filter(None, parts))
+        parts = [f"a new stack with {count} resources", serves or "nothing serves"]
+    else:
+        parts = [
+            *_what_is_new(changed),
+            *_traffic_words(moved),
+            *_machine_words(moved),
+            *_other_words(changed),
+            *_deletions(changed, moved),
+        ]
+    dangers_ = dict.fromkeys(finding.rule.brief for finding in found if finding.dangerous)
+    return "; ".join(filter(None, [", ".join(dangers_), *parts]))
 
 
 def _what_is_new(changed: Sequence[Change]) -> list[str]:
@@ -194,6 +193,7 @@ def _what_is_new(changed: Sequence[Change]) -> list[str]:
 def _traffic_words(moved: Traffic) -> list[str]:
     """The releases that gain traffic. A release with another version gains all that it has."""
     before = {s.release: s for s in moved.before}
+    served = [s for s in moved.before if s.traffic]
     words = []
     for after in moved.after:
         old = before.get(after.release)
@@ -201,14 +201,16 @@ def _traffic_words(moved: Traffic) -> list[str]:
         gained = (after.traffic or 0) - ((old.traffic or 0) if old and same else 0)
         if gained <= 0:
             continue
-        share = "all the traffic" if gained == 100 else f"{gained} % of the traffic"
+        share = "all the traffic" if after.traffic == 100 else f"{gained} % of the traffic"
         to = after.release if same or not old else f"the new version of {after.release}"
-        if not any(s.traffic for s in moved.before):
+        if not served:
             words.append(f"{after.release} gets {share}")
+        elif same and all(_number(after.version) < _number(s.version) for s in served if s.release != after.release):
+            words.append(f"{share} moves back to {to}, an earlier version")
         else:
             words.append(f"{share} moves to {to}")
-    if moved.before and not moved.after and any(s.traffic for s in moved.before):
-        words.append("everything is undeployed, so that nothing answers")
+    if served and not moved.after:
+        words.append("everything is undeployed")
     return words
 
 
@@ -219,22 +221,39 @@ def _machine_words(moved: Traffic) -> list[str]:
         old, new = before.get(after.release), after.machines
         if old is None or old == new:
             continue
-        words.append(f"{after.release} runs on {new} instead of {old}")
+        if old.machine == new.machine:
+            words.append(f"{after.release} runs {new.count} replicas instead of {old.count}")
+        else:
+            words.append(f"{after.release} runs on {new} instead of {old}")
     return words
 
 
-def _gone(changed: Sequence[Change], moved: Traffic) -> list[str]:
-    gone = [c.name for c in changed if c.type == VERSION and c.operation == "delete"]
-    return [f"release {', '.join(gone)} is undeployed and its model version deleted"] if gone and moved.after else []
+def _other_words(changed: Sequence[Change]) -> list[str]:
+    """What is created and changed besides the releases."""
+    covered = {IMAGE, VERSION, RELEASED_IMAGE, ROLLOUT}
+    others = [c for c in changed if c.type not in covered]
+    return [
+        _done([c for c in others if c.operation == operation], word)
+        for operation, word in (("create", "created"), ("update", "changed"), ("same", "protected or unprotected"))
+    ]
 
 
-def _counted(changes: Sequence[Change]) -> str:
-    named = [f"{kind(c.type)} {c.name} {'is made' if c.operation == 'create' else 'changes'}" for c in changes]
-    return ", ".join(named) if len(named) <= 3 else f"{len(named)} resources change besides the releases"
+def _deletions(changed: Sequence[Change], moved: Traffic) -> list[str]:
+    gone = [c for c in changed if c.operation == "delete"]
+    again = [c for c in changed if c.operation == "replace" and c.type not in (VERSION, ROLLOUT)]
+    words = []
+    undeployed = [c.name for c in gone if c.type == VERSION]
+    if undeployed and moved.after:
+        words.append(f"release {' and '.join(undeployed)} is undeployed and its model version deleted")
+    words.append(_done([c for c in gone if c.type not in (VERSION, RELEASED_IMAGE)], "deleted"))
+    words.append(_done(again, "replaced"))
+    if old := [c.name for c in changed if c.type == VERSION and c.operation == "replace"]:
+        words.append(f"the old version of {' and '.join(old)} is deleted")
+    return words if any(words) else ["nothing is deleted"]
 
 
-def _done(changes: Sequence[Change], operation: str, word: str) -> str:
-    names = [f"{kind(c.type)} {c.name}" for c in changes if c.operation == operation]
+def _done(changes: Sequence[Change], word: str) -> str:
+    names = [kind(c.type) if kind(c.type) == c.name else f"{kind(c.type)} {c.name}" for c in changes]
     if not names:
         return ""
     if len(names) > 3:
@@ -244,6 +263,12 @@ def _done(changes: Sequence[Change], operation: str, word: str) -> str:
 
 def _share(percent: int | None) -> str:
     return "traffic" if percent is None else f"{percent} % of the traffic"
+
+
+def _number(version: str | None) -> int:
+    """The number of a version; one that is only made by the deployment is the newest."""
+    number = (version or "").rpartition("@")[2]
+    return int(number) if number.isdigit() else 10**9
 
 
 # ------------------------------------------------------------------------------------------------ the rest

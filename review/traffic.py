@@ -70,7 +70,10 @@ class Traffic:
 
 
 def traffic(rollout: Change | None, images: tuple[Mapping[str, str], Mapping[str, str]], log: Sequence[str]) -> Traffic:
-    """The traffic of a rollout that may change. images: digests of the releases before and after. log: the provider's."""
+    """The traffic of a rollout that may change.
+
+    images: the digests of the releases before and after. log: the steps that the provider logged.
+    """
     if rollout is None:
         return Traffic()
     before = _serving(rollout.old, images[0], deployed=True)
@@ -171,5 +174,3 @@ def _machines(spec: Spec, size: Size) -> str:
 def _count(size: Size) -> str:
     least, most = size.replicas
     return str(least) if least == most else f"{least} to {most}"
-
-

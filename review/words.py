@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cost import HOURS_PER_MONTH, Cost
+from .dangers import Finding, Rule
 from .events import PolicyFinding
 from .prices import COMPUTE, PREDICTION
 from .summary import Job, Review, Usage
@@ -10,6 +11,13 @@ from .traffic import Serving
 
 Table = tuple[list[str], list[list[str]]]  # the heads of the columns, and the rows
 DONE = {"delete": "deleted", "replace": "replaced", "create": "created", "update": "changed", "same": "protection"}
+UNKNOWN_PRICES = {
+    "fee": "“At least”, because the price of {} on Vertex AI in {} is not known here: the sums have Compute Engine's, "
+    "which is lower.",
+    "price": "The price of {} in {} is not known here, and in no sum.",
+    "spot": "Spot prices change from day to day: {} in {} is in no sum.",
+}
+DRIFTED = "The endpoint is not as Pulumi's state has it, so these are from the endpoint itself"
 SERVICES = {COMPUTE: "Compute Engine", PREDICTION: "Vertex AI"}
 
 
@@ -23,9 +31,9 @@ def traffic_table(found: Review) -> Table:
         rows.append(
             [
                 name,
-                _arrow(old and _version(old), new and _version(new)),
-                _arrow(old and _image(old), new and _image(new)),
-                _arrow(old and str(old.machines), new and str(new.machines)),
+                _arrow(*(_version(s) if s else None for s in (old, new))),
+                _arrow(*(_image(s) if s else None for s in (old, new))),
+                _arrow(*(str(s.machines) if s else None for s in (old, new))),
                 _percent(old),
                 _percent(new),
             ]
@@ -35,7 +43,7 @@ def traffic_table(found: Review) -> Table:
 
 def traffic_stays(found: Review) -> str:
     """One sentence on traffic and machines that a change leaves alone, or empty where it does not."""
-    if found.traffic.before != found.traffic.after:
+    if found.traffic.before != found.traffic.after or found.traffic.steps:
         return ""
     if not found.traffic.after:
         return "Nothing is deployed, before and after."
@@ -59,15 +67,19 @@ def cost_stays(found: Review) -> str:
     now, after = found.cost_before, found.cost_after
     if (now.least, now.most, now.unknown) != (after.least, after.most, after.unknown):
         return ""
-    return f"The machines cost {_amount(after, 1)} USD an hour, {_amount(after, HOURS_PER_MONTH)} USD a month, as before."
+    return (
+        f"The machines cost {_amount(after, 1)} USD an hour, {_amount(after, HOURS_PER_MONTH)} USD a month, as before."
+    )
 
 
 def cost_remarks(found: Review) -> list[str]:
     """What the sums do not have, and where the prices are from."""
     remarks = []
     unknown = tuple(dict.fromkeys((*found.cost_before.unknown, *found.cost_after.unknown)))
-    if unknown:
-        remarks.append(f"Unknown, and in no sum: {'; '.join(unknown)}.")
+    for why, sentence in UNKNOWN_PRICES.items():
+        if named := list(dict.fromkeys(f"`{plain(one.machine)}`" for one in unknown if one.why == why)):
+            regions = " and ".join(dict.fromkeys(one.region for one in unknown if one.why == why))
+            remarks.append(sentence.format(" and ".join(named), regions))
     if found.usage:
         remarks.append(f"Paid by use, and in no sum: {'; '.join(map(_usage, found.usage))}.")
     remarks += map(_job, found.jobs)
@@ -89,6 +101,12 @@ def resource_table(found: Review) -> Table:
         data = one.holds or "no" if one.operation in ("delete", "replace") else ""
         rows.append([DONE[one.operation], f"{one.kind} `{plain(one.name)}`", _few(paths), data])
     return ["", "resource", "properties", "holds data"], rows
+
+
+def by_rule(found: list[Finding]) -> list[tuple[Rule, list[str]]]:
+    """The findings of each rule, in the order of the rules."""
+    rules = dict.fromkeys(finding.rule for finding in found)
+    return [(rule, [finding.text for finding in found if finding.rule == rule]) for rule in rules]
 
 
 def policy_line(policy: PolicyFinding) -> str:
@@ -153,8 +171,8 @@ def _usage(usage: Usage) -> str:
 def _job(job: Job) -> str:
     costs = "an unknown price" if job.hour is None else f"{job.hour:,.2f} USD"
     return (
-        f"The {job.kind} `{plain(job.name)}` runs once on {job.machines}: {costs} an hour, and how long it takes is not "
-        f"known, at most {job.most_hours:g} hours."
+        f"The {job.kind} `{plain(job.name)}` runs once on {job.machines}: {costs} an hour, and how long it takes is "
+        f"not known, at most {job.most_hours:g} hours."
     )
 
 

@@ -1,7 +1,7 @@
-"""Changes as pull requests make them, previewed by Pulumi's engine on the sandbox; each becomes a recorded event log.
+"""Changes as pull requests make them, previewed by Pulumi's engine on the sandbox.
 
-`HEADCOUNT_RECORD=1 pytest tests/test_engine_review.py` writes the logs to tests/reviews/, from which every machine renders
-reviews (tests/test_review.py).
+`HEADCOUNT_RECORD=1 pytest tests/test_engine_review.py` writes their event logs to tests/reviews/, from which
+tests/test_review.py renders reviews on every machine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from helpers import ROOT
 from test_engine_infra import EngineProject
 
 RECORDS: Final = ROOT / "tests" / "reviews"
+CONFIG: Final = {"gcp:project", "gcp:region"}
 PUBLIC: Final = """
         gcp.storage.BucketIAMMember(
             "everybody-reads-pictures",
@@ -90,11 +91,12 @@ class Recorder:
         yield "replicas", self.undone("dev", lambda: self.set("dev", minReplicas=2, maxReplicas=4))
         yield "bucket-public", self.undone("dev", self.make_public)
         yield "endpoint-kind", self.undone("dev", lambda: self.set("dev", dedicated=False))
+        predictors = ["group:analysts@example.com"]
+        yield "new-predictor", self.undone("dev", lambda: self.set("dev", predictors=predictors))
         yield "paused", self.undone("dev", lambda: self.release("dev", "pause"))
         proved = self.digest("dev", "main")
-        self.set("prod", imageSource="", releases={})
-        self.set("prod", imageSource=self.repository("dev"))
-        self.set("prod", releases={"main": {"image": proved, "traffic": 100}})
+        releases = {"main": {"image": proved, "traffic": 100}}
+        self.set("prod", imageSource=self.repository("dev"), releases=releases)
         self.up("prod")
         yield "prod-below-two", self.undone("prod", lambda: self.set("prod", minReplicas=1))
         yield "prod-endpoint-kind", self.undone("prod", lambda: self.set("prod", dedicated=False), fails=True)
@@ -109,7 +111,7 @@ class Recorder:
         self.release("dev", "promote", "main")
         yield "rollback", self.preview("dev")
         newer = self.digest("dev", "next")
-        straight = {"main": {"image": newer, "traffic": 100}}
+        straight = {"main": {"image": proved, "traffic": 0}, "next": {"image": newer, "traffic": 100}}
         yield "prod-without-canary", self.undone("prod", lambda: self.set("prod", releases=straight))
         limits = {"monthlyCostLimit": 1000, "maxReplicas": 8}
         yield "prod-over-limit", self.undone("prod", lambda: self.set("prod", **limits))
@@ -120,8 +122,6 @@ class Recorder:
     def make_public(self) -> None:
         file = self.folder / "infra" / "foundation.py"
         text = file.read_text().replace('public_access_prevention="enforced"', 'public_access_prevention="inherited"')
-        start, last, end = text.rpartition("        self.register_outputs({})\n")
-        assert last and end.strip().startswith("@property") or last
         first, _, rest = text.partition("        self.register_outputs({})\n")
         file.write_text(first.rstrip("\n") + PUBLIC + rest)
 
@@ -139,9 +139,37 @@ class Recorder:
 
 
 def trimmed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return events
+    """What a review reads of the events."""
+    kept = []
+    for event in events:
+        if found := event.get("preludeEvent"):
+            config = {k: v for k, v in found["config"].items() if k.startswith("headcount:") or k in CONFIG}
+            kept.append({"preludeEvent": {"config": config}})
+        elif found := event.get("resourcePreEvent"):
+            kept.append({"resourcePreEvent": {"metadata": resource(found["metadata"])}})
+        elif found := event.get("diagnosticEvent"):
+            if found["severity"] != "debug" and "from $PATH" not in found["message"]:
+                names = ("urn", "message", "severity")
+                kept.append({"diagnosticEvent": {name: found[name] for name in names if name in found}})
+        elif found := event.get("summaryEvent"):
+            kept.append({"summaryEvent": {name: found[name] for name in ("resourceChanges", "result")}})
+    return kept
+
+
+def resource(metadata: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: metadata[name] for name in ("op", "urn", "type")}
+    kept |= {name: metadata[name] for name in ("keys", "diffs", "detailedDiff") if metadata.get(name)}
+    serves = metadata["type"].endswith((":Rollout", ":ModelVersion"))
+    for side in ("old", "new"):
+        if (state := metadata.get(side)) is not None:
+            names = ["protect", "retainOnDelete"]
+            names += ["inputs"] if serves or metadata["op"] != "same" else []
+            names += ["outputs"] if metadata["type"].endswith(":Rollout") else []
+            kept[side] = {name: state[name] for name in names if state.get(name)}
+    return kept
 
 
 def write(name: str, events: list[dict[str, Any]]) -> None:
+    """Writes one event a line."""
     RECORDS.mkdir(exist_ok=True)
     (RECORDS / f"{name}.jsonl").write_text("".join(json.dumps(event, sort_keys=True) + "\n" for event in events))
