@@ -40,6 +40,14 @@ DATA: Final[Mapping[str, str]] = {
     "gcp:vertex/aiDataset:AiDataset": "the data set",
     "gcp:vertex/aiTensorboard:AiTensorboard": "the metrics of all its runs",
 }
+# The kinds of resources whose type's name does not say enough.
+KINDS: Final = {
+    "gcp:projects/service:Service": "API",
+    "gcp:projects/serviceIdentity:ServiceIdentity": "service agent",
+    "gcp:serviceaccount/account:Account": "service account",
+    "gcp:serviceaccount/key:Key": "service account key",
+    "::cryptoKeyId": "key",
+}
 _GRANT: Final = re.compile(r"(IAM|Iam)(Member|Binding|Policy|CustomRole)$")
 _KEY: Final = "gcp:serviceaccount/key:Key"
 
@@ -189,9 +197,8 @@ def _widened_access(facts: Facts) -> Iterator[tuple[str, str]]:
         elif EVERYBODY & set(members):
             continue  # has a rule of its own
         elif members or (new.get("role") != old.get("role") and _members(new)):
-            on = next((str(new[k]) for k in ("bucket", "repository", "endpoint", "project") if k in new), "")
-            where = f" on `{on}`" if on and not _unknown(on) else ""
-            yield change.name, f"{_listed(members or _members(new))} gets `{_short_role(role)}`{where}."
+            where = _where(new)
+            yield change.name, f"{_listed(members or _members(new))} gets {_short_role(role)}{where}."
 
 
 def _public_access(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -202,10 +209,9 @@ def _public_access(facts: Facts) -> Iterator[tuple[str, str]]:
         everybody = EVERYBODY & (set(_members(new)) - set(_members(old)))
         for member in sorted(everybody):
             who = "Everybody on the internet" if member == "allUsers" else "Everybody with a Google account"
-            on = next((str(new[k]) for k in ("bucket", "repository", "endpoint", "project") if k in new), "")
-            where = f" on `{on}`" if on and not _unknown(on) else ""
+            where = _where(new)
             role = _short_role(str(new.get("role", "")))
-            yield change.name, f"{who} gets `{role}`{where}."
+            yield change.name, f"{who} gets {role}{where}."
         if change.type == BUCKET and new.get("publicAccessPrevention") != "enforced":
             before = old.get("publicAccessPrevention")
             if before == "enforced" or not change.old:
@@ -292,8 +298,8 @@ CHECKS: Final[Mapping[Rule, Check]] = {
     Rule(
         "access-widened",
         "more access",
-        "somebody gets a role, a role gets a permission, or a service account gets a key",
-        "Access that is given is seldom taken back, and a key does not expire. A new stack is exempt.",
+        "somebody gets a role, a role a permission, or a service account a key, except in a new stack",
+        "Access that is given is seldom taken back, and a key does not expire.",
     ): _widened_access,
     Rule(
         "public-access",
@@ -354,6 +360,8 @@ def kind(type_: str) -> str:
     >>> kind("gcp:storage/bucketIAMMember:BucketIAMMember"), kind("vertex:index:ModelVersion")
     ('bucket IAM member', 'model version')
     """
+    if type_ in KINDS:
+        return KINDS[type_]
     name = type_.rpartition(":")[2]
     name = re.sub(r"^Ai(?=[A-Z])", "", name).replace("Iam", "IAM")
     words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z][a-z]*|[A-Z]+|[a-z0-9-]+", name)
@@ -370,7 +378,15 @@ def _of(serving: Serving) -> str:
 
 
 def _short_role(role: str) -> str:
-    return role.removeprefix("roles/") if role else "access"
+    return "a role that the deployment creates" if _unknown(role) else f"`{role.removeprefix('roles/')}`"
+
+
+def _where(inputs: Mapping[str, object]) -> str:
+    """What a grant is for."""
+    for key in ("bucket", "repository", "endpoint", "serviceAccountId", "cryptoKeyId", "project"):
+        if key in inputs and not _unknown(str(inputs[key])):
+            return f" on the {'service account' if key == 'serviceAccountId' else kind(f'::{key}')} `{inputs[key]}`"
+    return ""
 
 
 def _members(inputs: Mapping[str, object]) -> list[str]:

@@ -80,8 +80,6 @@ def _leaves(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         new = {}
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            if key.startswith("__"):  # Pulumi's own
-                continue
             inner = f"{path}.{key}" if path else key
             yield from _leaves(inner, old.get(key, _MISSING), new.get(key, _MISSING))
     elif old is not _MISSING and new is not _MISSING and old == new:

@@ -153,7 +153,7 @@ def shown(value: Any, name: str = "") -> Any:
         # A container's environment is also written as a list of names and values.
         if set(value) == {"name", "value"}:
             return {"name": value["name"], "value": HIDDEN}
-        return {key: shown(item, key) for key, item in value.items()}
+        return {key: shown(item, key) for key, item in value.items() if not key.startswith("__")}  # Pulumi's own
     if isinstance(value, list):
         if name in ENVIRONMENTS:
             return [HIDDEN for _ in value] if not all(isinstance(v, dict) for v in value) else list(map(shown, value))

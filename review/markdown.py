@@ -29,7 +29,7 @@ def render(found: Review, longest: int = LONGEST) -> str:
         return f"{marker(found.stack)}**{found.stack}**: no change.\n"
     head = [f"{marker(found.stack)}", f"### {found.stack}: {found.headline}", ""]
     text = "\n".join([*head, *_findings(found), *_traffic(found), *_cost(found), *_notes(found), *_resources(found)])
-    text = text.rstrip("\n") + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
     if len(text) > longest:
         said = f"\n\nThe rest is left out, because a comment may have {longest:,} characters.\n"
         return text[: longest - len(said)].rpartition("\n")[0] + said
@@ -39,13 +39,9 @@ def render(found: Review, longest: int = LONGEST) -> str:
 def _findings(found: Review) -> list[str]:
     lines: list[str] = []
     if found.errors:
-        lines += [
-            "> [!CAUTION]",
-            "> **The preview fails**",
-            "",
-            *(_fenced(message.text) for message in found.errors),
-            "",
-        ]
+        lines += ["> [!CAUTION]", "> **The preview fails**", ""]
+        lines += [_fenced(text) for text in words.errors(found)]
+        lines += ["", words.remedy(found), ""]
     if found.dangers:
         lines.append("> [!CAUTION]")
         for rule, texts in words.by_rule(found.dangers):
@@ -69,11 +65,7 @@ def _traffic(found: Review) -> list[str]:
         return [stays, ""]
     lines = ["**Traffic**", "", *_table(words.traffic_table(found)), ""]
     if steps := found.traffic.steps:
-        lines += ["Steps of the rollout:", ""]
-        if found.traffic.logged:
-            lines[-2] = (
-                "Steps of the rollout. The endpoint is not as Pulumi's state has it, so these are from the endpoint:"
-            )
+        lines += [f"{words.steps_title(found)}:", ""]
         lines += [f"{number}. {one_line(step)}" for number, step in enumerate(steps[:MOST_LINES], 1)]
         lines += [*_more(len(steps), ""), ""]
     return lines
@@ -82,10 +74,12 @@ def _traffic(found: Review) -> list[str]:
 def _cost(found: Review) -> list[str]:
     if not found.traffic.before and not found.traffic.after and not found.jobs:
         return []
-    remarks = [" ".join(words.cost_remarks(found)), ""]
-    if stays := words.cost_stays(found):
-        return [f"{stays} {remarks[0]}", ""]
-    return ["**Cost of the machines**", "", *_table(words.cost_table(found)), "", *remarks]
+    bound = " ".join(words.cost_bound(found))
+    if (stays := words.cost_stays(found)) and not found.jobs:
+        return [f"{stays} {bound}".rstrip(), ""]
+    said = [stays] if stays else _table(words.cost_table(found))
+    remarks = " ".join([*words.cost_bound(found), *words.cost_remarks(found)])
+    return ["**Cost of the machines**", "", *said, "", remarks, ""]
 
 
 def _notes(found: Review) -> list[str]:

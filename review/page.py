@@ -49,7 +49,8 @@ def render(found: Review) -> str:
 
 
 def _dangers(found: Review) -> list[str]:
-    parts = [f'<div class="danger"><h2>The preview fails</h2><pre>{escape(m.text)}</pre></div>' for m in found.errors]
+    parts = [f'<div class="danger"><h2>The preview fails</h2><pre>{escape(t)}</pre></div>' for t in words.errors(found)]
+    parts += [f"<p>{_text(said)}</p>" for said in [words.remedy(found)] if said]
     for rule, texts in words.by_rule(found.dangers):
         items = "".join(f"<li>{_text(text)}</li>" for text in texts)
         parts.append(
@@ -71,7 +72,7 @@ def _picture(found: Review) -> list[str]:
     if found.traffic.logged:
         listed = "".join(f"<li>{escape(step)}</li>" for step in found.traffic.logged)
         return [
-            f"<h2>Steps of the rollout</h2><p>{_text(words.DRIFTED)}:</p>",
+            f"<h2>{_text(words.steps_title(found))}</h2>",
             f"<ol>{listed}</ol>",
         ]
     frames = found.traffic.frames
@@ -79,7 +80,7 @@ def _picture(found: Review) -> list[str]:
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     rows = "".join(_frame(number, frame, colours) for number, frame in enumerate(frames))
     return [
-        "<h2>Steps of the rollout</h2>",
+        f"<h2>{_text(words.steps_title(found))}</h2>",
         f"<table><tr><th></th><th>step</th><th>traffic after it</th><th>machines</th></tr>{rows}</table>",
     ]
 
@@ -107,7 +108,8 @@ def _cost(found: Review) -> list[str]:
         return []
     stays = words.cost_stays(found)
     said = f"<p>{_text(stays)}</p>" if stays else _table(words.cost_table(found))
-    return ["<h2>Cost of the machines</h2>", said, *(f"<p>{_text(remark)}</p>" for remark in words.cost_remarks(found))]
+    remarks = [*words.cost_bound(found), *words.cost_remarks(found)]
+    return ["<h2>Cost of the machines</h2>", said, *(f"<p>{_text(remark)}</p>" for remark in remarks)]
 
 
 def _resources(found: Review) -> list[str]:

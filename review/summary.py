@@ -112,6 +112,8 @@ def review(preview: Preview, prices: Prices, served: Collection[str] = ()) -> Re
     facts = Facts(preview, moved, before, after, served)
     found = dangers.findings(facts)
     failed = not preview.complete or any(message.severity == "error" for message in preview.messages)
+    # The provider's own words on it are in the preview, too.
+    outage = any(f.rule.name == "endpoint-replaced" for f in found)
     dangerous = any(f.dangerous for f in found) or any(p.level == "mandatory" for p in preview.policies)
     code = ERROR if failed else DANGEROUS if dangerous else CHANGE if changed else NO_CHANGE
     return Review(
@@ -125,7 +127,7 @@ def review(preview: Preview, prices: Prices, served: Collection[str] = ()) -> Re
         cost_after=after,
         findings=tuple(found),
         policies=preview.policies,
-        messages=preview.messages,
+        messages=tuple(m for m in preview.messages if not (outage and "which is an outage" in m.text)),
         resources=tuple(
             Changed(c.operation, kind(c.type), c.name, tuple(differences(c)), _holds(c))
             for c in sorted(changed, key=_gravity)
@@ -142,8 +144,9 @@ def as_json(found: Review) -> dict[str, Any]:
 
 
 def is_component(change: Change) -> bool:
-    """Whether it only groups others. The program's components and the stack have no property of their own."""
-    return change.type.startswith(("headcount:index:", "pulumi:pulumi:"))
+    """Whether it only groups others, or is a provider that comes or goes with what uses it."""
+    provider = change.type.startswith("pulumi:providers:") and change.operation in ("create", "delete")
+    return provider or change.type.startswith(("headcount:index:", "pulumi:pulumi:"))
 
 
 def images(preview: Preview) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -165,9 +168,8 @@ def headline(preview: Preview, changed: Sequence[Change], moved: Traffic, found:
     if not changed:
         return "no change"
     if not any(c.old for c in preview.changes if not c.type.startswith("pulumi:")):
-        count = sum(1 for c in changed if not c.type.startswith("pulumi:"))
         serves = ", ".join(f"{s.release} serves {_share(s.traffic)}" for s in moved.after if s.traffic != 0)
-        parts = [f"a new stack with {count} resources", serves or "nothing serves"]
+        parts = [f"a new stack with {len(changed)} resources", serves or "nothing serves"]
     else:
         parts = [
             *_what_is_new(changed),
@@ -253,7 +255,7 @@ def _deletions(changed: Sequence[Change], moved: Traffic) -> list[str]:
 
 
 def _done(changes: Sequence[Change], word: str) -> str:
-    names = [kind(c.type) if kind(c.type) == c.name else f"{kind(c.type)} {c.name}" for c in changes]
+    names = [f"the {kind(c.type)}" if kind(c.type) == c.name else f"{kind(c.type)} {c.name}" for c in changes]
     if not names:
         return ""
     if len(names) > 3:

@@ -63,6 +63,7 @@ class Traffic:
     after: tuple[Serving, ...] = ()
     frames: tuple[Frame, ...] = ()
     logged: tuple[str, ...] = ()
+    replaced: bool = False  # the steps are those on a new endpoint
 
     @property
     def steps(self) -> list[str]:
@@ -82,10 +83,12 @@ def traffic(rollout: Change | None, images: tuple[Mapping[str, str], Mapping[str
         return Traffic(before, after or before)
     # On a replaced endpoint nothing is deployed.
     observed = observe(rollout.old) if rollout.old and rollout.operation == "update" else []
+    replaced = rollout.operation == "replace"
     inputs = rollout.new.inputs
     steps = plan(wanted_of(inputs), observed, str(inputs.get("endpoint", "")), drain_seconds(inputs))
     texts = [str(step) for step in steps]
-    return Traffic(before, after, tuple(frames(steps, observed)), tuple(log) if log and list(log) != texts else ())
+    logged = tuple(log) if log and list(log) != texts else ()
+    return Traffic(before, after, tuple(frames(steps, observed)), logged, replaced)
 
 
 def observe(old: State) -> list[Observed]:

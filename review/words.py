@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from .cost import HOURS_PER_MONTH, Cost
-from .dangers import Finding, Rule
+from .dangers import Finding, Rule, kind
 from .events import PolicyFinding
 from .prices import COMPUTE, PREDICTION
 from .summary import Job, Review, Usage
 from .traffic import Serving
 
 Table = tuple[list[str], list[list[str]]]  # the heads of the columns, and the rows
-DONE = {"delete": "deleted", "replace": "replaced", "create": "created", "update": "changed", "same": "protection"}
+DONE = {
+    "delete": "deleted",
+    "replace": "replaced",
+    "create": "created",
+    "update": "changed",
+    "same": "protection changed",
+}
 UNKNOWN_PRICES = {
     "fee": "“At least”, because the price of {} on Vertex AI in {} is not known here: the sums have Compute Engine's, "
     "which is lower.",
@@ -39,6 +47,15 @@ def traffic_table(found: Review) -> Table:
             ]
         )
     return ["release", "version", "image", "machines", "traffic now", "after"], rows
+
+
+def steps_title(found: Review) -> str:
+    """What the list of steps is."""
+    if found.traffic.logged:
+        return f"Steps of the rollout. {DRIFTED}"
+    if found.traffic.replaced:
+        return "What is deployed goes with the old endpoint. Steps of the rollout on the new one"
+    return "Steps of the rollout"
 
 
 def traffic_stays(found: Review) -> str:
@@ -72,14 +89,20 @@ def cost_stays(found: Review) -> str:
     )
 
 
-def cost_remarks(found: Review) -> list[str]:
-    """What the sums do not have, and where the prices are from."""
+def cost_bound(found: Review) -> list[str]:
+    """Why a sum is only a lower bound, in sentences."""
     remarks = []
     unknown = tuple(dict.fromkeys((*found.cost_before.unknown, *found.cost_after.unknown)))
     for why, sentence in UNKNOWN_PRICES.items():
         if named := list(dict.fromkeys(f"`{plain(one.machine)}`" for one in unknown if one.why == why)):
             regions = " and ".join(dict.fromkeys(one.region for one in unknown if one.why == why))
             remarks.append(sentence.format(" and ".join(named), regions))
+    return remarks
+
+
+def cost_remarks(found: Review) -> list[str]:
+    """What is in no sum, and where the prices are from."""
+    remarks = []
     if found.usage:
         remarks.append(f"Paid by use, and in no sum: {'; '.join(map(_usage, found.usage))}.")
     remarks += map(_job, found.jobs)
@@ -117,6 +140,21 @@ def policy_line(policy: PolicyFinding) -> str:
 def plain(text: str) -> str:
     """A text that may stand between backticks."""
     return one_line(text).replace("`", "'")
+
+
+def errors(found: Review) -> list[str]:
+    """The errors of the preview, with names in the place of URNs."""
+    urn = r'"urn:pulumi:[^"]*?([^$":]+:[^$":]+:[^$":]+)::([^":]+)"'
+    return [re.sub(urn, lambda m: f"{kind(m[1])} `{m[2]}`", message.text) for message in found.errors]
+
+
+def remedy(found: Review) -> str:
+    """What this program needs where Pulumi refuses a change, or empty."""
+    if any("marked for protection" in m.text and ":AiEndpoint::" in m.text for m in found.errors):
+        return (
+            "`replaceEndpoint: true`, deployed before this change, lets the endpoint be replaced: see docs/deploy.md."
+        )
+    return ""
 
 
 def one_line(text: str) -> str:

@@ -17,6 +17,7 @@ from helpers import ROOT
 from test_engine_infra import EngineProject
 
 RECORDS: Final = ROOT / "tests" / "reviews"
+MACHINE: Final = re.compile(r"from \$PATH|resource plugin \S+ is expected")
 CONFIG: Final = {"gcp:project", "gcp:region"}
 PUBLIC: Final = """
         gcp.storage.BucketIAMMember(
@@ -36,6 +37,7 @@ class Recorder:
     def __init__(self, project: EngineProject) -> None:
         self.project = project
         self.folder = project.folder
+        self.past: dict[str, Any] = {}  # of dev, before the rollback
         mine = r"  (gcp|vertex):(accessToken|\w*[eE]ndpoint)"
         endpoints = [line for line in project.stack_file.splitlines(True) if re.match(mine, line)]
         for stack in ("dev", "prod"):
@@ -58,8 +60,7 @@ class Recorder:
         self.file(stack).write_text(yaml.safe_dump(document))
 
     def digest(self, stack: str, release: str) -> str:
-        found = json.loads(self.project.pulumi("stack", "output", "-s", stack, "--json"))
-        return str(found["images"][release]).partition("@")[2]
+        return str(self.asked(stack, "stack", "output", "--json")["images"][release]).partition("@")[2]
 
     def preview(self, stack: str, *, fails: bool = False) -> list[dict[str, Any]]:
         """The events of a preview."""
@@ -110,14 +111,18 @@ class Recorder:
         self.up("dev")
         self.release("dev", "promote", "main")
         yield "rollback", self.preview("dev")
+        self.past = past(self.asked("dev", "stack", "export"), self.asked("dev", "stack", "history", "--json"))
         newer = self.digest("dev", "next")
         straight = {"main": {"image": proved, "traffic": 0}, "next": {"image": newer, "traffic": 100}}
         yield "prod-without-canary", self.undone("prod", lambda: self.set("prod", releases=straight))
         limits = {"monthlyCostLimit": 1000, "maxReplicas": 8}
         yield "prod-over-limit", self.undone("prod", lambda: self.set("prod", **limits))
 
+    def asked(self, stack: str, *command: str) -> Any:
+        return json.loads(self.project.pulumi(*command, "-s", stack))
+
     def repository(self, stack: str) -> str:
-        return str(json.loads(self.project.pulumi("stack", "output", "-s", stack, "--json"))["repository"])
+        return str(self.asked(stack, "stack", "output", "--json")["repository"])
 
     def make_public(self) -> None:
         file = self.folder / "infra" / "foundation.py"
@@ -148,7 +153,7 @@ def trimmed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif found := event.get("resourcePreEvent"):
             kept.append({"resourcePreEvent": {"metadata": resource(found["metadata"])}})
         elif found := event.get("diagnosticEvent"):
-            if found["severity"] != "debug" and "from $PATH" not in found["message"]:
+            if found["severity"] != "debug" and not MACHINE.search(found["message"]):
                 names = ("urn", "message", "severity")
                 kept.append({"diagnosticEvent": {name: found[name] for name in names if name in found}})
         elif found := event.get("summaryEvent"):
@@ -167,6 +172,20 @@ def resource(metadata: dict[str, Any]) -> dict[str, Any]:
             names += ["outputs"] if metadata["type"].endswith(":Rollout") else []
             kept[side] = {name: state[name] for name in names if state.get(name)}
     return kept
+
+
+def past(deployment: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What tells which versions have served, of a stack's state and history."""
+    versions = [r for r in deployment["deployment"]["resources"] if r["type"].endswith(":ModelVersion")]
+    settings = ("headcount:releases", "headcount:paused")
+    return {
+        "deployment": {"resources": [{k: r[k] for k in ("urn", "type", "id", "created")} for r in versions]},
+        "history": [
+            {k: u[k] for k in ("kind", "result", "endTime")}
+            | {"config": {k: {"value": u["config"][k]["value"]} for k in settings if k in u["config"]}}
+            for u in history
+        ],
+    }
 
 
 def write(name: str, events: list[dict[str, Any]]) -> None:

@@ -224,7 +224,7 @@ def test_a_price_is_dated_and_has_a_source_or_is_unknown() -> None:
     lines = price.cost_lines(machine_type, {"bus.jpg": 50}, None)
     assert machine_type in lines[0]
     assert "Vertex AI: unknown; look for c3-highcpu-4 at https://cloud.google.com/vertex-ai/pricing" in lines[1]
-    assert [line for line in lines if "0.170104 USD an hour (us-central1, 2025-03-06, github.com/" in line]
+    assert [line for line in lines if "0.170104 USD an hour (us-central1, 2025-03-06, https://github.com/" in line]
     assert lines[2].endswith("bus.jpg 0.00095 USD")
     assert price.cost_lines("z9-unheard-of-1", {"bus.jpg": 50}, None)[1:] == [
         "  Vertex AI: unknown; look for z9-unheard-of-1 at https://cloud.google.com/vertex-ai/pricing, "
