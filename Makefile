@@ -25,7 +25,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help train tensorboard tune serve test picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,7 +53,7 @@ coverage: lint samples ## the fast tests, and the lines that they do not reach
 	$(TESTS) -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
-	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py $(PYTEST)
+	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py tests/test_engine_review.py $(PYTEST)
 
 bench: samples compile ## ratios of throughput, latency, accuracy and cost in one table (BENCH=, see bench/README.md)
 	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
@@ -71,6 +71,12 @@ tensorboard: .venv/.training ## curves of all runs below runs/ at http://127.0.0
 
 tune: .venv/.training ## tune digits on this machine as training/digits_tuning.yaml says (ARGS=options, RUN=folder)
 	@exec $(BIN)/python -m training.tune --spec training/digits_tuning.yaml --job-dir $(or $(RUN),runs/tuning) $(ARGS)
+
+review: .venv/.dev ## what `pulumi up` would change, cost and risk, for a pull request (STACK=dev, ARGS=options)
+	@$(BIN)/headcount review $(or $(STACK),dev) $(ARGS)
+
+prices: .venv/.dev ## fill the price table from Google's Cloud Billing catalogue, with your credentials (REGION=: add one)
+	@$(BIN)/python -m review.catalogue $(if $(REGION),--region $(REGION))
 
 sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: from empty)
 	@exec $(BIN)/python -m sandbox --state $(HOME_FOLDER)/sandbox $(if $(FRESH),--fresh)

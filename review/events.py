@@ -145,6 +145,8 @@ def read(stack: str, lines: Iterable[str]) -> Preview:
 
 def shown(value: Any, name: str = "") -> Any:
     """A value as a review may show it. name: of the property."""
+    if value and value != UNKNOWN and not isinstance(value, bool) and PASSWORD.search(name):
+        return SECRET
     if isinstance(value, dict):
         if SIGNATURE in value:
             return SECRET
@@ -158,8 +160,6 @@ def shown(value: Any, name: str = "") -> Any:
         if name in ENVIRONMENTS:
             return [HIDDEN for _ in value] if not all(isinstance(v, dict) for v in value) else list(map(shown, value))
         return [shown(item, name) for item in value]
-    if isinstance(value, str) and value and value != UNKNOWN and PASSWORD.search(name):
-        return SECRET
     return value
 
 

@@ -53,7 +53,7 @@ def _findings(found: Review) -> list[str]:
             lines += [*_more(len(texts), "> - "), ">"]
         lines[-1] = ""
     if found.policies:
-        listed = [f"- {words.policy_line(policy)}" for policy in found.policies[:MOST_LINES]]
+        listed = [f"- {_prose(words.policy_line(policy))}" for policy in found.policies[:MOST_LINES]]
         lines += ["**Policies**", "", *listed, *_more(len(found.policies), "- "), ""]
     return lines
 
@@ -84,10 +84,9 @@ def _cost(found: Review) -> list[str]:
 
 def _notes(found: Review) -> list[str]:
     notes = [finding.text for finding in found.notes]
-    notes += [
-        f"{f'`{plain(message.resource)}`: ' if message.resource else ''}{cut(one_line(message.text), LONGEST_MESSAGE)}"
-        for message in found.warnings
-    ]
+    for message in found.warnings:
+        who = f"`{plain(message.resource)}`: " if message.resource else ""
+        notes.append(who + _prose(cut(one_line(message.text), LONGEST_MESSAGE)))
     if not notes:
         return []
     return ["**Worth knowing**", "", *(f"- {note}" for note in notes[:MOST_LINES]), *_more(len(notes), "- "), ""]
@@ -143,6 +142,11 @@ def _fenced(*lines: str, language: str = "") -> str:
     text = "\n".join(lines) if language else cut("\n".join(lines), LONGEST_MESSAGE)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _prose(text: str) -> str:
+    """The words of others, without what Markdown would read as HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _table(table: Table) -> list[str]:

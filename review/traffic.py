@@ -124,6 +124,7 @@ def frames(steps: Sequence[Step], observed: Sequence[Observed]) -> list[Frame]:
                 shares = {name: 100}
         elif isinstance(step, Undeploy):
             machines.pop(names[step.id], None)
+            shares.pop(names[step.id], None)
         elif isinstance(step, Resize) and step.id:
             old = machines.get(names[step.id], "")
             machines[names[step.id]] = f"{_count(step.new)} × {old.partition(' × ')[2]}"

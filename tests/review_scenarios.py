@@ -1,6 +1,6 @@
 """Changes as pull requests make them, previewed by Pulumi's engine on the sandbox.
 
-`HEADCOUNT_RECORD=1 pytest tests/test_engine_review.py` writes their event logs to tests/reviews/, from which
+`RECORD_REVIEWS=1 pytest tests/test_engine_review.py` writes their event logs to tests/reviews/, from which
 tests/test_review.py renders reviews on every machine.
 """
 

@@ -81,7 +81,9 @@ def test_files_are_short() -> None:
 
 
 def test_the_page_names_files_that_exist() -> None:
-    names = set(re.findall(r"\b((?:headcount|infra|laptop|pulumi_vertex|sandbox|serving|training)/[\w/]+\.py)\b", PAGE))
+    names = set(
+        re.findall(r"\b((?:headcount|infra|laptop|pulumi_vertex|review|sandbox|serving|training)/[\w/]+\.py)\b", PAGE)
+    )
     assert len(names) > 15
     assert not [name for name in names if not (ROOT / name).is_file()]
 
