@@ -185,7 +185,7 @@ def test_a_mandatory_policy_makes_a_change_dangerous_and_an_advisory_one_does_no
         policy = {"policyName": "labels", "message": "needs <labels>", "enforcementLevel": level}
         found = review(events.read("dev", [*lines, json.dumps({"policyEvent": policy})]), PRICES)
         assert found.exit_code == code
-        assert f"- {level} `labels`: needs &lt;labels&gt;" in markdown.render(found)
+        assert f"- {level} `labels`: needs &lt;labels>" in markdown.render(found)
 
 
 # ------------------------------------------------------------------------------------------------ what is never shown
