@@ -150,13 +150,11 @@ def _prose(text: str) -> str:
 
 
 def _table(table: Table) -> list[str]:
-    """Columns that are empty in every row are left out."""
     heads, rows = table
-    kept = [i for i, head in enumerate(heads) if any(row[i] for row in rows) or not head]
-    line = ["--:" if heads[i] in ("traffic now", "after", "now") else "---" for i in kept]
+    line = ["--:" if head in ("traffic now", "after", "now") else "---" for head in heads]
 
     def row(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells[i].replace('|', chr(92) + '|') for i in kept)} |"
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
     return [row(heads), f"|{'|'.join(line)}|", *map(row, rows)]
 

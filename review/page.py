@@ -21,8 +21,7 @@ th, td { border: 1px solid #8888; padding: .25rem .6rem; text-align: left; }
 code, pre { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { background: #8882; padding: .6rem; white-space: pre-wrap; }
 .danger { border-left: .4rem solid #d55e00; padding: .1rem 1rem; background: #d55e0018; margin: 1rem 0; }
-.bar { display: flex; height: 1.6rem; width: 100%; min-width: 14rem; background: #8882; }
-.bar span { color: #fff; overflow: hidden; white-space: nowrap; padding: 0 .3rem; font-size: .85rem; }
+.bar { display: flex; height: 1rem; width: 100%; min-width: 14rem; background: #8882; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 del { background: #d55e0030; text-decoration: none; display: block; }
 ins { background: #009e7330; text-decoration: none; display: block; }
@@ -87,7 +86,7 @@ def _picture(found: Review) -> list[str]:
 
 def _frame(number: int, frame: Frame, colours: dict[str, str]) -> str:
     spans = "".join(
-        f'<span style="flex:{share or 0};background:{colours[name]}" title="{escape(name)}">{_share(share)}</span>'
+        f'<span style="flex:{share or 0};background:{colours[name]}" title="{escape(name)}"></span>'
         for name, share in frame.traffic.items()
     )
     machines = "<br>".join(
@@ -95,7 +94,7 @@ def _frame(number: int, frame: Frame, colours: dict[str, str]) -> str:
         for name, count in frame.machines.items()
     )
     said = ", ".join(f"{name} {_share(share)}" for name, share in frame.traffic.items()) or "none"
-    bar = f'<div class="bar" role="img" aria-label="traffic: {escape(said)}">{spans}</div>'
+    bar = f'<div class="bar" aria-hidden="true">{spans}</div>{escape(said)}'
     return f"<tr><td>{number or ''}</td><td>{escape(frame.text) or 'now'}</td><td>{bar}</td><td>{machines}</td></tr>"
 
 

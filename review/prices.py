@@ -36,7 +36,8 @@ GB_PER_VCPU: Final[Mapping[tuple[str, str], float]] = {
 class Price:
     """USD for one unit of an item; None where no public record of it was found.
 
-    item: such as `C3 vCPU`, `C3 GB`, `NVIDIA_L4`, `standard`. unit: such as hour or GB a month. day: of the record.
+    item: such as `C3 vCPU`, `C3 GB`, `NVIDIA_L4`, `standard`. unit: such as hour or GB a month. day: of the record,
+    empty where it has none.
     """
 
     service: str

@@ -123,7 +123,9 @@ def resource_table(found: Review) -> Table:
         paths = [d.path for d in one.differences] if one.operation in ("update", "replace", "same") else []
         data = one.holds or "no" if one.operation in ("delete", "replace") else ""
         rows.append([DONE[one.operation], f"{one.kind} `{plain(one.name)}`", _few(paths), data])
-    return ["", "resource", "properties", "holds data"], rows
+    heads = ["", "resource", "properties", "holds data"]
+    kept = [i for i, head in enumerate(heads) if not head or any(row[i] for row in rows)]
+    return [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def by_rule(found: list[Finding]) -> list[tuple[Rule, list[str]]]:

@@ -158,7 +158,7 @@ def trimmed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 kept.append({"diagnosticEvent": {name: found[name] for name in names if name in found}})
         elif found := event.get("summaryEvent"):
             kept.append({"summaryEvent": {name: found[name] for name in ("resourceChanges", "result")}})
-    return kept
+    return [json.loads(json.dumps(event, sort_keys=True)) for event in kept]
 
 
 def resource(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,6 @@ def past(deployment: dict[str, Any], history: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def write(name: str, events: list[dict[str, Any]]) -> None:
-    """Writes one event a line."""
-    RECORDS.mkdir(exist_ok=True)
-    (RECORDS / f"{name}.jsonl").write_text("".join(json.dumps(event, sort_keys=True) + "\n" for event in events))
+def write(name: str, lines: list[str]) -> None:
+    """Writes the events of a change, one a line."""
+    (RECORDS / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
