@@ -22,7 +22,7 @@ def served(deployment: Mapping[str, Any], history: Iterable[Mapping[str, Any]]) 
     ]
     return {
         str(resource["id"]).rpartition("/models/")[2]
-        for resource in deployment.get("deployment", {}).get("resources") or ()
+        for resource in (deployment.get("deployment") or {}).get("resources") or ()
         if resource["type"] == VERSION and resource.get("id") and resource.get("created")
         for made, release in [(_time(resource["created"]), resource["urn"].rpartition("::")[2])]
         if any(ended >= made and release in releases for ended, releases in updates)

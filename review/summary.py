@@ -111,10 +111,12 @@ def review(preview: Preview, prices: Prices, served: Collection[str] = ()) -> Re
     before, after = (cost((s.machines for s in side), region, prices) for side in (moved.before, moved.after))
     facts = Facts(preview, moved, before, after, served)
     found = dangers.findings(facts)
-    failed = not preview.complete or any(message.severity == "error" for message in preview.messages)
+    violated = any(policy.level == "mandatory" for policy in preview.policies)
+    # A violated policy ends the preview, too.
+    failed = any(m.severity == "error" for m in preview.messages) or not (preview.complete or violated)
     # The provider's own words on it are in the preview, too.
     outage = any(f.rule.name == "endpoint-replaced" for f in found)
-    dangerous = any(f.dangerous for f in found) or any(p.level == "mandatory" for p in preview.policies)
+    dangerous = violated or any(f.dangerous for f in found)
     code = ERROR if failed else DANGEROUS if dangerous else CHANGE if changed else NO_CHANGE
     return Review(
         stack=preview.stack,

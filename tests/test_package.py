@@ -46,10 +46,11 @@ def test_the_wheel_has_the_packages_their_data_and_their_licence(wheel: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0] for name in names if not name.partition("/")[0].endswith(".dist-info")} == {
-        "headcount", "infra", "laptop", "pulumi_vertex", "sandbox", "serving", "training",
+        "headcount", "infra", "laptop", "pulumi_vertex", "review", "sandbox", "serving", "training",
     }  # fmt: skip
     for needed in ("headcount/py.typed", "pulumi_vertex/py.typed", "pulumi_vertex/plugin/PulumiPlugin.yaml",
-                   "serving/config/log4j2.xml", "serving/page.html", "training/digits_tuning.yaml"):  # fmt: skip
+                   "serving/config/log4j2.xml", "serving/page.html", "training/digits_tuning.yaml",
+                   "review/prices.csv"):  # fmt: skip
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
