@@ -12,7 +12,7 @@ from headcount.jobs_command import jobs, logs
 from headcount.predict_command import predict
 from headcount.register_command import register
 from headcount.release_command import recover, release
-from headcount.review_command import review
+from headcount.review_command import ReviewCommand, review
 from headcount.web_command import web
 
 # Plain help and errors, because rich's panels wrap a message over framed lines, which scripts and logs cannot use.
@@ -21,7 +21,7 @@ app.command(no_args_is_help=True)(count)
 app.command(no_args_is_help=True)(predict)
 app.command(no_args_is_help=True)(register)
 app.command()(web)
-app.command(no_args_is_help=True)(review)
+app.command(cls=ReviewCommand, no_args_is_help=True)(review)
 app.command(no_args_is_help=True)(recover)
 app.command(no_args_is_help=True)(logs)
 app.add_typer(release, name="release")

@@ -7,11 +7,27 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand
 
 from headcount.stacks import StackError, pulumi
+
+USAGE: Final = 2  # a wrong command line, for typer
+ERROR: Final = 1  # as review/summary.py has it, which is slow to import
+
+
+class ReviewCommand(TyperCommand):
+    """A command whose usage errors exit with 1, because 2 says that something changes."""
+
+    def parse_args(self, *arguments: Any) -> Any:
+        try:
+            return super().parse_args(*arguments)
+        except Exception as error:
+            if getattr(error, "exit_code", None) == USAGE:  # typer exports no class for all of them
+                error.exit_code = ERROR  # type: ignore[attr-defined]
+            raise
 
 
 def review(
@@ -53,7 +69,7 @@ def review(
             print(github.post(to, markdown.marker(stack), text), file=sys.stderr)
     except (StackError, github.CommentError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
-        raise typer.Exit(summary.ERROR) from None
+        raise typer.Exit(ERROR) from None
     print(json.dumps(summary.as_json(found), indent=2, ensure_ascii=False) if as_json else text, end="\n" * as_json)
     raise typer.Exit(found.exit_code)
 

@@ -360,6 +360,8 @@ def kind(type_: str) -> str:
     >>> kind("gcp:storage/bucketIAMMember:BucketIAMMember"), kind("vertex:index:ModelVersion")
     ('bucket IAM member', 'model version')
     """
+    if type_.startswith("pulumi:providers:"):
+        return "provider"
     if type_ in KINDS:
         return KINDS[type_]
     name = type_.rpartition(":")[2]

@@ -99,8 +99,10 @@ def _ask(client: httpx.Client, method: str, url: str, body: dict[str, Any] | Non
     answer = _send(client, method, url, body)
     if answer.is_error:
         try:
-            said = str(answer.json().get("message", ""))
-        except ValueError:
+            refusal = answer.json()
+            details = [str(error.get("message", "")) for error in refusal.get("errors", ()) if isinstance(error, dict)]
+            said = ": ".join([str(refusal.get("message", "")), *details])
+        except (ValueError, AttributeError):
             said = answer.text[:200]
         hint = ""
         if answer.status_code in (401, 403, 404):

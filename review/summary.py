@@ -168,8 +168,8 @@ def images(preview: Preview) -> tuple[Mapping[str, str], Mapping[str, str]]:
 def headline(preview: Preview, changed: Sequence[Change], moved: Traffic, found: Sequence[Finding]) -> str:
     """The change in one sentence without its full stop, the dangers first."""
     if not changed:
-        return "no change"
-    if not any(c.old for c in preview.changes if not c.type.startswith("pulumi:")):
+        parts = ["no change"]
+    elif not any(c.old for c in preview.changes if not c.type.startswith("pulumi:")):
         serves = ", ".join(f"{s.release} serves {_share(s.traffic)}" for s in moved.after if s.traffic != 0)
         parts = [f"a new stack with {len(changed)} resources", serves or "nothing serves"]
     else:
@@ -181,6 +181,8 @@ def headline(preview: Preview, changed: Sequence[Change], moved: Traffic, found:
             *_deletions(changed, moved),
         ]
     dangers_ = dict.fromkeys(finding.rule.brief for finding in found if finding.dangerous)
+    if any(policy.level == "mandatory" for policy in preview.policies):
+        dangers_["a violated policy"] = None
     return "; ".join(filter(None, [", ".join(dangers_), *parts]))
 
 

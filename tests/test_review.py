@@ -124,6 +124,11 @@ def test_the_command_prints_the_review_and_exits_accordingly(name: str, tmp_path
     assert found["dangerous"] == (EXITS[name] == summary.DANGEROUS)
 
 
+@pytest.mark.parametrize("arguments", [[], ["dev", "--unknown"], ["dev", "prod"]])
+def test_a_wrong_command_line_exits_with_1_as_2_says_that_something_changes(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, ["review", *arguments]).exit_code == summary.ERROR
+
+
 def test_an_event_log_that_is_none_is_an_error(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("no JSON\n")
@@ -145,6 +150,7 @@ def test_a_mandatory_policy_makes_a_change_dangerous_and_an_advisory_one_does_no
         policy = {"policyName": "labels", "message": "needs <labels>", "enforcementLevel": level}
         found = review(events.read("dev", [*lines, json.dumps({"policyEvent": policy})]), PRICES)
         assert found.exit_code == code
+        assert found.headline.startswith("a violated policy; ") == (code == summary.DANGEROUS)
         assert f"- {level} `labels`: needs &lt;labels>" in markdown.render(found)
 
 

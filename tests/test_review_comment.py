@@ -56,6 +56,9 @@ class GitHub:
         body = request.get_json(silent=True) or {}
         if request.path == f"/repos/{REPOSITORY}/issues/7/comments":
             if request.method == "POST":
+                if len(body["body"]) > 65_536:
+                    errors = [{"resource": "IssueComment", "code": "unprocessable", "message": "Body is too long"}]
+                    return said(422, {"message": "Validation Failed", "errors": errors})
                 return said(201, self.add(self.login or "github-actions[bot]", body["body"]))
             page = int(request.args.get("page", 1))
             found = said(200, self.comments[(page - 1) * PER_PAGE : page * PER_PAGE])
@@ -131,6 +134,11 @@ def test_a_refusal_says_which_permission_is_missing(github: GitHub, method: str)
     with pytest.raises(CommentError, match=r"403 .*Resource not accessible.*pull-requests: write") as caught:
         post(to(github), MARKER, MARKER)
     assert TOKEN not in str(caught.value)
+
+
+def test_a_comment_that_is_too_long_is_refused_with_github_s_words(github: GitHub) -> None:
+    with pytest.raises(CommentError, match=r"422 .*Validation Failed: Body is too long"):
+        post(to(github), MARKER, "x" * 65_537)
 
 
 def test_a_server_that_does_not_answer_is_told() -> None:
