@@ -73,7 +73,7 @@ tune: .venv/.training ## tune digits on this machine as training/digits_tuning.y
 	@exec $(BIN)/python -m training.tune --spec training/digits_tuning.yaml --job-dir $(or $(RUN),runs/tuning) $(ARGS)
 
 review: .venv/.dev ## what `pulumi up` would change, cost and risk, for a pull request (STACK=dev, ARGS=options)
-	@$(BIN)/headcount review $(or $(STACK),dev) $(ARGS)
+	@$(BIN)/headcount review $(or $(STACK),dev) $(ARGS) || test $$? -ne 1 # 2 and 3 say that there is a change
 
 prices: .venv/.dev ## fill the price table from Google's Cloud Billing catalogue, with your credentials (REGION=: add one)
 	@$(BIN)/python -m review.catalogue $(if $(REGION),--region $(REGION))

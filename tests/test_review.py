@@ -215,6 +215,13 @@ def test_no_value_breaks_out_of_its_code_block_or_of_the_page(old: str, new: str
     assert "<script>" not in page.render(found)
 
 
+def test_an_error_cannot_break_out_of_its_code_block() -> None:
+    log = {"diagnosticEvent": {"severity": "error", "message": "no\n```\n# A heading\n````\n<img src=x>"}}
+    tokens = MarkdownIt("commonmark").parse(markdown.render(review(events.read("dev", [json.dumps(log)]), PRICES)))
+    assert [token.type for token in tokens].count("fence") == 1
+    assert [token.content for token in tokens if token.type == "inline" and "A heading" in token.content] == []
+
+
 # ------------------------------------------------------------------------------------------------ the limit
 
 
