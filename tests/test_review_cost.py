@@ -179,6 +179,7 @@ LISTED: dict[str, list[dict[str, Any]]] = {
         sku(3, "C3 Instance Ram running in Netherlands", "GiBy.h", (0, 4_134_900), regions=[REGION]),
         sku(4, "C3 Instance Core running in Iowa", "h", (1, 500_000_000), regions=["us-central1"]),
         sku(5, "Commitment v1: C3 Cpu in Netherlands", "h", (0, 2), regions=[REGION], usage="Commit1Yr"),
+        sku(14, "C3 Instance Core running in Netherlands", "h", (0, 7), regions=[REGION], usage="Preemptible"),
         sku(6, "C3 Instance Ram running in Iowa", "h", (9, 0), regions=["us-central1"]),  # another unit
     ],
     "Vertex AI": [
