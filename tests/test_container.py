@@ -159,15 +159,15 @@ def test_the_largest_picture_fits_into_little_memory(serving_image: str, bus: by
         one.remove()
 
 
-def test_broken_weights_end_it_with_the_reason(serving_image: str, tmp_path: Path) -> None:
+def test_broken_weights_end_it_with_the_reason(serving_image: str, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 no weights")
     tmp_path.chmod(0o755)
-    one = ServingContainer("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/yolov5n.pt:ro")
+    one = ServingContainer("-v", f"{tmp_path}/broken.pt:/opt/headcount/archive/{checkpoint.name}:ro")
     try:
         assert one.exit_code() == 1, docker("logs", one.name)
         last = one.log_lines()[-1]
         assert last["severity"] == "CRITICAL"
-        assert "yolov5n.pt" in last["message"]
+        assert checkpoint.name in last["message"]
     finally:
         one.remove()
 
