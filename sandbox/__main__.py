@@ -121,7 +121,10 @@ def main(arguments: list[str]) -> int:
     # Before the application starts, so that a first request waits instead of being refused.
     listener.listen(2048)
     print(f"Sandbox on http://127.0.0.1:{port}, state in {args.state}, containers by {args.runner}", flush=True)
-    config = uvicorn.Config(server, lifespan="on", log_level="error", access_log=False, timeout_graceful_shutdown=5)
+    # Google keeps an idle connection for minutes. One that is closed sooner may meet the client's next request.
+    config = uvicorn.Config(
+        server, lifespan="on", log_level="error", access_log=False, timeout_keep_alive=600, timeout_graceful_shutdown=5
+    )
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

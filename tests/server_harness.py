@@ -20,7 +20,7 @@ SMALL = encode(NOISE)
 
 
 def post(server: Server, content: Any = b"", **options: Any) -> httpx.Response:
-    return httpx.post(server.predict, content=content, timeout=60, **options)
+    return httpx.post(server.predict, content=content, timeout=240, **options)
 
 
 def post_json(server: Server, instances: object, **parameters: Any) -> httpx.Response:

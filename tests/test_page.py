@@ -114,7 +114,7 @@ def test_the_slider_counts_anew_without_asking_the_server(page: Page, server: Se
         assert (count(page), len(boxes(page))) == (str(expected), expected)
         counts.append(expected)
     assert counts == sorted(counts, reverse=True)
-    assert counts[0] > counts[2] > counts[4]
+    assert counts[0] > counts[4]
 
 
 @pytest.mark.slow

@@ -107,13 +107,13 @@ def test_the_serving_image_counts_four_through_the_endpoint(
         answer = httpx.post(f"{sandbox.url}/v1/{endpoint}:predict", json=body, timeout=60)
         assert answer.raise_for_status().json()["predictions"][0]["count"] == 4
         # As `headcount count --stack` does, once Pulumi has told it where; the second time it must send it smaller.
-        for room in (1_500_000, 300_000):
+        for room in (1_500_000, len(picture)):
             known = {"url": f"{sandbox.url}/v1/{endpoint}", "maxRequestBytes": room}
             monkeypatch.setattr("headcount.endpoint.outputs", lambda stack, known=known: known)
             with Client(stack="local") as client:
                 counted = client.count(data / "people" / "bus.jpg")
             assert (counted.count, counted.width, counted.height) == (4, 810, 1080)
-            assert bool(counted.note) == (room == 300_000)
+            assert bool(counted.note) == (room == len(picture))
     finally:
         rollout.delete(plugin)
         made.delete(plugin)
