@@ -25,7 +25,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up down live image lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,19 +101,26 @@ $(UV): requirements/tools.txt
 # uv links packages from its cache, so that the gigabytes of torch are on the disk once. It does not read pip's
 # configuration, where a machine may name a package index of its own.
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.tools/bin/pip config get global.index-url 2>/dev/null || true)}}; \
-	test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; UV_SYSTEM_CERTS=1 $(UV) pip install --python $(BIN)/python
+	test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; UV_SYSTEM_CERTS=1 $(UV) pip install --python $(or $(1),$(BIN)/python)
 .venv/.serve: $(UV) requirements/serve.txt requirements/torch.txt requirements/client.txt pyproject.toml
 	@test -x $(BIN)/python || $(UV) venv -q --python $$(.tools/bin/python -c 'import sys; print(sys._base_executable)') .venv
-	@$(INSTALL) --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
+	@$(call INSTALL) --require-hashes -r requirements/serve.txt -r requirements/torch.txt -r requirements/client.txt
 	@TMPDIR=$(CURDIR)/.tools $(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . && touch $@ # it leaves a lock
 
 .venv/.training: .venv/.serve requirements/training.txt
-	@$(INSTALL) --no-deps --require-hashes -r requirements/training.txt # the file is complete; torch is installed
+	@$(call INSTALL) --no-deps --require-hashes -r requirements/training.txt # the file is complete; torch is installed
 	@touch $@
 
 .venv/.dev: .venv/.serve requirements/dev.txt
-	@$(INSTALL) --require-hashes -r requirements/dev.txt
+	@$(call INSTALL) --require-hashes -r requirements/dev.txt
 	@touch .venv/.training $@ # it has training's packages, too
+
+policy: .tools/policy/.made ## the environment of the policies, then: pulumi preview -s dev --policy-pack infra/policy
+
+.tools/policy/.made: $(UV) requirements/policy.txt
+	@test -x $(@D)/bin/python || $(UV) venv -q --python $$(.tools/bin/python -c 'import sys; print(sys._base_executable)') $(@D)
+	@$(call INSTALL,$(@D)/bin/python) --require-hashes -r requirements/policy.txt
+	@TMPDIR=$(CURDIR)/.tools $(UV) pip install -q --python $(@D)/bin/python --no-deps --no-build-isolation -e . && touch $@
 
 $(CHECKPOINT): | .venv/.serve
 	@mkdir -p $(@D)
@@ -135,6 +142,7 @@ lock: $(UV) ## write requirements/ after a change of pyproject.toml (UPGRADE=--u
 	for part in serve client; do $(COMPILE) pyproject.toml --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 	echo 'torch; python_version < "3"' | $(COMPILE) pyproject.toml --extra training -c requirements/dev.txt --override - -o requirements/training.txt
 	grep -o '"torch==[^"]*' pyproject.toml | tr -d \" | $(COMPILE) - -c requirements/dev.txt -o requirements/torch.txt
+	$(COMPILE) $(UPGRADE) --group policy -o requirements/policy.txt
 	echo 'uv' | $(COMPILE) $(UPGRADE) - -o requirements/tools.txt
 
 live: .venv/.dev ## prove pulumi_vertex on Google itself (PROJECT=, REGION=, IMAGE=, LIVE=options): costs money for hours

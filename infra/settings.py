@@ -19,6 +19,7 @@ from infra import BUILD
 from infra.names import PROJECT, Names
 
 _AT: Final = f"{PROJECT}:releases"
+MACHINE_TYPE: Final = r"^[a-z][a-z0-9]*(-[a-z0-9]+)+$"
 
 
 class _Model(BaseModel):
@@ -155,10 +156,14 @@ class Settings(_Model):
         str,
         Field(
             description="machine of one replica",
-            pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)+$",
+            pattern=MACHINE_TYPE,
             examples=["c3-highcpu-4"],
         ),
     ] = "c3-highcpu-4"
+    machine_types: Annotated[
+        list[Annotated[str, Field(pattern=MACHINE_TYPE)]],
+        Field(description="machine types that a policy allows; any where empty", examples=['["c3-highcpu-4"]']),
+    ] = []
     accelerator: Annotated[
         str,
         Field(
