@@ -52,8 +52,8 @@ install: .venv/.dev ## the environment that `pulumi` and `headcount` run in; the
 coverage: lint samples ## the fast tests, and the lines that they do not reach
 	$(TESTS) -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
-test-engine: .venv/.dev samples ## the tests that need Pulumi's command line and its plugins on the PATH
-	HEADCOUNT_REQUIRE=engine $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_infra.py tests/test_engine_promotion.py tests/test_engine_review.py $(PYTEST)
+test-engine: .venv/.dev .tools/policy/.made samples ## the tests that need Pulumi's command line and its plugins on the PATH
+	HEADCOUNT_REQUIRE=engine,policy $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_*.py $(PYTEST)
 
 bench: samples compile ## ratios of throughput, latency, accuracy and cost in one table (BENCH=, see bench/README.md)
 	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import google.auth
 import google.auth.exceptions
 import pulumi
+import pulumi_gcp as gcp
 
 READY_SECONDS: Final = 300  # "If you enabled this API recently, wait a few minutes", Google's answers say
 AGAIN_SECONDS: Final = 2  # from the first good answer of an API that was just enabled to the second
@@ -63,6 +64,39 @@ SCANNING: Final = Api(
     "https://containeranalysis.googleapis.com/v1/",
     "projects/{project}/occurrences?pageSize=1",
 )
+
+KMS: Final = Api(
+    "cloudkms.googleapis.com",
+    "kmsCustomEndpoint",
+    "https://cloudkms.googleapis.com/v1/",
+    "projects/{project}/locations/{region}/keyRings?pageSize=1",
+)
+
+
+def enable(
+    api: Api,
+    where: tuple[str, str],
+    token: pulumi.Output[str],
+    number: pulumi.Output[str],
+    opts: pulumi.ResourceOptions | None = None,
+) -> pulumi.Output[list[pulumi.Resource]]:
+    """Enables an API. Resources that depend on the result wait until the API is usable.
+
+    The API stays enabled when the stack is destroyed. where: the project's id and the region; number: the project's.
+    """
+    service = gcp.projects.Service(
+        api.service.partition(".")[0], service=api.service, disable_on_destroy=False, opts=opts
+    )
+    project, region = where
+    base = pulumi.Config("gcp").get(api.setting) or api.address
+    url = (base + api.probe).format(project=project, region=region)
+
+    async def usable(token: str, number: str) -> list[pulumi.Resource]:
+        if not pulumi.runtime.is_dry_run():
+            await until_usable(api.service, url, token, (project, number))
+        return [service]
+
+    return pulumi.Output.all(service.id, token, number).apply(lambda all_: usable(all_[1], all_[2]))
 
 
 async def until_usable(

@@ -5,7 +5,7 @@ from typing import Any, Final
 import pulumi
 import pulumi_gcp as gcp
 
-from infra.apis import APIS, SCANNING, Api, project_number, until_usable
+from infra.apis import APIS, SCANNING, enable, project_number
 from infra.settings import Settings
 
 READER: Final = "roles/artifactregistry.reader"
@@ -34,7 +34,8 @@ class Foundation(pulumi.ComponentResource):
             lambda token: project_number(settings.project, token)
         )
         apis = (*APIS, SCANNING) if settings.scan_images else APIS
-        self._usable = {api.service: self._enable(api) for api in apis}
+        where = (settings.project, settings.region)
+        self._usable = {api.service: enable(api, where, self._token, self.project_number, self._parent) for api in apis}
         #: Vertex AI's service agent, which pulls the images. It exists as soon as this resource does.
         self.agent = self._identity("aiplatform.googleapis.com")
         if settings.kms_key:
@@ -166,22 +167,6 @@ class Foundation(pulumi.ComponentResource):
             )
             for service, member in agents.items()
         }
-
-    def _enable(self, api: Api) -> pulumi.Output[list[pulumi.Resource]]:
-        service = gcp.projects.Service(
-            api.service.partition(".")[0], service=api.service, disable_on_destroy=False, opts=self._parent
-        )
-        settings = self._settings
-        base = pulumi.Config("gcp").get(api.setting) or api.address
-        url = (base + api.probe).format(project=settings.project, region=settings.region)
-
-        async def usable(token: str, number: str) -> list[pulumi.Resource]:
-            if not pulumi.runtime.is_dry_run():
-                await until_usable(api.service, url, token, (settings.project, number))
-            return [service]
-
-        known = pulumi.Output.all(service.id, self._token, self.project_number)
-        return known.apply(lambda all_: usable(all_[1], all_[2]))
 
 
 def other_buckets(settings: Settings) -> list[str]:

@@ -27,6 +27,7 @@ DOCUMENTS = (
     "cloudresourcemanager.v1",
     "cloudresourcemanager.v3",
     "compute.v1",
+    "cloudkms.v1",
     "logging.v2",
 )
 # Google tells its APIs apart by host, and some have the same paths. On one host all but Vertex AI begin with

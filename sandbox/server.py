@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from sandbox import (
     compute,
     iam,
+    kms,
     oauth2,
     operations,
     resource_manager,
@@ -28,6 +29,7 @@ from sandbox import (
     vertex_predictions,
     vertex_tensorboards,
     vertex_tuning_jobs,
+    workload_identity,
 )
 from sandbox.admin import Admin, linger
 from sandbox.artifact_registry import repositories
@@ -66,6 +68,8 @@ METHODS: dict[str, Handler] = {
     **objects.METHODS,
     **repositories.METHODS,
     **iam.METHODS,
+    **workload_identity.METHODS,
+    **kms.METHODS,
     **resource_manager.METHODS,
     **service_usage.METHODS,
     **compute.METHODS,

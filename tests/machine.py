@@ -24,6 +24,8 @@ from sandbox.artifact_registry.registry import IMAGE as REGISTRY_IMAGE
 BASE_IMAGE = "python:3.11-slim-bookworm"  # as the Dockerfile has it
 ENGINE_HOME = Path(__file__).resolve().parent.parent / ".headcount" / "pulumi" / "cli" / "bin"  # `make up` installs it
 
+POLICY = Path(__file__).resolve().parent.parent / ".tools" / "policy" / ".made"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -168,6 +170,16 @@ PARTS: dict[str, Part] = {
         lambda: "" if shutil.which("crane") else "there is no command `crane`",
     ),
     "engine": Part("Pulumi's command line", "`make up` installs it, or see pulumi.com/docs/install", _no_engine),
+    "policy": Part(
+        "the environment of the policies",
+        "`make policy`",
+        lambda: "" if POLICY.is_file() else "there is no .tools/policy",
+    ),
+    "actionlint": Part(
+        "the linter of workflows actionlint",
+        "install it: github.com/rhysd/actionlint",
+        lambda: _no_command("actionlint"),
+    ),
     "ipv6": Part("IPv6 on loopback", "enable it", _no_ipv6),
     "curl": Part("curl", "install the package curl", lambda: _no_command("curl")),
     "chromium": Part(

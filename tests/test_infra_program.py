@@ -100,7 +100,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     async def number(*_: object) -> str:
         return "42"
 
-    monkeypatch.setattr("infra.foundation.until_usable", usable)
+    monkeypatch.setattr("infra.apis.until_usable", usable)
     monkeypatch.setattr("infra.foundation.project_number", number)
     monkeypatch.setattr(image, "fetch_weights", lambda root, weights: weights)
     monkeypatch.setattr(image, "torch_source", lambda root, say: "cpu")

@@ -98,11 +98,13 @@ def no_public_members(resource: Resource, settings: Settings) -> Iterator[str]:
 def authenticated_endpoints(resource: Resource, settings: Settings) -> Iterator[str]:
     """Predictions of Vertex AI need a token always; what can be had without one is a service beside it."""
     if resource.type == RUN_SERVICE and resource.properties.get("invokerIamDisabled") is True:
-        yield "The service answers everybody. Leave out invoker_iam_disabled, and grant roles/run.invoker to its callers."
+        yield (
+            "The service answers everybody. Leave out invoker_iam_disabled, and grant roles/run.invoker to its callers."
+        )
     if resource.type == VERTEX_PROVIDER and isinstance(url := resource.properties.get("endpoint"), str):
         parts = urlsplit(url)
         if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
-            yield f"Tokens and pictures go unencrypted to {url}. Use https, or leave out vertex:endpoint for Google's own."
+            yield f"Tokens and pictures go unencrypted to {url}. Use https, or no vertex:endpoint for Google's own."
 
 
 # --------------------------------------------------------------------------------------------- permissions
@@ -208,8 +210,8 @@ def machine_types(resource: Resource, settings: Settings) -> Iterator[str]:
     for path, machine in _machines(resource):
         if isinstance(machine, str) and machine not in allowed:
             yield (
-                f"{path} is {machine}, and stack {settings.stack} may use {', '.join(allowed)}. Choose one of these, or "
-                "add the machine to headcount:machineTypes, which its reviewers see."
+                f"{path} is {machine}, and stack {settings.stack} may use {', '.join(allowed)}. Choose one of these, "
+                "or add the machine to headcount:machineTypes, which its reviewers see."
             )
 
 
@@ -246,8 +248,8 @@ def monthly_cost(prices: Prices, limit: Callable[[Settings], float | None]) -> C
             )
         if total > most:
             yield (
-                f"The machines cost up to {total:.0f} USD a month, and the limit is {most:.0f}. Choose fewer replicas or "
-                f"smaller machines, or raise the limit: pulumi config set monthlyCostLimit {total:.0f} "
+                f"The machines cost up to {total:.0f} USD a month, and the limit is {most:.0f}. Choose fewer replicas "
+                f"or smaller machines, or raise the limit: pulumi config set monthlyCostLimit {total:.0f} "
                 f"-s {settings.stack}."
             )
 
@@ -264,9 +266,10 @@ def protected(resource: Resource, settings: Settings) -> Iterator[str]:
     replaceable = resource.type in (ENDPOINT, ROLLOUT) and settings.replace_endpoint
     holds = resource.type in (BUCKET, REPOSITORY, ACCOUNT, ENDPOINT, ROLLOUT) and not replaceable
     if holds or (resource.type in (MODEL_VERSION, RELEASED_IMAGE) and resource.name in serving):
+        on_purpose = f" To replace it on purpose: pulumi config set replaceEndpoint true -s {settings.stack}."
         yield (
-            "A mistake may delete it. Set protect=True in its ResourceOptions. To replace the endpoint on purpose: "
-            f"pulumi config set replaceEndpoint true -s {settings.stack}."
+            "A mistake may delete it. Set protect=True in its ResourceOptions."
+            + on_purpose * (resource.type in (ENDPOINT, ROLLOUT))
         )
 
 

@@ -1,0 +1,1 @@
+"""What a team needs once for each Google Cloud project: docs/pull-requests.md has the commands."""
