@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from headcount.count_command import count
+from headcount.deploy_command import deploy, plan
 from headcount.jobs_command import jobs, logs
 from headcount.predict_command import predict
 from headcount.register_command import register
@@ -21,6 +22,8 @@ app.command(no_args_is_help=True)(count)
 app.command(no_args_is_help=True)(predict)
 app.command(no_args_is_help=True)(register)
 app.command()(web)
+app.command(no_args_is_help=True)(plan)
+app.command(no_args_is_help=True)(deploy)
 app.command(cls=ReviewCommand, no_args_is_help=True)(review)
 app.command(no_args_is_help=True)(recover)
 app.command(no_args_is_help=True)(logs)
