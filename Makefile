@@ -25,7 +25,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up down live image lock format clean
+.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up down live image scan drift-issue lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,6 +92,13 @@ image: $(CHECKPOINT) ## build the serving image (TARGET=training: the training i
 	DOCKER_BUILDKIT=1 $(or $(DOCKER),docker) build --platform linux/amd64 --build-arg TORCH="$$torch" \
 	  $(if $(BASE),--build-arg BASE=$(BASE)) $${PIP_INDEX_URL:+--build-arg INDEX="$$PIP_INDEX_URL"} \
 	  --build-arg WEIGHTS="$$(basename "$$(cat $(CHECKPOINT))" .pt)" -t $(or $(IMAGE),headcount) $(if $(TARGET),--target $(TARGET)) $(BUILD_ARGS) .
+
+scan: ## look for known vulnerabilities in an image (IMAGE=headcount; needs trivy on the PATH)
+	@command -v trivy > /dev/null || { echo "trivy is missing: https://trivy.dev/latest/getting-started/installation/"; exit 1; }
+	trivy image --scanners vuln --severity HIGH,CRITICAL --ignore-unfixed --exit-code 1 $(or $(IMAGE),headcount)
+
+drift-issue: .venv/.dev ## open, update or close the GitHub issue about a stack's drift (STACK=; needs gh)
+	@PATH="$(abspath $(BIN)):$$PATH" .github/drift-issue $(or $(STACK),dev)
 
 $(UV): requirements/tools.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
