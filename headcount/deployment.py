@@ -87,13 +87,13 @@ def deploy(stack: str, approved: Path | None) -> int:
 
 def differences(approved: Path, now: Path) -> Iterator[str]:
     """The lines in which two folders of a plan differ: their reviews, then the resources of Pulumi's plans."""
-    texts = [(folder / REVIEW).read_text().splitlines() for folder in (approved, now)]
-    yield from difflib.unified_diff(*texts, "approved", "now", n=1, lineterm="")
+    before, after = ((folder / REVIEW).read_text().splitlines() for folder in (approved, now))
+    yield from difflib.unified_diff(before, after, "approved", "now", n=1, lineterm="")
     plans = [json.loads(file.read_text()) if (file := folder / PLAN).is_file() else {} for folder in (approved, now)]
-    before, after = map(comparable, plans)
-    for name in sorted(set(before) | set(after)):
-        if before.get(name) != after.get(name):
-            yield f"{name.rpartition('$')[2]}: approved to {_steps(before, name)}, now to {_steps(after, name)}"
+    old, new = map(comparable, plans)
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name):
+            yield f"{name.rpartition('$')[2]}: approved to {_steps(old, name)}, now to {_steps(new, name)}"
 
 
 def _steps(plan: dict[str, Any], name: str) -> str:

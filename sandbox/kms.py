@@ -91,7 +91,7 @@ async def create_key(call: Call) -> JSON:
     template |= given.get("versionTemplate", {})
     key = {"destroyScheduledDuration": f"{DESTROYED_AFTER}s"} | given
     key |= {"name": name, "createTime": now, "versionTemplate": template}
-    version = {
+    version: JSON = {
         "name": f"{name}/cryptoKeyVersions/1",
         "state": "ENABLED",
         "createTime": now,

@@ -33,7 +33,7 @@ def rollout(endpoint: Any = "projects/my-project/locations/europe-west4/endpoint
     return resource(rules.ROLLOUT, "rollout", endpoint=endpoint, models=models)
 
 
-BUCKET = {
+BUCKET: dict[str, Any] = {
     "name": "my-project-headcount-prod",
     "publicAccessPrevention": "enforced",
     "uniformBucketLevelAccess": True,
@@ -53,7 +53,7 @@ def grant(**properties: Any) -> Resource:
 
 
 REPOSITORY = "gcp:artifactregistry/repository:Repository"
-VERSION = {"image": f"{IMAGE}@{DIGEST}", "labels": LABELS}
+VERSION: dict[str, Any] = {"image": f"{IMAGE}@{DIGEST}", "labels": LABELS}
 READER = "roles/storage.objectViewer"
 #: By rule: resources that keep it.
 KEPT: dict[str, list[Resource]] = {
@@ -88,7 +88,7 @@ KEPT: dict[str, list[Resource]] = {
         bucket(name="models", lifecycleRules=[]),
         bucket(
             versioning={"enabled": True},
-            lifecycleRules=[*BUCKET["lifecycleRules"],  # type: ignore[misc]
+            lifecycleRules=[*BUCKET["lifecycleRules"],
                             {"action": {"type": "Delete"}, "condition": {"daysSinceNoncurrentTime": 7}}],
         ),
         resource(REPOSITORY, cleanupPolicies=[{"id": "old", "action": "DELETE"}]),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from google.auth import identity_pool
 from helpers import ROOT
 from typer.main import get_command
 
@@ -29,7 +30,8 @@ WRITES = {
     "drift": {"id-token", "issues"},
     "scan": set(),
 }
-SCHEMAS = {"vendor.github-workflows": WORKFLOWS, "vendor.github-actions": ACTIONS}
+GITLAB = ROOT / ".gitlab-ci.yml"
+SCHEMAS = {"vendor.github-workflows": WORKFLOWS, "vendor.github-actions": ACTIONS, "vendor.gitlab-ci": [GITLAB]}
 
 
 def steps() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -41,7 +43,8 @@ def steps() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_files_are_valid_by_the_platform_s_schema(schema: str) -> None:
-    command = [str(Path(sys.executable).parent / "check-jsonschema"), "--builtin-schema", schema, *SCHEMAS[schema]]
+    checker = Path(sys.executable).parent / "check-jsonschema"
+    command = [str(checker), "--builtin-schema", schema, *map(str, SCHEMAS[schema])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -122,11 +125,38 @@ def test_every_step_is_a_verb_that_runs_on_a_laptop() -> None:
     assert run > 8
 
 
+def test_gitlab_runs_the_same_verbs_in_jobs_of_the_same_environments() -> None:
+    jobs = {name: job for name, job in yaml.safe_load(GITLAB.read_text()).items() if "script" in job}
+    said = " ".join(line for job in jobs.values() for line in job["script"])
+    for verb in ("review", "drift", "deploy dev", "plan prod reviewed", "deploy prod --plan reviewed"):
+        assert f"headcount {verb}" in said
+    assert jobs["prod"]["rules"][0]["when"] == "manual"
+    assert {name: job.get("resource_group") for name, job in jobs.items() if job["environment"] == name} == {
+        "dev": "stack-dev",
+        "prod": "stack-prod",
+    }
+
+
+def test_gitlab_s_credentials_name_the_job_s_token_and_account(tmp_path: Path) -> None:
+    given = {
+        "GITLAB_TOKEN_FOR_GOOGLE": "a.b.c",
+        "GCP_WORKLOAD_IDENTITY_PROVIDER": "projects/42/locations/global/workloadIdentityPools/p/providers/gitlab",
+        "GCP_SERVICE_ACCOUNT": "headcount-previewer@my-project.iam.gserviceaccount.com",
+        "TMPDIR": str(tmp_path),
+    }
+    command = [ROOT / ".gitlab" / "credentials"]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=True)
+    credentials = identity_pool.Credentials.from_file(done.stdout.strip())  # type: ignore[no-untyped-call]
+    assert credentials.service_account_email == given["GCP_SERVICE_ACCOUNT"]
+    assert credentials.retrieve_subject_token(None) == "a.b.c"
+
+
 def test_workflows_install_the_pulumi_that_the_program_is_written_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (pinned,) = {p for p in project["project"]["optional-dependencies"]["provider"] if p.startswith("pulumi==")}
     (installed,) = {s["with"]["pulumi-version"] for _, s in steps() if s.get("uses", "").startswith("pulumi/actions")}
     assert pinned == f"pulumi=={installed}"
+    assert f"--version {installed}\n" in GITLAB.read_text()
 
 
 GH = """#!/bin/bash

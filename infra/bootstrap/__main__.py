@@ -1,8 +1,8 @@
-"""The state bucket, the key of its secrets, and access without keys for the workflows of one GitHub repository.
+"""The state bucket, the key of its secrets, and access without keys for the workflows of one repository.
 
 Two accounts: the previewer reads what a preview needs and can write nothing, not even a lock, because Pulumi's own
-backend locks updates only. The deployer has the roles of docs/deploy.md. Tokens of GitHub's become the one or the other
-by the branch and the environment of their job.
+backends lock a stack for updates only. The deployer has the roles of docs/deploy.md. A job becomes the one or the other
+by its branch and its environment.
 """
 
 from typing import Final
@@ -15,7 +15,7 @@ from infra.bootstrap import settings as bootstrap
 
 DAY: Final = 86400
 USED: Final = {"storage.googleapis.com", "iam.googleapis.com"}
-# The workflows exchange GitHub's tokens at the first, and impersonate the accounts through the second.
+# The workflows exchange their tokens at the first, and impersonate the accounts through the second.
 FEDERATION: Final = ("sts.googleapis.com", "iamcredentials.googleapis.com")
 POOL: Final = "headcount"
 
@@ -42,7 +42,7 @@ DEPLOYER: Final = (
 
 config = bootstrap.read(pulumi.runtime.config.get_config_env(), pulumi.get_stack())
 token = gcp.organizations.get_client_config_output().access_token
-number = token.apply(lambda known: project_number(config.project, known))
+number: pulumi.Output[str] = token.apply(lambda known: project_number(config.project, known))
 where = (config.project, config.region)
 usable = {
     api.service: pulumi.ResourceOptions(depends_on=enable(api, where, token, number))
@@ -92,15 +92,16 @@ iam = usable["iam.googleapis.com"]
 pool = gcp.iam.WorkloadIdentityPool(
     "repository", workload_identity_pool_id=POOL, display_name="Headcount's workflows", opts=iam
 )
+forge = bootstrap.FORGES[config.forge]
 provider = gcp.iam.WorkloadIdentityPoolProvider(
-    "github",
+    config.forge,
     workload_identity_pool_id=pool.workload_identity_pool_id,
-    workload_identity_pool_provider_id="github",
-    display_name="GitHub",
+    workload_identity_pool_provider_id=config.forge,
+    display_name=forge.title,
     description=f"Jobs of {config.repository}",
     attribute_mapping=bootstrap.attributes(config),
     attribute_condition=bootstrap.condition(config),
-    oidc={"issuer_uri": bootstrap.ISSUER},
+    oidc={"issuer_uri": forge.issuer},
 )
 
 
@@ -132,20 +133,12 @@ for name, member, role in (
 ):
     gcp.kms.CryptoKeyIAMMember(name, crypto_key_id=key.id, role=role, member=member)
 
-backend = state.url
-pulumi.export("backend", backend)
+pulumi.export("backend", state.url)
 pulumi.export("secretsProvider", pulumi.Output.concat("gcpkms://", key.id))
-#: What the workflows read, as commands of GitHub's command line: the same for each environment but the account.
+#: What the workflows read, as commands of the forge's command line.
 pulumi.export(
     "variables",
-    [
-        pulumi.Output.concat(f"gh variable set {variable} --env {environment} --body ", value)
-        for name in config.environments
-        for environment, who in ((f"preview-{name}", previewer), (name, deployer))
-        for variable, value in (
-            ("GCP_WORKLOAD_IDENTITY_PROVIDER", provider.name),
-            ("GCP_SERVICE_ACCOUNT", who.email),
-            ("PULUMI_BACKEND_URL", backend),
-        )
-    ],
+    pulumi.Output.all(previewer.email, deployer.email, provider.name, state.url).apply(
+        lambda known: bootstrap.commands(config, *known)
+    ),
 )
