@@ -89,7 +89,7 @@ async def create_key(call: Call) -> JSON:
     now = clock.now()
     template = {"protectionLevel": "SOFTWARE", "algorithm": "GOOGLE_SYMMETRIC_ENCRYPTION"}
     template |= given.get("versionTemplate", {})
-    key = {"destroyScheduledDuration": f"{DESTROYED_AFTER}s"} | given
+    key: JSON = {"destroyScheduledDuration": f"{DESTROYED_AFTER}s"} | given
     key |= {"name": name, "createTime": now, "versionTemplate": template}
     version: JSON = {
         "name": f"{name}/cryptoKeyVersions/1",
