@@ -241,7 +241,11 @@ PRICES: Mapping[tuple[str, str], float] = {("c3-highcpu-4", ""): 0.25, ("g2-stan
     ],
 )
 def test_the_cost_of_a_month_has_a_limit(releases: dict[str, Any], limit: float | None, message: str) -> None:
-    check = rules.monthly_cost(lambda machine, accelerator: PRICES.get((machine, accelerator)), lambda _: limit)
+    def price(machine: str, region: str, accelerator: str, accelerators: int) -> float | None:
+        assert region == "europe-west4"
+        return PRICES.get((machine, accelerator))
+
+    check = rules.monthly_cost(price, lambda _: limit)
     found = list(check(rollout(**releases), STACK))
     assert len(found) == bool(message)
     assert message in "".join(found)

@@ -52,8 +52,8 @@ class Resource:
 
 
 Check = Callable[[Resource, Settings], Iterator[str]]
-#: Price in USD of one machine for an hour, by machine type and accelerator; None where it is not known.
-Prices = Callable[[str, str], float | None]
+#: Price in USD of one machine for an hour, by machine type, region, accelerator and its number; None if not known.
+Price = Callable[[str, str, str, int], float | None]
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _machines(resource: Resource) -> Iterator[tuple[str, Any]]:
         yield "machineType", resource.properties.get("machineType")
 
 
-def monthly_cost(prices: Prices, limit: Callable[[Settings], float | None]) -> Check:
+def monthly_cost(price: Price, limit: Callable[[Settings], float | None]) -> Check:
     """The rule about the cost of a month in which all replicas run. An unknown price is never taken for nothing."""
 
     def check(resource: Resource, settings: Settings) -> Iterator[str]:
@@ -233,14 +233,15 @@ def monthly_cost(prices: Prices, limit: Callable[[Settings], float | None]) -> C
         total, unpriced = 0.0, set()
         for release in _releases(resource).values():
             machine, accelerator = release.get("machineType"), release.get("acceleratorType") or ""
+            accelerators = release.get("acceleratorCount") or 0
             replicas = release.get("maxReplicas") or release.get("minReplicas") or 1
-            if UNKNOWN in (machine, accelerator, replicas):
+            if UNKNOWN in (machine, accelerator, accelerators, replicas):
                 return
-            price = prices(str(machine), str(accelerator))
-            if price is None:
+            hour = price(str(machine), settings.region, str(accelerator), int(accelerators))
+            if hour is None:
                 unpriced.add(" with ".join(part for part in (machine, accelerator) if part))
             else:
-                total += price * int(replicas) * HOURS_A_MONTH
+                total += hour * int(replicas) * HOURS_A_MONTH
         if unpriced:
             yield (
                 f"The price of {', '.join(sorted(unpriced))} is not known, so the cost cannot be compared with the "
