@@ -124,7 +124,7 @@ INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.tools/bin/pip config 
 
 policy: .tools/policy/.made ## the environment of the policies, then: pulumi preview -s dev --policy-pack infra/policy
 
-.tools/policy/.made: $(UV) requirements/policy.txt
+.tools/policy/.made: $(UV) requirements/policy.txt pyproject.toml
 	@test -x $(@D)/bin/python || $(UV) venv -q --python $$(.tools/bin/python -c 'import sys; print(sys._base_executable)') $(@D)
 	@$(call INSTALL,$(@D)/bin/python) --require-hashes -r requirements/policy.txt
 	@TMPDIR=$(CURDIR)/.tools $(UV) pip install -q --python $(@D)/bin/python --no-deps --no-build-isolation -e . && touch $@
