@@ -233,9 +233,9 @@ PRICES: Mapping[tuple[str, str], float] = {("c3-highcpu-4", ""): 0.25, ("g2-stan
     ("releases", "limit", "message"),
     [
         ({"main": {}}, 730.0, ""),  # 4 replicas at most × 0.25 USD × 730 hours
-        ({"main": {}}, 729.0, "cost up to 730 USD a month, and the limit is 729"),
+        ({"main": {}}, 729.0, "cost 730 USD a month or more, and the limit is 729"),
         ({"main": {}, "next": {"maxReplicas": UNKNOWN}}, 1.0, ""),
-        ({"main": {"machineType": "g2-standard-8", "acceleratorType": "NVIDIA_L4"}}, 1000.0, "cost up to 2920 USD"),
+        ({"main": {"machineType": "g2-standard-8", "acceleratorType": "NVIDIA_L4"}}, 1000.0, "cost 2920 USD"),
         ({"main": {"machineType": "m9-giant"}}, 1000.0, "The price of m9-giant is not known"),
         ({"main": {"machineType": "m9-giant"}}, None, ""),
     ],

@@ -52,7 +52,7 @@ class Resource:
 
 
 Check = Callable[[Resource, Settings], Iterator[str]]
-#: Price in USD of one machine for an hour, by machine type, region, accelerator and its number; None if not known.
+#: USD that one machine costs an hour at least, by machine type, region, accelerator and its number; None if not known.
 Price = Callable[[str, str, str, int], float | None]
 
 
@@ -224,7 +224,7 @@ def _machines(resource: Resource) -> Iterator[tuple[str, Any]]:
 
 
 def monthly_cost(price: Price, limit: Callable[[Settings], float | None]) -> Check:
-    """The rule about the cost of a month in which all replicas run. An unknown price is never taken for nothing."""
+    """The rule about the cost of a month in which all replicas run. A price that is not known is no price of zero."""
 
     def check(resource: Resource, settings: Settings) -> Iterator[str]:
         most = limit(settings)
@@ -249,8 +249,8 @@ def monthly_cost(price: Price, limit: Callable[[Settings], float | None]) -> Che
             )
         if total > most:
             yield (
-                f"The machines cost up to {total:.0f} USD a month, and the limit is {most:.0f}. Choose fewer replicas "
-                f"or smaller machines, or raise the limit: pulumi config set monthlyCostLimit {total:.0f} "
+                f"With all replicas the machines cost {total:.0f} USD a month or more, and the limit is {most:.0f}. Choose "
+                f"fewer replicas or smaller machines, or raise the limit: pulumi config set monthlyCostLimit {total:.0f} "
                 f"-s {settings.stack}."
             )
 
