@@ -5,6 +5,7 @@ is UNKNOWN; a rule waits for such a value, because the update checks the resourc
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -249,9 +250,9 @@ def monthly_cost(price: Price, limit: Callable[[Settings], float | None]) -> Che
             )
         if total > most:
             yield (
-                f"With all replicas the machines cost {total:.0f} USD a month or more, and the limit is {most:.0f}. Choose "
-                f"fewer replicas or smaller machines, or raise the limit: pulumi config set monthlyCostLimit {total:.0f} "
-                f"-s {settings.stack}."
+                f"With all replicas the machines cost {total:.0f} USD a month or more, and the limit is {most:.0f}. "
+                "Choose fewer replicas or smaller machines, or raise the limit: "
+                f"pulumi config set monthlyCostLimit {math.ceil(total)} -s {settings.stack}."
             )
 
     return check
