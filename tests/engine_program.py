@@ -25,13 +25,14 @@ class EngineProgram:
         shutil.copy(ROOT / "Pulumi.yaml", self.folder)
         (self.folder / ".venv").symlink_to(sys.prefix)
         (self.folder / ".tools").symlink_to(ROOT / ".tools")
-        (folder / "state").mkdir()
+        self.state = folder / "state"
+        self.state.mkdir()
         folders = [Path(sys.executable).parent, Path(engine() or "").parent, os.environ["PATH"]]
         self.environment = os.environ | {
             "PATH": os.pathsep.join(map(str, folders)),
             "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]),
             "PULUMI_HOME": str(folder / "home"),
-            "PULUMI_BACKEND_URL": f"file://{folder / 'state'}",
+            "PULUMI_BACKEND_URL": f"file://{self.state}",
             "PULUMI_CONFIG_PASSPHRASE": "headcount",
             "PULUMI_SKIP_UPDATE_CHECK": "true",
             "PULUMI_GCP_SKIP_REGION_VALIDATION": "true",

@@ -50,7 +50,10 @@ def test_a_clean_stack_passes_and_a_release_that_skips_the_canary_does_not(progr
     said = program.pulumi("up", "-s", "prod", "--yes", *PACK)
     assert broken(said) == {}
     program.stack_file("prod", PROD.replace("headcount:releases: {}", SERVES))
+    before = {path: path.read_bytes() for path in program.state.rglob("*") if path.is_file()}
     said = program.pulumi("preview", "-s", "prod", *PACK, fails=True)
+    after = {path: path.read_bytes() for path in program.state.rglob("*") if path.is_file()}
+    assert after == before, "the previewer of the bootstrap may not write the state, not even a lock"
     assert broken(said) == {"canary-first": "mandatory"}
     assert "headcount release -s prod canary next 10" in said
     program.stack_file("prod", PROD)
