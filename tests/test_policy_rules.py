@@ -94,6 +94,7 @@ KEPT: dict[str, list[Resource]] = {
         resource(REPOSITORY, cleanupPolicies=[{"id": "old", "action": "DELETE"}]),
     ],
     "machine-types": [rollout(main={"traffic": 100}), rollout(main={"machineType": UNKNOWN}), rollout()],
+    "monthly-cost": [rollout(), rollout(main={"traffic": 100, "machineType": UNKNOWN})],
     "protected": [
         resource(rules.BUCKET, protect=True),
         resource(rules.ROLLOUT, protect=True),
@@ -158,6 +159,10 @@ BROKEN: dict[str, list[tuple[Resource, str]]] = {
         (rollout(main={"traffic": 100, "machineType": "a2-highgpu-1g"}), "Choose one of these, or add"),
         (resource(rules.JOBS[1], machineType="n1-standard-4"), "machineType is n1-standard-4"),
     ],
+    "monthly-cost": [
+        (rollout(main={"maxReplicas": 100}), "pulumi config set monthlyCostLimit"),
+        (rollout(main={"machineType": "m9-giant-4"}), "Add the price to the table of prices"),
+    ],
     "protected": [
         (resource(rules.BUCKET), "Set protect=True"),
         (resource(rules.ENDPOINT), "pulumi config set replaceEndpoint true -s prod"),
@@ -174,7 +179,7 @@ BROKEN: dict[str, list[tuple[Resource, str]]] = {
     ],
 }  # fmt: skip
 BY_NAME = {rule.name: rule for rule in RULES}
-STACK = settings(machineTypes=["c3-highcpu-4", "c3-highcpu-8"])
+STACK = settings(machineTypes=["c3-highcpu-4", "c3-highcpu-8"], monthlyCostLimit=1000)
 
 
 def said(rule: Rule, one: Resource, stack: Settings = STACK) -> list[str]:

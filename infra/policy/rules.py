@@ -4,6 +4,7 @@ A rule yields a message for each violation, and each message says how to comply.
 is UNKNOWN; a rule waits for such a value, because the update checks the resource again with the value known.
 """
 
+import functools
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from infra.settings import Settings
+from review import prices
 
 
 class Unknown:
@@ -337,6 +339,20 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{path}[{index}]")
 
 
+@functools.cache
+def _table() -> prices.Prices:
+    return prices.load()
+
+
+def price(machine_type: str, region: str, accelerator: str, accelerators: int) -> float | None:
+    """The price of online prediction in the price table of the reviews, else Compute Engine's, which is lower."""
+    found = (
+        _table().machine(service, machine_type, region, accelerator, accelerators)
+        for service in (prices.PREDICTION, prices.COMPUTE)
+    )
+    return next((usd for usd in found if usd is not None), None)
+
+
 RULES: Final = (
     Rule("private-buckets", "No bucket can be made public.", private_buckets, everywhere=True, general=True),
     Rule("no-public-members", "Nothing is granted to everybody.", no_public_members, everywhere=True, general=True),
@@ -364,6 +380,11 @@ RULES: Final = (
     Rule("labelled", "What costs money carries the labels of its stack.", labelled),
     Rule("retention", "What is stored is deleted at some time.", retention),
     Rule("machine-types", "Machines are of the types that the stack allows.", machine_types),
+    Rule(
+        "monthly-cost",
+        "The machines cost no more than the stack's limit.",
+        monthly_cost(price, lambda settings: settings.monthly_cost_limit),
+    ),
     Rule("protected", "Production is protected from deletion.", protected),
     Rule("replicas", f"Production serves with at least {LEAST_REPLICAS} replicas.", replicas),
     Rule("canary-first", "In production a new version serves as a canary first.", canary_first),
