@@ -169,8 +169,7 @@ def test_pulumi_yaml_describes_the_settings_as_they_are() -> None:
     # Pulumi's schema has no maps, and a list or a limit that is not set has no useful default there.
     structured = {
         "releases", "imageReaders", "predictors", "buildArgs", "autoscaling", "requestLog", "labels", "vertexEndpoint",
-        "machineTypes",
-        "monthlyCostLimit",
+        "machineTypes", "monthlyCostLimit",
     }  # fmt: skip
     assert {k.removeprefix("headcount:") for k in schema} == set(fields) - structured
 

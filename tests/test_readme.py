@@ -27,10 +27,8 @@ from infra.settings import read as read_settings
 README = (ROOT / "README.md").read_text()
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
 DOCUMENTS = (
-    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "docs/pull-requests.md",
+    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "docs/pull-requests.md", "docs/review.md",
     "docs/unverified.md", "serving/README.md", "training/README.md", "pulumi_vertex/README.md",
-    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/deploy.md", "docs/review.md", "docs/unverified.md",
-    "serving/README.md", "training/README.md", "pulumi_vertex/README.md",
 )  # fmt: skip
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
@@ -202,8 +200,8 @@ def test_commands_and_options_of_headcount_exist() -> None:
     text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
     typed = set(
         re.findall(
-            r"(?:^ *|`|bin/)(headcount (?:count|predict|register|release|recover|plan|deploy|--version)[^`\n#]*)",
-            r"(?:^ *|`|bin/)(headcount (?:count|predict|register|release|recover|review|--version)[^`\n#]*)",
+            r"(?:^ *|`|bin/)(headcount "
+            r"(?:count|predict|register|release|recover|review|plan|deploy|--version)[^`\n#]*)",
             text,
             re.MULTILINE,
         )
