@@ -1,7 +1,8 @@
 """OAuth 2.0: the access tokens that callers present, and the endpoint that issues them.
 
 https://oauth2.googleapis.com/token is /oauth2/token here. Every caller on loopback gets a token.
-The token `sandbox` never expires; `sandbox-expires-TIME` is accepted until that time, in seconds since 1970.
+The token `sandbox` never expires; `sandbox-expires-TIME` is accepted until that time, in seconds since 1970;
+`sandbox:EMAIL` never expires, and names its caller in the audit log.
 """
 
 import re
@@ -21,10 +22,15 @@ _EXPIRING = re.compile(r"sandbox-expires-(\d+)")
 
 def expiry(token: str) -> float | None:
     """The time at which a token of the sandbox ends, in seconds since 1970; None for another token."""
-    if token == TOKEN:
+    if token == TOKEN or token.startswith(f"{TOKEN}:"):
         return float("inf")
     found = _EXPIRING.fullmatch(token)
     return float(found[1]) if found else None
+
+
+def caller(authorization: str) -> str:
+    """The address of the caller whose token names one, or "". authorization: the request's header."""
+    return authorization.partition(f"Bearer {TOKEN}:")[2]
 
 
 def is_accepted(token: str) -> bool:

@@ -34,7 +34,7 @@ from sandbox import (
 from sandbox.admin import Admin, linger
 from sandbox.artifact_registry import repositories
 from sandbox.artifact_registry.registry import RegistryServer
-from sandbox.cloud_logging import queries
+from sandbox.cloud_logging import audit, queries
 from sandbox.context import Call, Cloud, SandboxSettings
 from sandbox.conventions import partial
 from sandbox.discovery import PREFIXES, Method, read_request, response_violations, route
@@ -226,6 +226,7 @@ class SandboxServer:
             )
             response = await self._handle(call, version)
             status = response.status_code
+            self._audit(call)
             if fault.get("kind") == "drop":
                 raise DroppedError
             return response
@@ -254,6 +255,19 @@ class SandboxServer:
                 "INTERNAL", "The sandbox's answer departs from the discovery document: " + "; ".join(found)
             )
         return JSONResponse(partial(shown, call.query["fields"]) if call.query.get("fields") else shown)
+
+    def _audit(self, call: Call) -> None:
+        """Adds a change that was made to the audit log of the project."""
+        if call.request.method == "GET":
+            return
+        name, project = call.name, call.project
+        if call.method.id == "storage.buckets.insert":
+            name, project = f"b/{json.loads(call.raw)['name']}", call.query["project"]
+        elif not project and (bucket := self.cloud.store.get("bucket", "".join(paths.names(call)[:1]))):
+            project = self.cloud.projects.by_id(f"projects/{bucket['projectNumber']}").partition("/")[2]
+        by = call.request.headers.get("authorization", "")
+        if project and (entry := audit.entry(call.method.id, call.version, name, project, by)):
+            self.cloud.store.log(f"projects/{project}", "", [entry])
 
     def _read(self, call: Call) -> Call:
         try:

@@ -144,7 +144,9 @@ def test_googles_discovery_client_reads_the_log(stub_sandbox: RunningSandbox, pr
         assert read(f'(timestamp>"{shown}" OR (timestamp="{shown}" AND insertId>"{number}"))') == everything[2:]
         assert read('timestamp>"2100-01-01T00:00:00Z"') == []
 
-        request = logging.entries().list(body={"resourceNames": [f"projects/{project}"], "pageSize": 2})
+        request = logging.entries().list(
+            body={"resourceNames": [f"projects/{project}"], "filter": 'resource.type="ml_job"', "pageSize": 2}
+        )
         seen = []
         while request is not None:
             answer = request.execute()
