@@ -10,6 +10,7 @@ import typer
 from headcount.count_command import count
 from headcount.deploy_command import deploy, plan
 from headcount.jobs_command import jobs, logs
+from headcount.operate_command import drift, history, rollback
 from headcount.predict_command import predict
 from headcount.register_command import register
 from headcount.release_command import recover, release
@@ -27,6 +28,9 @@ app.command(no_args_is_help=True)(deploy)
 app.command(cls=ReviewCommand, no_args_is_help=True)(review)
 app.command(no_args_is_help=True)(recover)
 app.command(no_args_is_help=True)(logs)
+app.command(no_args_is_help=True)(drift)
+app.command(no_args_is_help=True)(history)
+app.command(no_args_is_help=True)(rollback)
 app.add_typer(release, name="release")
 app.add_typer(jobs, name="jobs")
 

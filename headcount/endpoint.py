@@ -105,17 +105,21 @@ class Endpoint:
         return (self._room - 1200) * 3 // 4
 
     def count(self, data: bytes, parameters: Parameters) -> Answer:
+        return self.counted_by(data, parameters)[0]
+
+    def counted_by(self, data: bytes, parameters: Parameters) -> tuple[Answer, str]:
+        """The answer, and the id of the deployed model that gave it."""
         given = replace(parameters, annotate=False).as_json()
         try:
             sent = fit(data, self._room - len(json.dumps(given)) - 200, longest_side(parameters.detail))
-            answer = self._patience.ask(lambda: self._ask(sent.data, given))
+            answer, model = self._patience.ask(lambda: self._ask(sent.data, given))
             answer = sent.back(answer, self._room)
             if parameters.annotate:
                 boxes, labels = [p.box for p in answer.people], [f"{p.confidence:.2f}" for p in answer.people]
                 answer = replace(answer, annotated=annotate(data, boxes, labels, parameters.region))
         except PictureError as error:
             raise CountError(str(error)) from None
-        return answer
+        return answer, model
 
     @property
     def largest_request(self) -> int:
@@ -124,18 +128,25 @@ class Endpoint:
 
     def predict(self, instances: list[Any]) -> list[Any]:
         """The answers of an exported model, one for each instance."""
+        return self.predicted_by(instances)[0]
+
+    def predicted_by(self, instances: list[Any]) -> tuple[list[Any], str]:
+        """The answers, and the id of the deployed model that gave them."""
         return self._patience.ask(lambda: self._predictions({"instances": instances}))
 
     def close(self) -> None:
         self._http.close()
 
-    def _ask(self, data: bytes, given: dict[str, Any]) -> Answer:
+    def _ask(self, data: bytes, given: dict[str, Any]) -> tuple[Answer, str]:
         instance = {"image": {"b64": base64.b64encode(data).decode()}}
-        return Answer.from_json(self._predictions({"instances": [instance], "parameters": given})[0])
+        found, model = self._predictions({"instances": [instance], "parameters": given})
+        return Answer.from_json(found[0]), model
 
-    def _predictions(self, body: dict[str, Any]) -> list[Any]:
+    def _predictions(self, body: dict[str, Any]) -> tuple[list[Any], str]:
         headers = self._credentials.header() if self._credentials else {}
-        return predictions(post(self._http, self._url, headers=headers, json=body), len(body["instances"]))
+        content = post(self._http, self._url, headers=headers, json=body)
+        found = predictions(content, len(body["instances"]))
+        return found, str(content.get("deployedModelId", ""))
 
 
 def predictions(content: Any, wanted: int) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from headcount.credentials import Credentials
+from headcount.google import Google, GoogleError, Place, place_of
 from headcount.results import printable
 from headcount.stacks import outputs
 
@@ -23,25 +23,8 @@ POLL_SECONDS = 5.0  # between two looks at a log; Cloud Logging allows 60 reads 
 LATE_SECONDS: Final = 30.0  # so much later an entry may arrive than its time says
 
 
-class JobError(Exception):
+class JobError(GoogleError):
     """A job cannot be listed, read or cancelled; the message says how to repair it."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A project and a region. base: address of the sandbox that stands for Google, "" for Google itself."""
-
-    project: str
-    region: str
-    base: str = ""
-
-    @property
-    def vertex(self) -> str:
-        return self.base or f"https://{self.region}-aiplatform.googleapis.com"
-
-    @property
-    def logging(self) -> str:
-        return f"{self.base}/logging" if self.base else "https://logging.googleapis.com"
 
 
 @dataclass(frozen=True)
@@ -80,12 +63,12 @@ class Line:
 
 def of_stack(stack: str) -> Place:
     """Where the jobs of a stack are. Raises StackError where it is not deployed, and JobError."""
-    found = outputs(stack)
-    match = re.match(r"projects/([^/]+)/locations/([^/]+)/", str(found.get("endpoint", "")))
-    if not match:
-        raise JobError(f"Stack {stack} has no endpoint among its outputs. Name --project and --region instead.")
-    sandbox = re.match(r"http://[^/]+", str(found.get("url", "")))
-    return Place(match[1], match[2], sandbox[0] if sandbox else "")
+    try:
+        return place_of(outputs(stack))
+    except GoogleError:
+        raise JobError(
+            f"Stack {stack} has no endpoint among its outputs. Name --project and --region instead."
+        ) from None
 
 
 def job_of(kind: str, found: dict[str, Any]) -> Job:
@@ -121,31 +104,21 @@ def table_text(jobs: Sequence[Job]) -> str:
     return "".join(line.rstrip() + "\n" for line in lines)
 
 
-class Jobs:
-    """The jobs of one project and region. Raises JobError and CredentialsError."""
-
-    def __init__(self, place: Place) -> None:
-        import httpx
-
-        self.place = place
-        self._credentials = None if place.base else Credentials()
-        self._http = httpx.Client(timeout=60, trust_env=not place.base)
-
-    def close(self) -> None:
-        self._http.close()
+class Jobs(Google):
+    """The jobs of one project and region. Raises GoogleError and CredentialsError."""
 
     def listed(self) -> list[Job]:
         """All jobs, the newest first."""
         found = []
         for kind in KINDS:
             url = f"{self.place.vertex}/v1/projects/{self.place.project}/locations/{self.place.region}/{kind}"
-            found += [job_of(kind, job) for job in self._pages("GET", url, kind)]
+            found += [job_of(kind, job) for job in self.pages("GET", url, kind)]
         return sorted(found, key=lambda job: job.created, reverse=True)
 
     def find(self, wanted: str) -> Job:
         """A job by its full name, its id, or its display name, of which the newest counts."""
         if match := NAME.fullmatch(wanted):
-            return job_of(match[3], self._ask("GET", f"{self.place.vertex}/v1/{wanted}"))
+            return job_of(match[3], self.ask("GET", f"{self.place.vertex}/v1/{wanted}"))
         job = next((job for job in self.listed() if wanted in (job.id, job.display_name)), None)
         if job is None:
             raise JobError(
@@ -158,7 +131,7 @@ class Jobs:
 
     def cancel(self, job: Job) -> None:
         """Asks Vertex AI to cancel a job, which takes a while."""
-        self._ask("POST", f"{self.place.vertex}/v1/{job.name}:cancel", {})
+        self.ask("POST", f"{self.place.vertex}/v1/{job.name}:cancel", {})
 
     def log(self, job: Job, *, follow: bool = False) -> Iterator[Line]:
         """The lines of a job's log, oldest first; with `follow`, until the job has ended."""
@@ -187,29 +160,7 @@ class Jobs:
             "orderBy": "timestamp asc",
             "pageSize": 1000,
         }
-        return self._pages("POST", f"{self.place.logging}/v2/entries:list", "entries", body)
-
-    def _pages(self, method: str, url: str, field: str, body: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        page: dict[str, str] = {}
-        while True:
-            answer = self._ask(method, url, body and body | page, **({} if body else page))
-            yield from answer.get(field, [])
-            if not answer.get("nextPageToken"):
-                return
-            page = {"pageToken": str(answer["nextPageToken"])}
-
-    def _ask(self, method: str, url: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
-        import httpx
-
-        headers = self._credentials.header() if self._credentials else {}
-        try:
-            answer = self._http.request(method, url, headers=headers, json=body, params=query)
-            content: dict[str, Any] = answer.json()
-        except (httpx.TransportError, ValueError) as error:
-            raise JobError(f"{url} does not answer: {error}") from None
-        if answer.status_code >= 400:
-            raise JobError(f"{url} answers {answer.status_code}: {content.get('error', {}).get('message', '')}")
-        return content
+        return self.pages("POST", f"{self.place.logging}/v2/entries:list", "entries", body)
 
 
 def earlier(moment: str, seconds: float) -> str:

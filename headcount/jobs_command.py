@@ -76,7 +76,8 @@ def logs(
 def opened(stack: str | None, project: str | None, region: str | None, job: str) -> Iterator[Jobs]:
     """The jobs of a place. job: its full name names the place too. Errors end with a sentence and status 1."""
     from headcount.credentials import CredentialsError
-    from headcount.jobs import NAME, JobError, Jobs, Place, of_stack
+    from headcount.google import GoogleError, Place
+    from headcount.jobs import NAME, Jobs, of_stack
     from headcount.stacks import StackError
 
     if stack and (project or region):
@@ -92,7 +93,7 @@ def opened(stack: str | None, project: str | None, region: str | None, job: str)
             raise typer.BadParameter("name a stack with --stack, or a project and a region with --project and --region")
         with contextlib.closing(Jobs(place)) as there:
             yield there
-    except (CredentialsError, JobError, StackError) as error:
+    except (CredentialsError, GoogleError, StackError) as error:
         _fail(str(error))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -116,10 +117,16 @@ class _StackFile(NamedTuple):
     document: Any
 
 
-def _loaded(stack: str) -> _StackFile:
+def stack_file(stack: str) -> Path:
+    """The path of the stack's file. Raises StackError."""
     path = project_folder() / f"Pulumi.{stack}.yaml"
     if not path.exists():
         raise StackError(f"There is no {path.name}: `pulumi stack init {stack}` makes a stack.")
+    return path
+
+
+def _loaded(stack: str) -> _StackFile:
+    path = stack_file(stack)
     text = path.read_text()
     return _StackFile(path, text, _yaml().load(text) or {})
 
@@ -129,27 +136,46 @@ def _yaml() -> Any:
 
     yaml = YAML()
     yaml.width = 200
+    yaml.preserve_quotes = True
     return yaml
 
 
 def proved(stack: str) -> str:
     """Returns the digest that has most of the traffic of a stack's endpoint. Raises StackError."""
+    found = outputs(stack)
+    best = max(serving(found), key=lambda one: one.traffic, default=None)
+    if not best or not best.traffic:
+        raise StackError(f"Stack {stack} serves nothing: `pulumi up -s {stack}` first.")
+    return str(found["images"][best.release]).partition("@")[2]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A release on the endpoint. id: of its deployed model. version: ID@NUMBER. traffic: percent."""
+
+    id: str
+    release: str
+    version: str
+    traffic: int
+
+
+def serving(found: dict[str, Any]) -> list[Serving]:
+    """The releases on the endpoint of a stack with these outputs, as Vertex AI describes it. Raises StackError."""
     from headcount.counters import CountError
     from headcount.endpoint import describe
 
-    found = outputs(stack)
     try:
         endpoint = describe(endpoint_url(found))
     except CountError as error:
         raise StackError(str(error)) from None
     shares = endpoint.get("trafficSplit", {})
-    deployed = {one["id"]: _version(one) for one in endpoint.get("deployedModels", [])}
-    by_version = {deployed[id_]: share for id_, share in shares.items() if share and id_ in deployed}
-    releases = {name: by_version.get(version.partition("/models/")[2], 0) for name, version in found["models"].items()}
-    best = max(releases, key=lambda name: releases[name], default="")
-    if not best or not releases[best]:
-        raise StackError(f"Stack {stack} serves nothing: `pulumi up -s {stack}` first.")
-    return str(found["images"][best]).partition("@")[2]
+    releases = {str(model).partition("/models/")[2]: name for name, model in found["models"].items()}
+    deployed = ((one["id"], _version(one)) for one in endpoint.get("deployedModels", []))
+    return [
+        Serving(id_, releases[version], version, int(shares.get(id_, 0)))
+        for id_, version in deployed
+        if version in releases
+    ]
 
 
 def _version(deployed: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,18 +88,61 @@ def pulumi(stack: str, *arguments: str, **variables: str) -> str:
 
     variables: of the environment, besides the stack's own.
     """
+    return _output(stack, *arguments, "--stack", stack, **variables)
+
+
+def backend(stack: str) -> str:
+    """The URL of the backend that keeps the stack's state, such as gs://BUCKET. Raises StackError."""
+    return str(json.loads(_output(stack, "whoami", "--json"))["url"])
+
+
+def digest(stack: str, *arguments: str) -> dict[str, Any]:
+    """Returns the steps of a preview, as Pulumi prints them with `--json`: secrets are blinded in it.
+
+    Raises StackError with the errors of the preview.
+    """
+    try:
+        found: dict[str, Any] = json.loads(pulumi(stack, *arguments, "--json"))
+    except _OutputError as error:
+        with contextlib.suppress(ValueError):
+            raise StackError(errors_of(json.loads(error.output)) or str(error)) from None
+        raise
+    return found
+
+
+def errors_of(digest: dict[str, Any]) -> str:
+    """The errors that a preview reports, each once; "" where there are none."""
+    lines = [
+        re.sub(r"^error: +", "", line["message"]).strip()
+        for line in digest.get("diagnostics") or []
+        if line.get("severity") == "error"
+    ]
+    said = list(dict.fromkeys(lines))
+    return "\n".join([line for line in said if line != "preview failed"] or said)
+
+
+class _OutputError(StackError):
+    """A Pulumi command failed after it had printed something."""
+
+    def __init__(self, message: str, output: str) -> None:
+        super().__init__(message)
+        self.output = output
+
+
+def _output(stack: str, *arguments: str, **variables: str) -> str:
     command = _command()
     from pulumi.automation.errors import CommandError, StackNotFoundError
 
     try:
-        done = command.run([*arguments, "--stack", stack], str(project_folder()), environment(stack) | variables)
+        done = command.run([*arguments], str(project_folder()), environment(stack) | variables)
     except StackNotFoundError:
         raise StackError(f"There is no stack {stack}: `pulumi stack ls` lists the existing stacks.") from None
     except CommandError as error:
-        said = str(error).partition("\n stderr: ")[2].strip() or str(error)
+        printed, _, complained = str(error).partition("\n stderr: ")
+        said = complained.strip() or str(error)
         if "PULUMI_ACCESS_TOKEN" in said:
             raise StackError("Pulumi does not know where the state is: run `pulumi login` first.") from None
-        raise StackError(said) from None
+        raise _OutputError(said, printed.partition("\n stdout: ")[2]) from None
     return str(done.stdout)
 
 

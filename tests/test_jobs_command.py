@@ -14,7 +14,8 @@ from werkzeug import Request, Response
 
 from headcount import jobs
 from headcount.cli import app
-from headcount.jobs import Job, Line, Place, earlier, lines_of, table_text
+from headcount.google import Place
+from headcount.jobs import Job, Line, earlier, lines_of, table_text
 from headcount.stacks import StackError
 from sandbox.testing import RunningSandbox
 
