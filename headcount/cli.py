@@ -15,6 +15,7 @@ from headcount.predict_command import predict
 from headcount.register_command import register
 from headcount.release_command import recover, release
 from headcount.review_command import ReviewCommand, review
+from headcount.verify_command import verify
 from headcount.web_command import web
 
 # Plain help and errors, because rich's panels wrap a message over framed lines, which scripts and logs cannot use.
@@ -31,6 +32,7 @@ app.command(no_args_is_help=True)(logs)
 app.command(no_args_is_help=True)(drift)
 app.command(no_args_is_help=True)(history)
 app.command(no_args_is_help=True)(rollback)
+app.command(no_args_is_help=True)(verify)
 app.add_typer(release, name="release")
 app.add_typer(jobs, name="jobs")
 

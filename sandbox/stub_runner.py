@@ -19,6 +19,7 @@ class StubRunner:
     STUB_LOG=…         its log lines
     STUB_SECONDS=1.5   seconds until the health route answers 200
     STUB_STATUS=500    status of every prediction, with STUB_LOG as the body
+    STUB_COUNT=4       people in every picture
 
     and that of a job's containers:
     STUB_LOG=…, STUB_ERRORS=…  the lines that it writes to stdout and to stderr
@@ -73,7 +74,12 @@ class StubContainer:
             raise UnreachableError("the stub was stopped")
         if "STUB_STATUS" in env:
             return ContainerResponse(int(env["STUB_STATUS"]), "text/plain", env.get("STUB_LOG", "").encode())
-        said = {"deployedModelId": env["AIP_DEPLOYED_MODEL_ID"], "imageUri": self.launch.image}
+        said = {"deployedModelId": env["AIP_DEPLOYED_MODEL_ID"], "imageUri": self.launch.image} | {
+            "count": int(env.get("STUB_COUNT", 4)),
+            "people": [],
+            "image": {"width": 810, "height": 1080},
+            "model": {"name": "stub", "version": "1"},
+        }
         try:
             count = len(json.loads(body)["instances"])
         except (ValueError, KeyError, TypeError):
