@@ -17,7 +17,7 @@ from headcount.google import Place
 from headcount.history import ROLLOUT
 from headcount.results import printable
 
-LONGEST: Final = 80  # characters of a value in the text
+LONGEST: Final = 70  # characters of a value in the text
 # What a resource is called in the text, keyed by its type; other types are called by the last part of the type.
 NAMES: Final = {
     "gcp:artifactregistry/repository:Repository": "repository",
@@ -40,6 +40,7 @@ _GRANTS: Final = {  # the type of a grant on a resource, keyed by the resource's
 }
 # Members that every bucket has by itself: https://cloud.google.com/storage/docs/access-control/iam-roles#basic-roles-intrinsic
 _OF_EVERY_BUCKET: Final = re.compile(r"project(Owner|Editor|Viewer):.*")
+_SECRET: Final = "4dabf18193072939515e22adb298388d"  # pulumi/pulumi, sdk/go/common/resource/sig
 Grant = tuple[str, str]  # role, member
 
 
@@ -145,8 +146,8 @@ def _change(path: str, kind: str, before: Mapping[str, Any], after: Mapping[str,
         found = at(state.get("outputs") or {}, path)
         return at(state.get("inputs") or {}, path) if found is None else found
 
-    world = at(after.get("outputs") or {}, path)
-    state = value(before)
+    world = _blinded(at(after.get("outputs") or {}, path))
+    state = _blinded(value(before))
     # A provider may call a list changed that the world lost.
     word = _KINDS[kind.removesuffix("-replace")]
     return Change(path, word, None if word == "added" else state, None if word == "removed" else world)
@@ -164,10 +165,16 @@ def at(value: Any, path: str) -> Any:
     return value
 
 
+def _blinded(value: Any) -> Any:
+    """The value without its secrets, which are objects with a signature where Pulumi has not blinded them."""
+    if isinstance(value, list):
+        return [_blinded(one) for one in value]
+    if isinstance(value, dict):
+        return "[secret]" if _SECRET in value else {key: _blinded(one) for key, one in value.items()}
+    return value
+
+
 def _value(value: Any) -> str:
-    # A secret is an object with a signature, or "[secret]" where Pulumi has blinded it.
-    if isinstance(value, dict) and any(key.startswith("4dabf18193072939515e22adb298388d") for key in value):
-        return "[secret]"
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
     text = printable(text)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

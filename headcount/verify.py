@@ -66,8 +66,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The proof. result: good, measured (nothing to compare with), worse, too high, or too few answers. error, baseline: of both on the same pictures.
+    """The proof. result: good, measured (nothing to compare with), worse, too high, or too few answers.
 
+    error, baseline: of both on the same pictures.
     release: the one that is proved; against: the one that serves most, "" where it is the same. failed: requests.
     """
 

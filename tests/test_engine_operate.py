@@ -1,4 +1,4 @@
-"""Drift, history and rollback under Pulumi's engine, with the google provider, against the sandbox with stub containers.
+"""Drift, history and rollback under Pulumi's engine, with the google provider and stub containers.
 
 The tests are in the order of a stack's life. Nothing is built: each release is an image by digest in the stack's own
 repository.
