@@ -201,7 +201,8 @@ def test_commands_and_options_of_headcount_exist() -> None:
     typed = set(
         re.findall(
             r"(?:^ *|`|bin/)(headcount "
-            r"(?:count|predict|register|release|recover|review|plan|deploy|--version)[^`\n#]*)",
+            r"(?:count|predict|register|release|recover|review|plan|deploy|drift|history|rollback|verify|--version)"
+            r"[^`\n#]*)",
             text,
             re.MULTILINE,
         )

@@ -301,12 +301,11 @@ def test_the_right_version_has_to_answer(
     serving: list[Serving], answers: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = iter(answers)
-    clock = iter(range(0, 1000, 50))
     monkeypatch.setattr(releases, "serving", lambda outputs: serving)
     monkeypatch.setattr(stacks, "outputs", lambda stack: OUTPUTS)
     monkeypatch.setattr("headcount.endpoint.outputs", lambda stack: OUTPUTS)
     monkeypatch.setattr(operate_command, "SETTLE_PAUSE", 0.0)
-    monkeypatch.setattr(operate_command.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(operate_command, "SETTLE_SECONDS", -1.0 if "still" in says else 60.0)
     assert operate_command.answered_by("local", "main", lambda endpoint: next(said)) == says
 
 

@@ -66,6 +66,34 @@ def test_what_pulumi_says_is_passed_on(project: Path, monkeypatch: pytest.Monkey
         stacks.outputs("dev")
 
 
+def test_the_errors_of_a_preview_are_those_that_it_prints_as_json(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the engine prints them: each error of a resource twice, and that the preview failed.
+    lines = [
+        {"message": "warning: using pulumi-resource-gcp from $PATH\n", "severity": "warning"},
+        {"message": "error: Preview failed: refreshing bucket: Error 403\n\n", "severity": "error"},
+        {"message": "error: Preview failed: refreshing bucket: Error 403\n\n", "severity": "error"},
+        {"message": "error: preview failed\n", "severity": "error"},
+    ]
+    program = f"import json; print(json.dumps({{'steps': [], 'diagnostics': {lines!r}}})); sys.exit(1)"
+    pulumi_that(project, monkeypatch, program)
+    with pytest.raises(StackError, match=r"^Preview failed: refreshing bucket: Error 403$"):
+        stacks.digest("dev", "refresh", "--preview-only")
+
+
+def test_a_preview_that_fails_before_it_prints_says_why(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulumi_that(project, monkeypatch, "sys.exit('error: something else')")
+    with pytest.raises(StackError, match=r"^error: something else$"):
+        stacks.digest("dev", "preview")
+
+
+def test_the_backend_and_the_steps_come_from_pulumi(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulumi_that(project, monkeypatch, "import json; print(json.dumps({'url': 'gs://b', 'a': sys.argv[1:]}))")
+    assert stacks.backend("dev") == "gs://b"
+    assert stacks.digest("dev", "preview")["a"] == ["--non-interactive", "preview", "--json", "--stack", "dev"]
+
+
 def test_pulumi_gets_the_stack_and_local_its_own_state(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "import os, json; print(json.dumps({'a': sys.argv[1:], 's': os.environ.get('PULUMI_BACKEND_URL')}))"
     pulumi_that(project, monkeypatch, program)
