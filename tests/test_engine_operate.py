@@ -148,10 +148,10 @@ def test_a_rollback_that_was_killed_is_finished_by_the_same_command(deployed: Op
     ) as process:
         assert eventually(lambda: not deployed.sandbox.unused_faults(), 240), "traffic is being moved"
         os.killpg(process.pid, signal.SIGKILL)
-    assert eventually(lambda: not deployed.plugins())
     said = deployed.headcount("rollback", "local", "--yes")
     assert "was interrupted; it goes on: to headcount-local@2" in said
     assert deployed.traffic() == {"next": 100}
+    assert eventually(lambda: not deployed.plugins()), "the plugins of the killed Pulumi have ended"
     deployed.is_settled()
 
 
