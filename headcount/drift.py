@@ -54,7 +54,7 @@ class Change:
     world: Any
 
     def __str__(self) -> str:
-        name = re.sub(r"^models\.([^.]+)\.", r"release \1: ", self.path)
+        name = re.sub(r"^models\.([^.]+)\.?", r"release \1: ", self.path).removesuffix(": ")
         if self.kind == "added":
             return f"{name} was added: {_value(self.world)}"
         if self.kind == "removed":

@@ -20,6 +20,7 @@ from headcount.stacks import PROJECT, StackError
 
 ROLLOUT: Final = "vertex:index:Rollout"
 MODEL_VERSION: Final = "vertex:index:ModelVersion"
+LATEST: Final = 100  # updates whose states are asked of Pulumi Cloud, with a command for each
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,12 @@ def _states(stack: str, listed: Sequence[Update]) -> list[dict[str, Any] | None]
     """The state after each update; None where it was not kept."""
     url = stacks.backend(stack)
     if url.startswith("https://"):
-        numbers = [str(update.number) for update in listed]
-        return [json.loads(stacks.pulumi(stack, "stack", "export", "--version", n))["deployment"] for n in numbers]
+        return [
+            json.loads(stacks.pulumi(stack, "stack", "export", "--version", str(update.number)))["deployment"]
+            if len(listed) - index <= LATEST
+            else None
+            for index, update in enumerate(listed)
+        ]
     folder = f".pulumi/history/{PROJECT}/{stack}"
     if url.startswith("file://"):
         here = Path(url.removeprefix("file://")).expanduser() / folder

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
 from recorded_stack import ENDPOINT, HISTORY, OUTPUTS, REFRESH, STATES
@@ -35,7 +35,7 @@ def test_a_recorded_refresh_is_said_in_words() -> None:
         "API headcount-local/iam.googleapis.com": ["missing"],
         "endpoint endpoints/970367916": ["description is mine; it was Counts people; stack local"],
         f"bucket {BUCKET}": [
-            'lifecycleRules is gone; it was [{"action": {"storageClass": "", "type": "Delete"}, "condition": …',
+            'lifecycleRules is gone; it was [{"action": {"storageClass": "", "type": "Delete"}, "condition": {"ag…',
             "publicAccessPrevention is inherited; it was enforced",
         ],
         "access to the repository repositories/headcount-local/roles/artifactregistry.reader/" + AGENT: ["missing"],
@@ -47,6 +47,10 @@ def test_a_recorded_refresh_is_said_in_words() -> None:
             "release next: traffic is 70; it was 100",
         ],
     }
+
+
+def test_a_release_that_is_gone_is_named() -> None:
+    assert str(Change("models.next", "removed", 1, None)) == "release next is gone; it was 1"
 
 
 def test_resources_that_did_not_change_are_no_findings() -> None:
@@ -68,6 +72,7 @@ def test_property_paths_of_pulumi_lead_to_values(path: str, value: object) -> No
     assert drift.at({"a": {"b": 1, "x.y": 3}, "list": [0, {"c": 2}]}, path) == value
 
 
+@settings(max_examples=25)
 @given(
     st.text(),
     st.recursive(st.none() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)),
