@@ -179,6 +179,8 @@ def test_drift_of_every_kind_is_found_with_its_author_and_repaired(deployed: Ope
     (serving,) = found["trafficSplit"]
     idle = next(id_ for id_ in versions.values() if id_ != serving)
     number = {id_: version for version, id_ in versions.items()}
+    names = {model.rpartition("@")[2]: name for name, model in deployed.outputs()["models"].items()}
+    busy, spare = names[number[serving]], names[number[idle]]
 
     def ask(http: str, path: str, body: Any = None, *, by: str = ann, **query: str) -> Any:
         return deployed.ask(http, path, body, by=by, **query)
@@ -197,7 +199,7 @@ def test_drift_of_every_kind_is_found_with_its_author_and_repaired(deployed: Ope
     ask("PUT", f"storage/v1/b/{PICTURES}/iam", {**policy, "bindings": [*policy["bindings"], everybody]})
     # 6 an alias, 7 a label
     model = f"v1/{LOCATION}/models/headcount-local"
-    ask("POST", f"{model}@{number[serving]}:mergeVersionAliases", {"versionAliases": ["-previous"]})
+    ask("POST", f"{model}@{number[serving]}:mergeVersionAliases", {"versionAliases": [f"-{busy}"]})
     ask("PATCH", f"{model}@{number[idle]}", {"labels": {"project": "headcount"}}, updateMask="labels")
     # 8 a member of the repository's policy is gone, 9 another one is there
     repository = f"artifactregistry/v1/{LOCATION}/repositories/headcount-local"
@@ -211,32 +213,29 @@ def test_drift_of_every_kind_is_found_with_its_author_and_repaired(deployed: Ope
     assert said["pending"] == []
     assert said["authorsUnknown"] == ""
     drifted = {
-        (one["resource"].partition(" headcount-local")[0], change["path"], one["author"] and one["author"]["who"])
+        (one["resource"].partition("/roles/")[0], change["path"], one["author"]["who"])
         for one in said["drift"]
         for change in one["changes"] or [{"path": one["kind"]}]
     }
-    bucket, repository_name = (
-        f"bucket {PICTURES}".partition(" headcount-local")[0],
-        "repository repositories/headcount-local",
-    )
+    bucket, images = f"bucket {PICTURES}", "repository repositories/headcount-local"
     assert drifted == {
-        ("rollout rollout", "models.previous.maxReplicas", bob),
-        ("rollout rollout", "models.next", bob),
+        ("rollout rollout", f"models.{busy}.maxReplicas", bob),
+        ("rollout rollout", f"models.{spare}", bob),
         (f"endpoint endpoints/{endpoint.rpartition('/')[2]}", "description", bob),
         (bucket, "publicAccessPrevention", ann),
         (bucket, "lifecycleRules", ann),
         (bucket, "roles/storage.objectViewer for allUsers", ann),
         ("model version models/headcount-local@" + number[serving], "aliases", ann),
         ("model version models/headcount-local@" + number[idle], "labels.stack", ann),
-        (repository_name, "roles/artifactregistry.reader for user:stranger@example.com", bob),
-        ("access to the repository repositories/headcount-local", "missing", bob),
-        ("API", "missing", ann),
+        (images, "roles/artifactregistry.reader for user:stranger@example.com", bob),
+        (f"access to the {images}", "missing", bob),
+        (f"API {GOOGLE_PROJECT}/iam.googleapis.com", "missing", ann),
     }
     assert deployed.state() == state, "drift changes nothing"
     assert deployed.file == file
 
     text = deployed.headcount("drift", "local", status=2)
-    assert "release previous: maxReplicas is 3; it was 1" in text
+    assert f"release {busy}: maxReplicas is 3; it was 1" in text
     repairs = [line.strip() for line in text.partition("To repair it:\n")[2].splitlines()]
     assert repairs[0] == "pulumi up --refresh -s local"
     assert [line.split("remove-iam-policy-binding")[0] for line in repairs[1:3]] == [
