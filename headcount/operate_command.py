@@ -44,7 +44,8 @@ def drift(stack: Stack, as_json: Json = False) -> None:
         since = next((update.end for update in history.updates(listed)), "1970-01-01T00:00:00Z")
         with contextlib.closing(Google(place)) as google:
             more, unread = _added_by_others(google, state)
-            found, unknown = _with_authors(google, [*found, *more], since)
+            found = sorted([*found, *more], key=lambda one: (one.kind == "foreign", str(one)))
+            found, unknown = _with_authors(google, found, since)
     failed = ""
     try:
         steps = differences.pending(stacks.digest(stack, "preview"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_the_comparison_is_made_on_the_pictures_that_both_counted() -> None:
     verdict = judge([*answers(("11", 4), ("22", 4)), *hard])
     assert (verdict.error, verdict.baseline, verdict.pictures) == (0, 0, 10)
     assert verdict.versions[0].error == 25
+    verdict = judge([*answers(("11", 4), ("22", 4)), *(replace(one, model="22") for one in hard)])
+    assert (verdict.error, verdict.pictures) == (0, 10)
 
 
 def test_too_few_answers_are_no_proof() -> None:
