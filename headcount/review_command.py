@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -43,6 +44,10 @@ def review(
     policy_pack: Annotated[
         list[Path] | None, typer.Option(metavar="FOLDER", help="Apply the policies of this folder, too.")
     ] = None,
+    verified: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Show what `headcount verify STACK --json` wrote into this file."),
+    ] = None,
     events: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read this event log of a preview instead of running one.")
     ] = None,
@@ -55,12 +60,15 @@ def review(
     # Imported here because Pulumi's SDK is slow to import.
     from review import events as event_log
     from review import github, markdown, page, prices, summary
+    from review.verified import sentence
 
     try:
         lines = events.read_text().splitlines() if events else _preview(stack, save_plan, policy_pack or [])
         served = set() if events else _served(stack)
         preview = event_log.read(stack, lines)
         found = summary.review(preview, prices.load(), served)
+        if verified:
+            found = replace(found, verified=sentence(verified.read_text(), stack))
         text = markdown.render(found)
         if html:
             html.write_text(page.render(found))

@@ -28,7 +28,17 @@ def render(found: Review, longest: int = LONGEST) -> str:
     if not found.exit_code and not found.policies and not found.warnings:
         return f"{marker(found.stack)}**{found.stack}**: no change.\n"
     head = [f"{marker(found.stack)}", f"### {found.stack}: {found.headline}", ""]
-    text = "\n".join([*head, *_findings(found), *_traffic(found), *_cost(found), *_notes(found), *_resources(found)])
+    text = "\n".join(
+        [
+            *head,
+            *_findings(found),
+            *_traffic(found),
+            *_cost(found),
+            *_verified(found),
+            *_notes(found),
+            *_resources(found),
+        ]
+    )
     text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
     if len(text) > longest:
         said = f"\n\nThe rest is left out, because a comment may have {longest:,} characters.\n"
@@ -80,6 +90,10 @@ def _cost(found: Review) -> list[str]:
     said = [stays] if stays else _table(words.cost_table(found))
     remarks = " ".join([*words.cost_bound(found), *words.cost_remarks(found)])
     return ["**Cost of the machines**", "", *said, "", remarks, ""]
+
+
+def _verified(found: Review) -> list[str]:
+    return ["**Verified**", "", found.verified, ""] if found.verified else []
 
 
 def _notes(found: Review) -> list[str]:

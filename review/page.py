@@ -37,6 +37,7 @@ def render(found: Review) -> str:
         *_list("Policies", [words.policy_line(policy) for policy in found.policies]),
         *_traffic(found),
         *_cost(found),
+        *([f"<h2>Verified</h2><p>{_text(found.verified)}</p>"] if found.verified else []),
         *_list("Worth knowing", [*(f.text for f in found.notes), *(m.text for m in found.warnings)]),
         *_resources(found),
     ]

@@ -69,7 +69,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Review:
-    """Everything that a review says about a change."""
+    """Everything that a review says about a change. verified: what `headcount verify` measured, in a sentence."""
 
     stack: str
     headline: str
@@ -84,6 +84,7 @@ class Review:
     jobs: tuple[Job, ...] = ()
     usage: tuple[Usage, ...] = ()
     limit: float | None = None
+    verified: str = ""
 
     @property
     def dangers(self) -> list[Finding]:

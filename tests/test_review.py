@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from review_previews import EXITS, PRICES, RECORDS, a_change, recorded, reviewed
 from typer.testing import CliRunner
 
 from headcount.cli import app
+from headcount.verify import Judged, Verdict, json_text
 from review import events, markdown, page, summary
 from review.events import shown
 from review.summary import Review, review
@@ -136,6 +138,32 @@ def test_an_event_log_that_is_none_is_an_error(tmp_path: Path) -> None:
         run = CliRunner().invoke(app, ["review", "dev", "--events", str(file)])
         assert run.exit_code == summary.ERROR
         assert run.stdout == ""
+
+
+def test_what_verify_measured_stands_in_the_review(tmp_path: Path) -> None:
+    file, page = tmp_path / "proof.json", tmp_path / "review.html"
+    one, other = Judged("main", "m@1", 90, 58, 32, p95=0.4), Judged("next", "m@2", 10, 6, 6, p95=0.45)
+    verdict = Verdict("dev", "next", "main", "worse", "its error is larger", 0.75, 0.5, 6, 64, 1, (one, other))
+    log = str(RECORDS / "canary.jsonl")
+
+    def run() -> Any:
+        return CliRunner().invoke(app, ["review", "dev", "--events", log, "--verified", str(file), "--html", str(page)])
+
+    file.write_text(json_text(verdict))
+    said = (
+        "Release `next` is worse: it miscounts 0.750 people a picture on 6 labelled pictures; `main`, which has most "
+        "of the traffic, 0.500 on the same pictures; 95 % of its answers came within 0.45 s; 1 of 64 requests were not "
+        "answered. Its error is larger."
+    )
+    assert f"**Verified**\n\n{said}\n" in run().output
+    assert "<h2>Verified</h2><p>Release <code>next</code> is worse" in page.read_text()
+    file.write_text(json_text(replace(verdict, stack="prod")))
+    assert (run().exit_code, run().output.strip()) == (
+        summary.ERROR, "This proof is of stack prod: run `headcount verify dev --json`.",
+    )  # fmt: skip
+    for broken in ("", "[]", "{}", '{"stack": "dev"}'):
+        file.write_text(broken)
+        assert "This is no output of `headcount verify" in run().output
 
 
 def test_a_log_that_breaks_off_is_an_error_and_not_a_small_change() -> None:
