@@ -7,8 +7,9 @@ import pulumi
 
 from infra import settings
 from infra.foundation import Foundation
-from infra.image import Image
+from infra.image import SERVING, Image
 from infra.prediction import MAX_REQUEST_BYTES, Prediction
+from infra.training import Training
 
 if __name__ == "__main__":
     # The engine interrupts the program when a resource has failed. A traceback would hide its message.
@@ -17,8 +18,9 @@ if __name__ == "__main__":
 config = settings.load()
 
 foundation = Foundation(config)
-image = Image(config, foundation) if config.builds else None
-prediction = Prediction(config, foundation, image)
+image = Image(config, foundation, SERVING, gpu=bool(config.accelerator)) if config.builds else None
+training = Training(config, foundation) if config.training else None
+prediction = Prediction(config, foundation, image, training)
 
 pulumi.export("endpoint", prediction.endpoint.id)
 pulumi.export("url", prediction.url)
@@ -27,6 +29,9 @@ pulumi.export("images", prediction.images)
 pulumi.export("models", {name: version.id for name, version in prediction.versions.items()})
 pulumi.export("bucket", foundation.bucket.url)
 pulumi.export("modelBucket", foundation.model_bucket.url)
+if training:
+    pulumi.export("trained", training.models)
+    pulumi.export("tensorboard", training.tensorboard.id)
 pulumi.export("repository", foundation.repository.registry_uri)
 pulumi.export("vertexAgent", foundation.agent.email)
 lines = prediction.how_to_use()

@@ -5,6 +5,7 @@ from typing import Any, Final
 import pulumi
 import pulumi_gcp as gcp
 
+import pulumi_vertex as vertex
 from infra.apis import APIS, SCANNING, enable, project_number
 from infra.settings import Settings
 
@@ -48,7 +49,7 @@ class Foundation(pulumi.ComponentResource):
             versioning={"enabled": settings.keep_deleted_days > 0},
             lifecycle_rules=_lifecycle(settings),
         )
-        #: Exported models. A bucket of its own, because pictures are deleted after some days.
+        #: Exported models, and what jobs read and write. A bucket of its own, because pictures are deleted after days.
         self.model_bucket = self._bucket("models", names.model_bucket, versioning={"enabled": False})
         self.repository = gcp.artifactregistry.Repository(
             "images",
@@ -169,9 +170,21 @@ class Foundation(pulumi.ComponentResource):
         }
 
 
+def vertex_provider(settings: Settings, parent: pulumi.Resource) -> vertex.Provider:
+    """The provider of the resources of Vertex AI that belong to a component."""
+    return vertex.Provider(
+        "vertex",
+        project=settings.project,
+        location=settings.region,
+        **({"endpoint": settings.vertex_endpoint} if settings.vertex_endpoint else {}),
+        opts=pulumi.ResourceOptions(parent=parent),
+    )
+
+
 def other_buckets(settings: Settings) -> list[str]:
     """The buckets of the releases' models that are none of the stack's own."""
-    used = {release.model.split("/")[2] for release in settings.releases.values() if release.model}
+    models = [release.model for release in settings.releases.values() if release.model and not release.job]
+    used = {model.split("/")[2] for model in models}
     return sorted(used - {settings.names.bucket, settings.names.model_bucket})
 
 

@@ -1,10 +1,11 @@
-"""The serving image: built for linux/amd64, pushed, and from here on known by its digest."""
+"""The images: built for linux/amd64, pushed, and from here on known by their digests."""
 
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,27 +20,60 @@ from infra.torch_source import torch_source
 ROOT: Final = Path(__file__).resolve().parent.parent
 WEIGHTS: Final = Path(".headcount/weights")
 CONTEXT: Final = Path(".headcount/context")
-NAME: Final = "headcount"
-# Files of the build context that only the target `training` needs: the serving image does not change with them.
-TRAINING: Final = ("training/", "headcount/", "requirements/training.txt")
 # Machine families whose processors multiply bfloat16: https://cloud.google.com/compute/docs/cpu-platforms
 BFLOAT16_FAMILIES: Final = {"c3", "c3d", "c4", "c4d", "n4"}
 
 
+@dataclass(frozen=True)
+class Target:
+    """A target of the Dockerfile. name: of its image in the repository. files: the beginnings of its files' paths."""
+
+    stage: str  # "" for the last one
+    name: str
+    files: tuple[str, ...]
+
+
+# An image changes with its own files only. Both have the same layer of torch.
+TORCH: Final = ("Dockerfile", ".dockerignore", "requirements/torch.txt", "requirements/tools.txt")
+SERVING: Final = Target("", "headcount", (*TORCH, "requirements/serve.txt", "serving/"))
+TRAINING: Final = Target(
+    "training",
+    "headcount-training",
+    (*TORCH, "requirements/training.txt", "training/", "headcount/data.py", "serving/__init__.py",
+     "serving/contract.py", "serving/exported/"),
+)  # fmt: skip
+
+
 class Image(pulumi.ComponentResource):
-    """The image of these sources, in the stack's repository.
+    """An image of these sources, in the stack's repository.
 
     It is not built in previews. Unchanged sources are not built again, on any machine, because the builder
     gets a copy without the times and modes that differ between checkouts. It stays in the repository
     when it leaves the stack, because releases may be pinned to it; the cleanup policy removes it.
     """
 
-    def __init__(self, settings: Settings, foundation: Foundation, opts: pulumi.ResourceOptions | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        foundation: Foundation,
+        target: Target,
+        gpu: bool,
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
         super().__init__("headcount:index:Image", settings.stack, None, opts)
-        weights = fetch_weights(ROOT, settings.weights)
-        context = ROOT / CONTEXT / settings.names.labels["stack"]
-        sources = stage(ROOT, context, weights)
-        image = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
+        arguments = {
+            "BASE": settings.base_image,
+            "ACCELERATOR": "cuda" if gpu else "cpu",
+            "TORCH": "index" if gpu else settings.torch or torch_source(ROOT, pulumi.log.info),
+        }
+        files = target.files
+        if target == SERVING:
+            weights = fetch_weights(ROOT, settings.weights)
+            arguments |= {"REQUIRE": required_precision(settings), "WEIGHTS": weights}
+            files += (str(WEIGHTS / f"{weights}.pt"),)
+        context = ROOT / CONTEXT / ".".join(filter(None, [settings.names.labels["stack"], target.stage]))
+        sources = stage(ROOT, context, files)
+        image = pulumi.Output.concat(foundation.repository.registry_uri, "/", target.name)
         cache = pulumi.Output.concat(image, ":cache")
         build = docker_build.Image(
             "image",
@@ -47,15 +81,8 @@ class Image(pulumi.ComponentResource):
             context={"location": os.path.relpath(context)},
             dockerfile={"location": os.path.relpath(context / "Dockerfile")},
             platforms=[docker_build.Platform.LINUX_AMD64],  # Vertex AI's platform, also on Apple silicon
-            build_args={
-                "BASE": settings.base_image,
-                "ACCELERATOR": "cuda" if settings.accelerator else "cpu",
-                "TORCH": "index" if settings.accelerator else settings.torch or torch_source(ROOT, pulumi.log.info),
-                "REQUIRE": required_precision(settings),
-                "WEIGHTS": weights,
-                "SOURCES": sources,
-                **settings.build_args,
-            },
+            target=target.stage or None,
+            build_args={**arguments, "SOURCES": sources, **settings.build_args},
             tags=[pulumi.Output.concat(image, ":", sources)],
             push=True,
             build_on_preview=False,
@@ -84,6 +111,8 @@ class Image(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, retain_on_delete=True),
         )
         self.digest: pulumi.Output[str] = build.digest
+        #: Its name by digest.
+        self.ref = pulumi.Output.concat(image, "@", build.digest)
         self.register_outputs({})
 
 
@@ -101,38 +130,36 @@ def fetch_weights(root: Path, weights: str) -> str:
     """
     if (root / WEIGHTS / f"{weights}.pt").exists():
         return weights
+    return fetch(root, f"{weights}.pt")[0].stem
+
+
+def fetch(root: Path, name: str) -> list[Path]:
+    """Returns the files of a name of `headcount.data`, and fetches missing ones. Raises pulumi.RunError."""
     # In a process of its own, because the program imports nothing of headcount/.
     done = subprocess.run(
-        [sys.executable, "-m", "headcount.data", f"{weights}.pt"],
+        [sys.executable, "-m", "headcount.data", name],
         cwd=root, env={**os.environ, "HEADCOUNT_HOME": str(root / ".headcount")}, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise pulumi.RunError(done.stderr.strip())
     if done.stderr:
         pulumi.log.info(done.stderr.strip())
-    return Path(done.stdout.strip()).stem
+    return [Path(line) for line in done.stdout.splitlines()]
 
 
-def stage(root: Path, to: Path, weights: str) -> str:
-    """Copies the files that `.dockerignore` lets into the image from `root` to the folder `to`; returns their hash.
+def stage(root: Path, to: Path, files: tuple[str, ...]) -> str:
+    """Copies the files of an image from `root` to the folder `to`; returns their hash.
 
-    Of the weights only the chosen ones are copied, and nothing of the target `training`. Modes and times do not depend
-    on the checkout, because a layer's digest depends on them. Times depend on the content, because BuildKit treats a
-    file of the same size and time as unchanged.
+    These are the files that `.dockerignore` lets in and whose paths begin with one of `files`. Modes and times do not
+    depend on the checkout, because a layer's digest depends on them. Times depend on the content, because BuildKit
+    treats a file of the same size and time as unchanged.
     """
     ignore = (root / ".dockerignore").read_text().splitlines()
     patterns = [line.strip() for line in ignore if line.strip() and not line.lstrip().startswith("#")]
-    chosen = str(WEIGHTS / f"{weights}.pt")
-    files = sorted(
-        name
-        for name in {"Dockerfile", *exclude_paths(str(root), patterns)}
-        if (root / name).is_file()
-        and (Path(name).parent != WEIGHTS or name == chosen)
-        and not name.startswith(TRAINING)
-    )
+    allowed = {"Dockerfile", *exclude_paths(str(root), patterns)}
     shutil.rmtree(to, ignore_errors=True)
     whole = hashlib.sha256()
-    for name in files:
+    for name in sorted(name for name in allowed if name.startswith(files) and (root / name).is_file()):
         source, target = root / name, to / name
         content, mode = source.read_bytes(), 0o755 if source.stat().st_mode & 0o100 else 0o644
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,9 @@ class Names:
         self.service_account = f"{PROJECT}-{_slug(stack, 20)}"
         #: Custom role, letters, digits, dots and underscores: https://cloud.google.com/iam/docs/creating-custom-roles
         self.predictor_role = f"{PROJECT}_predictor_{_slug(stack, 30).replace('-', '_')}"
+        #: The same kinds of names for training.
+        self.training_account = f"hc-training-{_slug(stack, 18)}"
+        self.training_role = f"{PROJECT}_training_{_slug(stack, 30).replace('-', '_')}"
         #: Model, at most 63 of a-z, 0-9, - and _: REST reference of models.upload
         self.model = f"{PROJECT}-{_slug(stack, 50)}"
         #: Endpoint: digits without a leading zero, at most 10 for the google provider and 9 for Vertex AI's

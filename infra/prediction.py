@@ -7,9 +7,11 @@ import pulumi_gcp as gcp
 
 import pulumi_vertex as vertex
 from infra import BUILD
-from infra.foundation import RELEASE_TAG, Foundation
-from infra.image import NAME, Image
-from infra.settings import Release, Settings
+from infra.foundation import RELEASE_TAG, Foundation, vertex_provider
+from infra.image import SERVING, Image
+from infra.nested_settings import Release
+from infra.settings import Settings
+from infra.training import Training
 
 PREDICT_ROUTE: Final = "/predictions/people"
 HEALTH_ROUTE: Final = "/ping"
@@ -32,24 +34,19 @@ class Prediction(pulumi.ComponentResource):
         settings: Settings,
         foundation: Foundation,
         image: Image | None,
+        training: Training | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         super().__init__("headcount:index:Prediction", settings.stack, None, opts)
         names = settings.names
         self._settings, self._foundation = settings, foundation
-        provider = vertex.Provider(
-            "vertex",
-            project=settings.project,
-            location=settings.region,
-            **({"endpoint": settings.vertex_endpoint} if settings.vertex_endpoint else {}),
-            opts=pulumi.ResourceOptions(parent=self),
-        )
+        provider = vertex_provider(settings, self)
         usable = foundation.after("aiplatform.googleapis.com")
         #: Image by digest of each release.
         self.images: dict[str, pulumi.Output[str]] = {}
         #: Model version of each release.
         self.versions: dict[str, vertex.ModelVersion] = {}
-        repository = pulumi.Output.concat(foundation.repository.registry_uri, "/", NAME)
+        repository = pulumi.Output.concat(foundation.repository.registry_uri, "/", SERVING.name)
         for name, release in settings.releases.items():
             built = release.image == BUILD
             serves = settings.production and release.traffic > 0
@@ -58,7 +55,7 @@ class Prediction(pulumi.ComponentResource):
                 repository=repository,
                 digest=image.digest if image and built else release.image,
                 tag=f"{RELEASE_TAG}{name}",
-                sources=[f"{settings.image_source}/{NAME}"] if settings.image_source and not built else [],
+                sources=[f"{settings.image_source}/{SERVING.name}"] if settings.image_source and not built else [],
                 opts=pulumi.ResourceOptions(parent=self, provider=provider, protect=serves),
             ).image
             self.versions[name] = vertex.ModelVersion(
@@ -67,7 +64,7 @@ class Prediction(pulumi.ComponentResource):
                 display_name=names.model,
                 version_description=f"Release {name} of stack {settings.stack}",
                 image=self.images[name],
-                artifact_uri=release.model or None,
+                artifact_uri=training.models[release.job] if training and release.job else release.model or None,
                 predict_route=PREDICT_ROUTE,
                 health_route=HEALTH_ROUTE,
                 startup_probe=STARTUP_PROBE,
@@ -164,7 +161,10 @@ class Prediction(pulumi.ComponentResource):
             role_id=settings.names.predictor_role,
             title=f"Headcount predictor, stack {settings.stack}"[:100],
             permissions=["aiplatform.endpoints.predict"],
-            opts=pulumi.ResourceOptions(parent=self, protect=settings.production),
+            opts=pulumi.ResourceOptions.merge(
+                pulumi.ResourceOptions(parent=self, protect=settings.production),
+                self._foundation.after("iam.googleapis.com"),
+            ),
         )
         for member in settings.predictors:
             gcp.vertex.AiEndpointIamMember(

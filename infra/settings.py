@@ -11,79 +11,26 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, get_args
 
 import pulumi
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from infra import BUILD
 from infra.names import PROJECT, Names
+from infra.nested_settings import CONFIG, Accelerator, Job, MachineType, Name, Release, RequestLog
 
 _AT: Final = f"{PROJECT}:releases"
-MACHINE_TYPE: Final = r"^[a-z][a-z0-9]*(-[a-z0-9]+)+$"
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel)
-
-
-class Release(_Model):
-    """One model version and its share of the traffic."""
-
-    image: Annotated[
-        str,
-        Field(
-            description="`build` for the image of these sources, or the digest of an image already pushed",
-            pattern=rf"^({BUILD}|sha256:[0-9a-f]{{64}})$",
-            examples=["sha256:…", BUILD],
-        ),
-    ]
-    traffic: Annotated[int, Field(description="percent of the requests", ge=0, le=100, examples=[10])]
-    model: Annotated[
-        str,
-        Field(
-            description="folder of the model that is served instead of the image's, as `headcount register` prints it",
-            pattern=r"^(gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^\s]*)?)?$",
-            examples=["gs://my-project-hc-models-dev/census/0123456789abcdef"],
-        ),
-    ] = ""
-    min_replicas: Annotated[
-        int | None, Field(description="replicas that always run, if not the stack's minReplicas", ge=0, examples=[1])
-    ] = None
-    max_replicas: Annotated[
-        int | None,
-        Field(description="replicas that may run under load, if not the stack's maxReplicas", ge=1, examples=[2]),
-    ] = None
-
-
-class RequestLog(_Model):
-    """Where the requests and responses of the endpoint are stored, and how many of them."""
-
-    table: Annotated[
-        str,
-        Field(
-            description="BigQuery table that stores requests and responses, the pictures of people included",
-            pattern=r"^bq://[a-z][a-z0-9-]{4,28}[a-z0-9]\.\w+(\.\w+)?$",
-            examples=["bq://my-project.headcount.requests"],
-        ),
-    ]
-    sampling: Annotated[
-        float, Field(description="fraction of the requests that is stored", gt=0, le=1, examples=[0.1])
-    ] = 1.0
-
-
 Member = Annotated[str, Field(pattern=r"^(serviceAccount|user|group):[^@\s]+@[^@\s]+$")]
 # https://cloud.google.com/resource-manager/docs/labels-overview#requirements
 Label = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 LabelValue = Annotated[str, Field(pattern=r"^[a-z0-9_-]{0,63}$")]
-# A deployed model's alias as well: https://cloud.google.com/vertex-ai/docs/model-registry/model-alias
-ReleaseName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
-
-
 Metric = Literal["cpu", "accelerator", "requests"]  # as pulumi_vertex names them
 
 
-class Settings(_Model):
+class Settings(BaseModel):
     """The differences between stacks. Every field is a key of `headcount:`, except those in `KEYS`."""
+
+    model_config = CONFIG
 
     stack: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
     project: Annotated[
@@ -137,8 +84,15 @@ class Settings(_Model):
             examples=['["group:analysts@example.com"]'],
         ),
     ] = []
+    training: Annotated[
+        dict[Name, Job],
+        Field(
+            description="jobs that train models: a name, its workload, and its options and machine",
+            examples=['{"census": {"workload": "census"}}'],
+        ),
+    ] = {}
     releases: Annotated[
-        dict[ReleaseName, Release],
+        dict[Name, Release],
         Field(
             description="what runs: a name, its image and its share of the traffic",
             validate_default=True,
@@ -152,25 +106,15 @@ class Settings(_Model):
     # C3 is Sapphire Rapids, whose AMX multiplies bf16, which the compiled network is; N1 and E2 have
     # neither. Its smallest has 4 vCPUs and 8 GB: room for a worker of 1.6 GB on each, the spool and the JVM.
     # https://cloud.google.com/vertex-ai/docs/predictions/configure-compute
-    machine_type: Annotated[
-        str,
-        Field(
-            description="machine of one replica",
-            pattern=MACHINE_TYPE,
-            examples=["c3-highcpu-4"],
-        ),
-    ] = "c3-highcpu-4"
+    machine_type: Annotated[MachineType, Field(description="machine of one replica", examples=["c3-highcpu-4"])] = (
+        "c3-highcpu-4"
+    )
     machine_types: Annotated[
-        list[Annotated[str, Field(pattern=MACHINE_TYPE)]],
+        list[MachineType],
         Field(description="machine types that a policy allows; any where empty", examples=['["c3-highcpu-4"]']),
     ] = []
     accelerator: Annotated[
-        str,
-        Field(
-            description="GPU of each replica; empty for none",
-            pattern=r"^([A-Z][A-Z0-9_]+)?$",
-            examples=["NVIDIA_L4"],
-        ),
+        Accelerator, Field(description="GPU of each replica; empty for none", examples=["NVIDIA_L4"])
     ] = ""
     min_replicas: Annotated[
         int,
@@ -295,6 +239,21 @@ class Settings(_Model):
             raise PydanticCustomError("inconsistent", "", {"wrong": [(said, f"set {PROJECT}:maxReplicas {least}")]})
         return most
 
+    @field_validator("training")
+    @classmethod
+    def _trainable(cls, jobs: dict[str, Job], info: ValidationInfo) -> dict[str, Job]:
+        at = f"{PROJECT}:training"
+        wrong = [
+            (f"there is a tuning of digits only, not of {job.workload}", f"rm --path {at}.{name}.tuning")
+            for name, job in jobs.items()
+            if job.tuning and job.workload != "digits"
+        ]
+        if jobs and info.data.get("production"):
+            wrong.append(("production builds and trains nothing: serve the model of another stack's job", f"rm {at}"))
+        if wrong:
+            raise PydanticCustomError("inconsistent", "", {"wrong": wrong})
+        return jobs
+
     @field_validator("releases")
     @classmethod
     def _consistent(cls, releases: dict[str, Release], info: ValidationInfo) -> dict[str, Release]:
@@ -320,7 +279,11 @@ class Settings(_Model):
                 wrong.append((said, f"set --path {_AT}.{twice[0]}.image sha256:…"))
         if builds and info.data.get("production"):
             wrong.append((f"production builds nothing: give {builds[0]} the digest that another stack proved", pin))
+        jobs = info.data.get("training", {})
         for name, release in releases.items():
+            if release.job and "training" in info.data and release.job not in jobs:
+                said = f"{name} serves {release.model}, and {PROJECT}:training has no job of that name"
+                wrong.append((said, f"set --path {PROJECT}:training.{release.job}.workload census"))
             least, most = release.min_replicas, release.max_replicas
             if least is not None and most is not None and least > most:
                 said = f"{name} has fewer maxReplicas than minReplicas, {least}"
@@ -384,6 +347,7 @@ def _value(text: str) -> Any:
 # The message about a wrong key of a map, keyed by setting.
 _NO_KEY: Final = {
     "releases": "is no name for a release: 2 to 63 of a-z, 0-9 and -, beginning with a letter, not ending in -",
+    "training": "is no name for a job: 2 to 63 of a-z, 0-9 and -, beginning with a letter, not ending in -",
     "labels": "is no name for a label: 1 to 63 of a-z, 0-9, - and _, beginning with a letter",
     "autoscaling": f"is no metric; there are {', '.join(get_args(Metric))}",
     "build_args": "is no name for an argument",
@@ -394,9 +358,11 @@ def _problem(error: ErrorDetails, stack: str) -> str:
     """Describes one wrong setting: its name, its value, the mistake, and the command that repairs it."""
     steps = [str(step) for step in error["loc"] if step != "[key]"]
     first = next((n for n, f in Settings.model_fields.items() if f.alias == steps[0]), "")
+    # The steps beyond the name of the setting, and in a map beyond the name of the entry.
+    maps: dict[str, type[BaseModel]] = {"releases": Release, "training": Job}
     model: type[BaseModel] = Settings
-    if first == "releases" and len(steps) > 2:
-        model = Release
+    if first in maps and len(steps) > 2:
+        model = maps[first]
     elif first == "request_log" and len(steps) > 1:
         model = RequestLog
     # An entry of a map is described where the map is.

@@ -1,4 +1,4 @@
-"""Docker images for tests: the tiny one, in which `tiny_server.py` answers, and the removal of a run's images."""
+"""Docker images for tests: the tiny ones (tiny_server.py, tiny_trainer.py), and the removal of a run's images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from pytest_httpserver import HTTPServer
 RUN = f"headcount-test-{uuid.uuid4().hex[:8]}"
 LABEL = "headcount.test"
 SERVER = (ROOT / "tests" / "tiny_server.py").read_text()
+TRAINER = (ROOT / "tests" / "tiny_trainer.py").read_text()
 DOCKERFILE = f"""\
+FROM {machine.BASE_IMAGE} AS training
+ARG SOURCES=
+LABEL headcount.sources="${{SOURCES}}"
+COPY training/trainer.py /trainer.py
+ENTRYPOINT ["python", "/trainer.py"]
 FROM {machine.BASE_IMAGE}
 ARG SOURCES=
 LABEL headcount.sources="${{SOURCES}}"
@@ -45,12 +51,13 @@ def docker(*arguments: str, check: bool = True) -> str:
 
 
 def write_tiny_sources(folder: Path) -> None:
-    """Writes a build context: a Dockerfile, its .dockerignore, a server, and weights that are never read."""
+    """Writes a build context: a Dockerfile, its .dockerignore, a server, a trainer, and weights that nobody reads."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / ".dockerignore", folder)
     for name, text in (
         ("Dockerfile", DOCKERFILE),
         ("serving/server.py", SERVER),
+        ("training/trainer.py", TRAINER),
         (".headcount/weights/yolov5n.pt", "weights"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Production under Pulumi's engine: what it takes from dev, what it refuses, and what it does without dev.
 
-The tests are in the order of a stack's life. `EngineProject` is that of test_engine_infra.
+The tests are in the order of a stack's life.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
+from engine_project import EngineProject
 from google_clients import service_account_key
 from helpers import Load
-from test_engine_infra import EngineProject
 
 from sandbox.testing import RunningSandbox
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from infra import BUILD
 from infra.names import Names
-from infra.settings import Release, Settings, read
+from infra.nested_settings import Release
+from infra.settings import Settings, read
 from sandbox import conventions, iam, vertex_endpoints, vertex_models
 from sandbox.artifact_registry import repositories
 from sandbox.storage import buckets
