@@ -25,7 +25,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up down live image scan drift-issue lock format clean
+.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up deploy down live image scan drift-issue lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,9 @@ sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: fr
 
 up: .venv/.dev samples ## the whole program on this machine, from nothing to a count (PICTURE=)
 	@picture="$(or $(PICTURE),$(SAMPLE))"; $(BIN)/python -m laptop up $${picture:+"$$picture"}
+
+deploy: .venv/.dev samples ## the whole program on this machine with a model that a job trains (WORKLOAD=census|digits, ARGS=options)
+	@$(BIN)/python -m laptop deploy "$(WORKLOAD)" $(ARGS)
 
 down: .venv/.dev ## destroy it again
 	@$(BIN)/python -m laptop down

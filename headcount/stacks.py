@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pulumi.automation import PulumiCommand
 
 PROJECT: Final = "headcount"
-LOCAL: Final = "local"  # the stack on the sandbox
+LOCAL: Final = "local"  # the stack of `make up` on the sandbox; those of `make deploy` are local-WORKLOAD
 INSTALL: Final = (
     "Pulumi's command line is not installed. See https://www.pulumi.com/docs/install/, put `pulumi` on the PATH "
     "and repeat."
@@ -59,15 +59,20 @@ def cli_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """The folder with the state of stack `local`."""
+    """The folder with the state of the stacks on the sandbox."""
     return home() / "pulumi" / "state"
 
 
+def is_local(stack: str) -> bool:
+    """Whether a stack is deployed on the sandbox of this machine."""
+    return stack == LOCAL or stack.startswith(f"{LOCAL}-")
+
+
 def environment(stack: str) -> dict[str, str]:
-    """The environment of Pulumi's process: this Python is first on the PATH, and `local` has its own state."""
+    """The environment of Pulumi's process: this Python is first on the PATH, and local stacks have their own state."""
     folders = [str(Path(sys.executable).parent), str(cli_folder() / "bin"), os.environ.get("PATH", "")]
     changed = {**os.environ, "PATH": os.pathsep.join(folders), "PULUMI_SKIP_UPDATE_CHECK": "true"}
-    if stack == LOCAL:
+    if is_local(stack):
         changed |= {
             "PULUMI_BACKEND_URL": f"file://{state_folder()}",
             # The state holds no secret, because the sandbox's token is the word "sandbox". With a public passphrase
@@ -186,22 +191,24 @@ def run(stack: str, *arguments: str) -> int:
     return status
 
 
-def exists(stack: str) -> bool:
-    """Whether the state has the stack. Raises StackError where Pulumi is not installed."""
+def local_stacks() -> list[str]:
+    """The stacks on the sandbox. Raises StackError where Pulumi is not installed."""
     try:
-        listed = pulumi(stack, "stack", "ls", "--json")
+        listed = pulumi(LOCAL, "stack", "ls", "--json")
     except StackError as error:
         if str(error) == INSTALL:
             raise
-        return False
-    return any(found["name"] == stack for found in json.loads(listed))
+        return []
+    return [found["name"] for found in json.loads(listed) if is_local(found["name"])]
 
 
 def outputs(stack: str) -> dict[str, Any]:
     """Returns the stack's outputs. Raises StackError if it was never deployed."""
-    how = "make up" if stack == LOCAL else f"pulumi up -s {stack}"
+    workload = stack.removeprefix(f"{LOCAL}-")
+    make = "make up" if stack == LOCAL else f"make deploy WORKLOAD={workload}"
+    how = make if is_local(stack) else f"pulumi up -s {stack}"
     missing = StackError(f"Stack {stack} is not deployed. Deploy it: {how}")
-    if stack == LOCAL and not state_folder().is_dir():
+    if is_local(stack) and not state_folder().is_dir():
         raise missing
     # Not LocalWorkspace.stack_outputs, because that decrypts secrets too, for which a reader may have no key.
     found: dict[str, Any] = json.loads(pulumi(stack, "stack", "output", "--json"))

@@ -1,1 +1,1 @@
-"""`make up` and `make down`: the whole program on this machine, against the sandbox."""
+"""`make up`, `make deploy` and `make down`: the whole program on this machine, against the sandbox."""

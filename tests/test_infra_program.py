@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from infra import image
+from infra import image, training
 from infra.apis import APIS
 
 SECRET = pulumi.runtime.rpc._special_sig_key
@@ -48,6 +48,10 @@ class Recorder(pulumi.runtime.Mocks):
                 outputs |= {"url": f"gs://{args.inputs['name']}"}
             case "gcp:vertex/aiEndpoint:AiEndpoint":
                 return f"projects/my-project/locations/europe-west4/endpoints/{args.inputs['name']}", outputs
+            case "gcp:vertex/aiTensorboard:AiTensorboard":
+                return "projects/my-project/locations/europe-west4/tensorboards/7", outputs
+            case "vertex:index:CustomJob" | "vertex:index:TuningJob":
+                outputs |= {"artifactUri": f"{args.inputs['baseOutputDirectory']}/0123/model"}
             case "vertex:index:ReleasedImage":
                 outputs |= {"image": f"{args.inputs['repository']}@{args.inputs['digest']}"}
             case "vertex:index:ModelVersion":
@@ -93,6 +97,9 @@ Run = Callable[..., Program]
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs the program with a stack's committed file and further settings."""
     waited: list[str] = []
+    data = [tmp_path / "adult.data", tmp_path / "adult.test"]
+    for file in data:
+        file.write_text(file.name)
 
     async def usable(service: str, *_: object) -> None:
         waited.append(service)
@@ -103,8 +110,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.setattr("infra.apis.until_usable", usable)
     monkeypatch.setattr("infra.foundation.project_number", number)
     monkeypatch.setattr(image, "fetch_weights", lambda root, weights: weights)
+    monkeypatch.setattr(training, "data_files", lambda job: data)
     monkeypatch.setattr(image, "torch_source", lambda root, say: "cpu")
-    monkeypatch.setattr(image, "stage", lambda root, to, weights: "0123456789abcdef")
+    monkeypatch.setattr(image, "stage", lambda root, to, files: "0123456789abcdef")
 
     def program(stack: str, preview: bool = False, **settings: Any) -> Program:
         config: dict[str, Any] = yaml.safe_load((ROOT / f"Pulumi.{stack}.yaml").read_text())["config"]

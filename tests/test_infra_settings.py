@@ -169,8 +169,8 @@ def test_pulumi_yaml_describes_the_settings_as_they_are() -> None:
         assert said["description"] == field.description
     # Pulumi's schema has no maps, and a list or a limit that is not set has no useful default there.
     structured = {
-        "releases", "imageReaders", "predictors", "buildArgs", "autoscaling", "requestLog", "labels", "vertexEndpoint",
-        "machineTypes", "monthlyCostLimit",
+        "training", "releases", "imageReaders", "predictors", "buildArgs", "autoscaling", "requestLog", "labels",
+        "vertexEndpoint", "machineTypes", "monthlyCostLimit",
     }  # fmt: skip
     assert {k.removeprefix("headcount:") for k in schema} == set(fields) - structured
 
@@ -187,7 +187,8 @@ def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None
         assert buckets.BUCKET.fullmatch(bucket)
         assert len(bucket) <= 63
     assert repositories.REPOSITORY_ID.fullmatch(names.repository)
-    assert iam.ACCOUNT_ID.fullmatch(names.service_account)
+    for account in (names.service_account, names.training_account):
+        assert iam.ACCOUNT_ID.fullmatch(account)
     assert vertex_models.MODEL_ID.fullmatch(names.model)
     assert vertex_endpoints.ENDPOINT_ID.fullmatch(names.endpoint)
     assert names.endpoint.isdigit()
@@ -202,7 +203,7 @@ def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None
 def test_different_stacks_have_different_names(one: str, other: str) -> None:
     if one != other:
         a, b = Names("my-project", "europe-west4", one), Names("my-project", "europe-west4", other)
-        for name in ("bucket", "model_bucket", "repository", "service_account", "model", "endpoint", "predictor_role"):
+        for name in vars(a).keys() - {"labels"}:
             assert getattr(a, name) != getattr(b, name)
 
 
@@ -214,6 +215,8 @@ def test_names_stay_as_they_are() -> None:
         "repository": "headcount-dev",
         "service_account": "headcount-dev",
         "predictor_role": "headcount_predictor_dev",
+        "training_account": "hc-training-dev",
+        "training_role": "headcount_training_dev",
         "model": "headcount-dev",
         "endpoint": "817808147",
         "labels": {"project": "headcount", "stack": "dev"},
