@@ -39,9 +39,10 @@ for name, value in lines.items():
     pulumi.export(name, value)
 if not pulumi.runtime.is_dry_run():
     # `pulumi up` cuts outputs off after 150 characters, and a line that is cut off cannot be pasted.
-    paste = [lines["count"], lines["curl"]] if config.releases and not config.paused else []
+    begin, *names = ("Predict with", "predict") if "predict" in lines else ("Count people with", "count", "curl")
+    paste = [lines[name] for name in names] if config.releases and not config.paused else []
     pulumi.Output.all(prediction.rollout.id, *paste).apply(
         lambda known: pulumi.log.info(
-            "\n    ".join(["Count people with", *known[1:]] if paste else []) + f"\n{prediction.machines()}"
+            "\n    ".join([begin, *known[1:]] if paste else []) + f"\n{prediction.machines()}"
         )
     )

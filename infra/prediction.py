@@ -205,14 +205,15 @@ class Prediction(pulumi.ComponentResource):
         settings = self._settings
         local = bool(settings.vertex_endpoint)
         token = "" if local else '-H "Authorization: Bearer $(gcloud auth print-access-token)" '
-        lines = {
-            "count": pulumi.Output.from_input(f"headcount count --stack {settings.stack} picture.jpg"),
-            "curl": pulumi.Output.concat(
-                f"curl -sS {token}-H 'Content-Type: image/jpeg' --data-binary @picture.jpg ",
-                self.url,
-                ":rawPredict",
-            ),
-        }
+        lines: dict[str, pulumi.Output[str]] = {}
+        if settings.releases and all(release.model for release in settings.releases.values()):
+            predict = f"headcount predict --stack {settings.stack} --json-instances instances.json"
+            lines["predict"] = pulumi.Output.from_input(predict)
+        else:
+            lines["count"] = pulumi.Output.from_input(f"headcount count --stack {settings.stack} picture.jpg")
+            lines["curl"] = pulumi.Output.concat(
+                f"curl -sS {token}-H 'Content-Type: image/jpeg' --data-binary @picture.jpg ", self.url, ":rawPredict"
+            )
         if not local:
             console = "https://console.cloud.google.com/vertex-ai"
             where = f"locations/{settings.region}"

@@ -29,10 +29,15 @@ def write_stack(workload: str, options: Sequence[str]) -> str:
     stack = f"{LOCAL}-{workload}"
     file, local = (_folder() / f"Pulumi.{name}.yaml" for name in (stack, LOCAL))
     yaml = YAML()
+    yaml.width = 200
     document: dict[str, Any] = yaml.load(file if file.exists() else local)
     config = document["config"]
     if not file.exists():
-        config["headcount:releases"] = {"main": {"image": "build", "model": f"training/{workload}", "traffic": 100}}
+        config.pop("headcount:releases", None)
+        config.insert(
+            0, "headcount:releases", {"main": {"image": "build", "model": f"training/{workload}", "traffic": 100}}
+        )
+        config.insert(0, "headcount:training", {})
     config["headcount:training"] = {workload: {"workload": workload, "args": list(options)}}
     yaml.dump(document, file)
     return stack

@@ -41,6 +41,15 @@ def test_a_job_trains_on_its_data_and_its_model_is_served(run: Run) -> None:
     assert job["baseOutputDirectory"] == f"{MODELS}/training/census"
 
 
+def test_up_ends_with_a_line_that_predicts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pulumi.log, "info", said.append)
+    outputs = run("dev", training=CENSUS, releases=SERVED).outputs
+    assert outputs["predict"] == "headcount predict --stack dev --json-instances instances.json"
+    assert [line.strip() for line in said.pop().splitlines()][:2] == ["Predict with", outputs["predict"]]
+    assert not {"count", "curl"} & set(outputs)
+
+
 def test_a_job_starts_when_its_data_and_rights_are_there(run: Run) -> None:
     needed = run("dev", training=CENSUS).request("index:CustomJob").dependencies
     for name in ("training-reads-bucket", "training-writes-outputs", "training-reports", "images-agent"):

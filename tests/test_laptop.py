@@ -1,18 +1,23 @@
 """`make up` and `make down`: the processes and files that they start, find again and remove on this machine."""
 
 import fcntl
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, free_port
 
 from headcount.stacks import StackError
+from infra import training
+from infra.settings import read
 from laptop import __main__ as verbs
-from laptop import docker, sandbox
+from laptop import docker, sandbox, workloads
 
 
 @pytest.fixture
@@ -83,7 +88,10 @@ def test_one_verb_at_a_time(project: Path, capsys: pytest.CaptureFixture[str]) -
     with (project / ".headcount/up.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert verbs.main(["down"]) == 1
-    assert "Another `make up` or `make down` is running in this checkout. Wait for it." in capsys.readouterr().err
+    assert (
+        "Another `make up`, `make deploy` or `make down` is running in this checkout. Wait for it."
+        in capsys.readouterr().err
+    )
 
 
 def test_down_says_that_nothing_is_left_only_where_it_looked(
@@ -99,6 +107,34 @@ def test_down_says_that_nothing_is_left_only_where_it_looked(
     said = capsys.readouterr()
     assert "Nothing of stack local" not in said.out
     assert "Something is left. To remove it:\n  docker rm -f 0123456789ab" in said.err
+
+
+def test_a_workload_s_stack_is_stack_local_with_a_job_and_its_release(project: Path) -> None:
+    shutil.copy(ROOT / "Pulumi.local.yaml", project)
+    assert workloads.write_stack("digits", ["--train-steps", "9"]) == "local-digits"
+    file = project / "Pulumi.local-digits.yaml"
+    config = yaml.safe_load(file.read_text())["config"]
+    local = yaml.safe_load((ROOT / "Pulumi.local.yaml").read_text())
+    assert config | local["config"] == config
+    read({key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}, "local-digits")
+    assert config["headcount:training"] == {"digits": {"workload": "digits", "args": ["--train-steps", "9"]}}
+    assert config["headcount:releases"]["main"]["model"] == "training/digits"
+    before = file.read_text()
+    workloads.write_stack("digits", ["--train-steps", "9"])
+    assert file.read_text() == before
+    file.write_text(before.replace("traffic: 100", "traffic: 40"))  # a canary beside it
+    workloads.write_stack("digits", [])
+    config = yaml.safe_load(file.read_text())["config"]
+    assert config["headcount:releases"]["main"]["traffic"] == 40
+    assert config["headcount:training"]["digits"]["args"] == []
+    workloads.remove_files()
+    assert not file.exists()
+    assert (project / "Pulumi.local.yaml").exists()
+
+
+def test_the_workloads_are_those_of_the_program() -> None:
+    (makefile,) = re.findall(r"^deploy:.*WORKLOAD=([\w|]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tuple(makefile.split("|")) == workloads.WORKLOADS == tuple(training.WORKLOADS)
 
 
 def fake_docker(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

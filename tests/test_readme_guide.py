@@ -1,0 +1,139 @@
+"""The README's table for those who come from an AI Platform guide: each command on its right side is typed here.
+
+What needs Google, Docker or Pulumi's engine runs in the tests that ELSEWHERE names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import exported_models
+import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
+from helpers import ROOT
+from pytest_httpserver import HTTPServer
+from sandbox_jobs import create, job, pool, stubbed
+from typer.testing import CliRunner
+from werkzeug import Request, Response
+
+from headcount import endpoint, jobs, register_command
+from headcount.cli import app
+from sandbox.testing import RunningSandbox
+
+README = (ROOT / "README.md").read_text()
+TABLE = README[README.index("| the guide says |") :].partition("\n\n")[0]
+RIGHT = [line.rstrip(" |").rpartition(" | ")[2] for line in TABLE.splitlines()[2:]]
+VERBS = ("make ", "headcount ", "pulumi ", "gcloud ", ".venv/bin/")
+TYPED = [text for cell in RIGHT for text in re.findall(r"`([^`]+)`", cell) if text.startswith(VERBS)]
+ELSEWHERE = {
+    r"pulumi (up|destroy)( -s dev)?": "tests/test_engine_infra.py",
+    r"make (serve|up)": "tests/test_launcher.py and tests/test_engine_infra.py",
+    r"make (deploy|train|tune).*|make train": "tests/test_laptop.py, test_training_runs.py and test_training_tune.py",
+    r"\.venv/bin/python -m headcount\.data .*": "tests/test_training_runs.py",
+    r"gcloud storage .*": "nowhere, because it needs Google",
+}
+
+
+def test_every_command_is_typed_by_a_test() -> None:
+    here = {line for line in TYPED if line.startswith("headcount ")} | {"make tensorboard"}
+    assert len(here) >= 10
+    left = [line for line in TYPED if line not in here and not any(re.fullmatch(one, line) for one in ELSEWHERE)]
+    assert not left
+    assert not [one for one in ELSEWHERE if not any(re.fullmatch(one, line) for line in TYPED)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "gsutil mb", "curl -O", "gsutil cp adult.data", "gsutil ls -r", "local train", "tensorboard --logdir",
+        "local predict --model-dir", "--scale-tier=BASIC_GPU", "jobs stream-logs", "models create", "versions create",
+        "versions delete", "predict --json-instances", "--config hptuning_config.yaml",
+    ],
+)  # fmt: skip
+def test_the_table_has_each_step_of_the_guides(said: str) -> None:
+    assert [line for line in TABLE.splitlines() if said in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("Pulumi.yaml", "Pulumi.dev.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8picture")
+    (tmp_path / "instances.json").write_text('{"a": 1, "b": 2, "day": "mon"}\n')
+    exported_models.weather(tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def dev(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningSandbox]:
+    """Stack dev: a job `JOB` that runs and a bucket, both in a sandbox, and an endpoint that counts and predicts."""
+
+    def answer(request: Request) -> Response:
+        count = {"count": 4, "people": [], "image": {"width": 1, "height": 1}, "model": {"name": "n", "version": "1"}}
+        instances = json.loads(request.data)["instances"] if request.is_json else []
+        predictions = [count if "image" in one else exported_models.predicted(1.0, 2.0, 10.0) for one in instances]
+        return Response(json.dumps({"predictions": predictions} if instances else count), mimetype="application/json")
+
+    httpserver.expect_request(re.compile(r"/v1/e/1:\w+")).respond_with_handler(answer)
+    with RunningSandbox() as sandbox:
+        client = storage.Client(
+            "a-project",
+            AnonymousCredentials(),
+            client_options={"api_endpoint": sandbox.url},  # type: ignore[no-untyped-call]
+        )
+        client.create_bucket("a-project-hc-models-dev", location="europe-west4")
+        client.close()
+        create(sandbox, job(pool(stubbed(STUB_LOG="accuracy 0.85", STUB_SECONDS="1000")), name="JOB"))
+        here = {
+            "url": f"{sandbox.url}/v1/{sandbox.location}/endpoints/1", "endpoint": f"{sandbox.location}/endpoints/1",
+            "modelBucket": "gs://a-project-hc-models-dev", "images": {"main": "host/people@sha256:" + "a" * 64},
+        }  # fmt: skip
+        for module in (jobs, register_command):
+            monkeypatch.setattr(module, "outputs", lambda _: here)
+        monkeypatch.setattr("headcount.release_command.outputs", lambda _: here)
+        served = {"url": httpserver.url_for("/v1/e/1"), "maxRequestBytes": 10**6}
+        monkeypatch.setattr(endpoint, "outputs", lambda _: served)
+        monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
+        yield sandbox
+
+
+def test_lines_of_headcount_do_what_the_guide_s_did(checkout: Path, dev: RunningSandbox) -> None:
+    said = {}
+    lines = [line for line in dict.fromkeys(TYPED) if line.startswith("headcount ")]
+    # A log is followed until its job has ended, and that of a cancelled job ends with 1.
+    for line in sorted(lines, key=lambda line: "logs" in line):
+        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+        assert done.exit_code == ("logs" in line), (line, done.output)
+        said[line.removeprefix("headcount ").removesuffix(" --stack dev")] = done.stdout
+    assert re.search(r"picture\.jpg\s+4\b", said.pop("count --stack dev picture.jpg"))
+    for place in ("--model DIR", "--stack dev"):
+        assert said.pop(f"predict {place} --json-instances instances.json").split() == [
+            "CLASS_IDS", "CLASSES", "SCORE", "[1]", "['wet']", "[11.0]"
+        ]  # fmt: skip
+    assert "model: gs://a-project-hc-models-dev/weather/" in said.pop("register DIR")
+    assert re.search(r"custom +(RUNNING|PENDING) .*JOB", said.pop("jobs"))
+    assert "cancelling" in said.pop("jobs --stack dev cancel JOB")
+    assert "accuracy 0.85" in said.pop("logs JOB --stack dev -f")
+    assert all(line.startswith("release ") for line in said)
+    assert len(said) >= 3
+
+
+@pytest.mark.slow
+def test_tensorboard_serves_the_folder_of_the_runs(tmp_path: Path) -> None:
+    printed = subprocess.run(["make", "-n", "tensorboard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command, *options = shlex.split(printed.splitlines()[-1])[1:]
+    assert options == ["--logdir", "runs", "--host", "127.0.0.1"]
+    with subprocess.Popen(
+        [ROOT / command, *options, "--port", "0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        assert any(re.search(r"TensorBoard .* at http://127\.0\.0\.1:\d+", line) for line in process.stderr)
+        process.terminate()
