@@ -25,7 +25,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help train tensorboard tune serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up deploy down live image scan drift-issue lock format clean
+.PHONY: help train tensorboard tune plots serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up deploy down live image scan drift-issue lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,12 @@ review: .venv/.dev ## what `pulumi up` would change, cost and risk, for a pull r
 
 prices: .venv/.dev ## fill the price table from Google's Cloud Billing catalogue, with your credentials (REGION=: add one)
 	@$(BIN)/python -m review.catalogue $(if $(REGION),--region $(REGION))
+
+plots: .venv/.training ## draw learning curves, a tuning and the search's comparison into runs/plots: an hour the first time (RUN=folder)
+	$(BIN)/python -m training.experiments census --job-dir $(or $(RUN),runs/plots)/census
+	$(BIN)/python -m training.experiments digits --job-dir $(or $(RUN),runs/plots)/digits --seeds 1
+	$(BIN)/python -m training.experiments search --job-dir $(or $(RUN),runs/plots)/search -- --trials 30 --trial-steps 60 --holdout 2000 --train-steps 60
+	$(BIN)/python -m training.tune --spec training/digits_tuning.yaml --job-dir $(or $(RUN),runs/plots)/tuning -- --train-steps 300 --holdout 5000
 
 sandbox: .venv/.dev ## Google Cloud on this machine, 127.0.0.1:8790 (FRESH=1: from empty)
 	@exec $(BIN)/python -m sandbox --state $(HOME_FOLDER)/sandbox $(if $(FRESH),--fresh)

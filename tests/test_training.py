@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_data import adult_line, idx, write_digits
 
-from training import census, common, digits, search
+from training import census, common, digits, experiments, search
 from training.common import BadRecords, Folders, Run, UsageError
 
 
@@ -72,6 +72,12 @@ def test_impossible_options_are_refused(wrong: str, capsys: pytest.CaptureFixtur
         digits.parse([wrong])
     assert end.value.code == 2
     assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
+def test_the_learning_curves_have_each_network_of_the_guide() -> None:
+    networks = [digits.parse(options) for options in experiments.NETWORKS.values()]
+    assert {one.model for one in networks} == set(digits.MODELS) - {"resnet18"}
+    assert any(one.batch_norm for one in networks)
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 5))

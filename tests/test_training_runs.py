@@ -236,6 +236,19 @@ def test_the_experiments_print_tables_and_a_plot(runner: Runner, tmp_path: Path)
     assert (tmp_path / "search" / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_learning_curve_has_the_accuracy_of_each_evaluation(
+    runner: Runner, census: list[object], tmp_path: Path
+) -> None:
+    longer = ["--", *census, "--train-steps", 210]
+    done = runner.run("experiments", "census", "--job-dir", tmp_path, "--seeds", 1, *longer)
+    assert done.code == 0, done.output
+    log = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    at = {one["step"]: one["accuracy"] for one in log if "step" in one and "accuracy" in one}
+    assert list(at) == [100, 200, 210]
+    assert f"| wide and deep | {max(at[100], at[200]) * 100:.1f} |" in done.output
+    assert (tmp_path / "census.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.needs("adult", "mnist")
 def test_the_commands_of_the_readme_run(runner: Runner, tmp_path: Path) -> None:
     table = README[README.index("| the guide says |") :].partition("\n\n")[0]

@@ -1,9 +1,10 @@
-"""Measures the effect of augmentation, of transfer learning, and of the methods of the architecture search.
+"""Measures how the workloads learn, and the effect of augmentation, of transfer learning, and of the search's methods.
 
-    python -m training.experiments augmentation|transfer|search --job-dir output --seeds 3
+    python -m training.experiments census|digits|augmentation|transfer|search --job-dir output --seeds 3
 
 Each experiment runs workloads several times, in folders of its own below --job-dir, and prints a table for
-training/README.md. `search` draws a plot too. The same command continues an experiment that was stopped.
+training/README.md. `census` and `digits` draw learning curves, `search` the accuracy found so far. The same command
+continues an experiment that was stopped.
 """
 
 from __future__ import annotations
@@ -15,12 +16,43 @@ from pathlib import Path
 
 import numpy as np
 
-from training import common, digits, search
+from training import census, common, digits, search
 
 AUGMENTATIONS = ("", "crop", "brightness,contrast", "flip", "crop,brightness,contrast,flip")
 PRETRAINED_ON, FINE_TUNED_ON = "01234", "56789"
 
-Runs = dict[str, list[list[float]]]  # for each variant and seed: an accuracy, or the accuracy of each trial
+NETWORKS = {  # of the learning curves of digits
+    **{name: ["--model", name] for name in ("linear", "dnn", "dnn_dropout", "cnn")},
+    "cnn, batch norm": ["--model", "cnn", "--batch-norm"],
+}
+EVAL_EVERY = 100  # steps between two points of a learning curve
+
+# For each variant and seed: an accuracy, or the accuracy of each trial, or that of each evaluation.
+Runs = dict[str, list[list[float]]]
+
+
+def census_curve(folder: Path, seeds: int, options: Sequence[str]) -> Runs:
+    """Returns the accuracy on adult.test after every EVAL_EVERY steps."""
+    return {"wide and deep": [_curve(census.main, folder / str(seed), seed, options) for seed in range(seeds)]}
+
+
+def digits_curves(folder: Path, seeds: int, options: Sequence[str]) -> Runs:
+    """Returns the accuracy of each network on MNIST's test set after every EVAL_EVERY steps."""
+    return {
+        name: [_curve(digits.main, folder / name / str(seed), seed, [*chosen, *options]) for seed in range(seeds)]
+        for name, chosen in NETWORKS.items()
+    }
+
+
+def _curve(main: Callable[[Sequence[str]], None], job_dir: Path, seed: int, options: Sequence[str]) -> list[float]:
+    """Trains, if the folder has no model yet, and returns the accuracies that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not (job_dir / "model" / "contract.json").exists():
+        main(["--job-dir", str(job_dir), "--seed", str(seed), *options, "--eval-every", str(EVAL_EVERY)])
+    found = EventAccumulator(str(job_dir / "logs")).Reload().Scalars("accuracy")
+    # The last evaluation may be between two points; it is the only one of a run that is shorter than that.
+    return [float(one.value) for one in found if one.step % EVAL_EVERY == 0] or [float(found[-1].value)]
 
 
 def augmentation(folder: Path, seeds: int, options: Sequence[str], labels: int = 100) -> Runs:
@@ -82,31 +114,49 @@ def table(runs: Runs) -> str:
     return "\n".join(rows)
 
 
-def plot(runs: Runs, file: Path) -> None:
-    """Draws the best accuracy so far against the number of trials: the mean of the seeds, and their range."""
+def plot_curves(runs: Runs, file: Path) -> None:
+    """Draws the accuracy against the number of steps."""
+    curves = {name: np.asarray(found, np.float64) for name, found in runs.items()}
+    _plot(curves, EVAL_EVERY, "steps", "accuracy in %", file)
+
+
+def plot_search(runs: Runs, file: Path) -> None:
+    """Draws the best accuracy so far against the number of trials."""
+    best = {name: best_so_far(found) for name, found in runs.items()}
+    _plot(best, 1, "trials", "best hold-out accuracy so far in %", file)
+
+
+def _plot(
+    lines: dict[str, np.ndarray[tuple[int, int], np.dtype[np.float64]]], step: int, xlabel: str, ylabel: str, file: Path
+) -> None:
+    """Draws the mean of the seeds and their range. lines: accuracies, shape [seeds, points], of each variant."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, found in runs.items():
-        best = best_so_far(found) * 100
-        trials = np.arange(1, best.shape[1] + 1)
-        (line,) = axes.plot(trials, best.mean(0), label=name)
-        axes.fill_between(trials, best.min(0), best.max(0), color=line.get_color(), alpha=0.15)
-    axes.set(
-        xlabel="trials", ylabel="best hold-out accuracy so far in %", title=f"mean and range of {len(found)} seeds"
-    )
+    for name, found in lines.items():
+        points = np.arange(1, found.shape[1] + 1) * step
+        (line,) = axes.plot(points, found.mean(0) * 100, label=name)
+        axes.fill_between(points, found.min(0) * 100, found.max(0) * 100, color=line.get_color(), alpha=0.15)
+    seeds = max(len(found) for found in lines.values())
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=f"mean and range of {seeds} seeds" if seeds > 1 else "")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
-EXPERIMENTS: dict[str, Callable[[Path, int, Sequence[str]], Runs]] = {
-    "augmentation": augmentation, "transfer": transfer, "search": architectures,
-}  # fmt: skip
+Experiment = Callable[[Path, int, Sequence[str]], Runs]
+Plot = Callable[[Runs, Path], None]
+EXPERIMENTS: dict[str, tuple[Experiment, Plot | None]] = {
+    "census": (census_curve, plot_curves),
+    "digits": (digits_curves, plot_curves),
+    "augmentation": (augmentation, None),
+    "transfer": (transfer, None),
+    "search": (architectures, plot_search),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -117,11 +167,13 @@ def main(argv: Sequence[str]) -> None:
     parser.epilog = "Options after -- go to every run."
     own, options = common.options_for_runs(argv)
     arguments = parser.parse_args(own)
-    runs = EXPERIMENTS[arguments.experiment](arguments.job_dir, arguments.seeds, options)
+    measure, plot = EXPERIMENTS[arguments.experiment]
+    runs = measure(arguments.job_dir, arguments.seeds, options)
     print(table(runs))
-    if arguments.experiment == "search":
-        plot(runs, arguments.job_dir / "search.png")
-        print(f"the plot is {arguments.job_dir / 'search.png'}")
+    if plot:
+        file = arguments.job_dir / f"{arguments.experiment}.png"
+        plot(runs, file)
+        print(f"the plot is {file}")
 
 
 if __name__ == "__main__":
