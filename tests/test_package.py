@@ -13,7 +13,7 @@ import pytest
 from docker.utils.build import exclude_paths
 from helpers import ROOT
 
-from infra.image import TRAINING
+from infra.image import SERVING, TRAINING, Target
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,26 @@ def test_the_image_s_context_has_every_module_of_serving_and_none_of_others() ->
     assert modules == {"headcount/data.py"} | {
         name for name in listed if name.startswith(("serving/", "training/")) and name.endswith(".py")
     }
-    # infra/image.py leaves the files of the training image out of the serving image's context and hash.
-    assert {name.partition("/")[0] for name in context if not name.startswith(TRAINING)} <= {
-        "serving",
-        "requirements",
-        ".headcount",
-        "Dockerfile",
-        ".dockerignore",
+
+
+@pytest.mark.parametrize("target", [SERVING, TRAINING], ids=["serving", "training"])
+def test_infra_gives_each_image_the_files_that_its_stages_copy(target: Target) -> None:
+    """An image has a context and a hash of its own files, so that it stays when those of the other one change."""
+    stages = re.findall(
+        r"^FROM \S+(?: AS (\S+))?\n(.*?)(?=^FROM |\Z)", (ROOT / "Dockerfile").read_text(), re.MULTILINE | re.DOTALL
+    )
+    own = {TRAINING: ("training-packages", "training"), SERVING: ("packages", "model", "")}
+    others = {name for one, names in own.items() if one != target for name in names}
+    copied = {
+        name.partition("*")[0] if "*" in name or (ROOT / name).is_file() else f"{name}/"
+        for stage, lines in stages
+        if stage not in others
+        for sources in re.findall(r"^COPY (?!--)((?:[^\\\n]|\\\n)+) \S+$", lines, re.MULTILINE)
+        for name in sources.replace("\\\n", " ").split()
     }
+    assert len(copied) > 4
+    assert not [name for name in copied if not name.startswith((*target.files, ".headcount/weights/"))]
+    assert not [one for one in target.files if not one.startswith((*copied, "Dockerfile", ".dockerignore"))]
 
 
 def test_the_stage_that_compiles_the_network_has_the_modules_that_it_imports(tmp_path: Path) -> None:

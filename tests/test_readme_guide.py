@@ -84,11 +84,8 @@ def dev(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run
 
     httpserver.expect_request(re.compile(r"/v1/e/1:\w+")).respond_with_handler(answer)
     with RunningSandbox() as sandbox:
-        client = storage.Client(
-            "a-project",
-            AnonymousCredentials(),
-            client_options={"api_endpoint": sandbox.url},  # type: ignore[no-untyped-call]
-        )
+        credentials = AnonymousCredentials()  # type: ignore[no-untyped-call]
+        client = storage.Client("a-project", credentials, client_options={"api_endpoint": sandbox.url})
         client.create_bucket("a-project-hc-models-dev", location="europe-west4")
         client.close()
         create(sandbox, job(pool(stubbed(STUB_LOG="accuracy 0.85", STUB_SECONDS="1000")), name="JOB"))

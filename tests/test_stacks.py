@@ -136,14 +136,15 @@ def test_ctrl_c_reaches_pulumi_and_is_known_when_it_stopped_something(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_stack_exists_if_pulumi_lists_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pulumi_that(project, monkeypatch, """print('[{"name": "dev"}]')""")
-    assert (stacks.exists("dev"), stacks.exists("prod")) == (True, False)
+def test_a_stack_is_on_the_sandbox_if_pulumi_lists_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = """print('[{"name": "local"}, {"name": "local-census"}, {"name": "dev"}, {"name": "locally"}]')"""
+    pulumi_that(project, monkeypatch, listed)
+    assert stacks.local_stacks() == ["local", "local-census"]
     (project / "bin" / "pulumi").unlink()
     (project / "bin").rmdir()
     pulumi_that(project, monkeypatch, "sys.exit('error: no state yet')")
-    assert not stacks.exists("dev")
+    assert stacks.local_stacks() == []
     (project / "bin" / "pulumi").unlink()
     monkeypatch.setenv("PATH", str(project / "bin"))
     with pytest.raises(StackError, match=r"^Pulumi's command line is not installed\."):
-        stacks.exists("dev")
+        stacks.local_stacks()
