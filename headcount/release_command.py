@@ -35,7 +35,7 @@ def canary(
     ] = releases.BUILD,
     model: Annotated[
         str,
-        typer.Option(metavar="URI", help="Serve the model of this gs:// folder, as `headcount register` prints it."),
+        typer.Option(metavar="URI", help="Serve the model of this gs:// folder, or of a job: training/JOB."),
     ] = "",
 ) -> None:
     """Give a new release a share of the traffic, beside the other releases."""

@@ -68,21 +68,7 @@ class Training(pulumi.ComponentResource):
             labels=settings.all_labels,
             opts=pulumi.ResourceOptions.merge(self._parent, foundation.after("aiplatform.googleapis.com")),
         )
-        iam = pulumi.ResourceOptions.merge(self._parent, foundation.after("iam.googleapis.com"))
-        account = gcp.serviceaccount.Account(
-            "training",
-            account_id=settings.names.training_account,
-            display_name=f"Headcount training, stack {settings.stack}"[:100],
-            opts=iam,
-        )
-        role = gcp.projects.IAMCustomRole(
-            "training",
-            role_id=settings.names.training_role,
-            title=f"Headcount training, stack {settings.stack}"[:100],
-            permissions=REPORTING,
-            opts=iam,
-        )
-        grants = self._grants(account, role)
+        account, grants = self._account(foundation)
         provider = vertex_provider(settings, self)
         self._objects: dict[str, gcp.storage.BucketObject] = {}  # by name
         #: The gs:// folder of each job's model.
@@ -113,10 +99,19 @@ class Training(pulumi.ComponentResource):
             self.models[name] = trained.artifact_uri
         self.register_outputs({})
 
-    def _grants(self, account: gcp.serviceaccount.Account, role: gcp.projects.IAMCustomRole) -> list[pulumi.Resource]:
-        """Lets the account read the bucket, write below OUTPUTS, and report. It cannot change the data."""
+    def _account(self, foundation: Foundation) -> tuple[gcp.serviceaccount.Account, list[pulumi.Resource]]:
+        """The account that jobs run as, and its rights: to read the bucket, write below OUTPUTS, and report."""
+        settings = self._settings
+        iam = pulumi.ResourceOptions.merge(self._parent, foundation.after("iam.googleapis.com"))
+        title = f"Headcount training, stack {settings.stack}"[:100]
+        account = gcp.serviceaccount.Account(
+            "training", account_id=settings.names.training_account, display_name=title, opts=iam
+        )
+        role = gcp.projects.IAMCustomRole(
+            "training", role_id=settings.names.training_role, title=title, permissions=REPORTING, opts=iam
+        )
         below = pulumi.Output.concat("projects/_/buckets/", self._bucket.name, f"/objects/{OUTPUTS}/")
-        return [
+        return account, [
             gcp.storage.BucketIAMMember(
                 "training-reads-bucket",
                 bucket=self._bucket.name,
@@ -134,7 +129,7 @@ class Training(pulumi.ComponentResource):
             ),
             gcp.projects.IAMMember(
                 "training-reports",
-                project=self._settings.project,
+                project=settings.project,
                 role=role.name,
                 member=account.member,
                 opts=self._parent,

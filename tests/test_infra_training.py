@@ -7,6 +7,7 @@ from typing import Any
 import pulumi
 import pytest
 import yaml
+from google.cloud.aiplatform_v1.types import StudySpec
 from helpers import ROOT
 from test_infra_program import KEY, PINNED, REPOSITORY, Run
 from test_infra_program import run as run  # the fixture
@@ -15,6 +16,7 @@ from headcount.data import SETS
 from infra import training
 from infra.nested_settings import Job
 from infra.settings import read
+from pulumi_vertex.jobs.tuning_job import check_study, study_spec
 
 MODELS = "gs://my-project-hc-models-dev"
 CENSUS = {"census": {"workload": "census", "args": ["--train-steps=9"]}}
@@ -106,14 +108,11 @@ def test_a_tuning_is_the_study_of_the_yaml(run: Run) -> None:
     program = run("dev", training={"digits": {"workload": "digits", "tuning": True}})
     study = program.recorder.one("index:TuningJob")
     wanted = yaml.safe_load((ROOT / "training" / "digits_tuning.yaml").read_text())
-    assert (study["maxTrials"], study["parallelTrials"]) == (30, 2)
-    assert study["metrics"] == [{"id": "accuracy", "goal": "MAXIMIZE"}]
-    parameters = wanted["studySpec"]["parameters"]
-    assert set(study["parameters"]) == {one["parameterId"] for one in parameters}
-    assert study["parameters"]["learning-rate"] == {
-        "type": "DOUBLE", "minValue": 0.001, "maxValue": 0.1, "scaleType": "UNIT_LOG_SCALE"
-    }  # fmt: skip
-    assert study["parameters"]["nfil1"]["type"] == "INTEGER"
+    assert check_study(study) == []
+    sent, said = (StudySpec.from_json(json.dumps(spec)) for spec in (study_spec(study), wanted["studySpec"]))
+    assert list(sent.metrics) == list(said.metrics)
+    assert {one.parameter_id: one for one in sent.parameters} == {one.parameter_id: one for one in said.parameters}
+    assert (study["maxTrials"], study["parallelTrials"]) == (wanted["maxTrialCount"], wanted["parallelTrialCount"])
     assert program.recorder.inputs("index:CustomJob") == []
 
 

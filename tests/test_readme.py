@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from headcount import Client, releases
 from headcount.cli import app
 from headcount.data import FILES, fetch
+from infra.nested_settings import Job
 from infra.settings import KEYS, Settings
 from infra.settings import read as read_settings
 
@@ -194,6 +195,16 @@ def test_the_guide_has_every_setting_and_its_example_is_accepted() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", DEPLOY, re.DOTALL)
     given = yaml.safe_load(example)["config"]
     read_settings({key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}, "dev")
+
+
+def test_the_guide_has_every_setting_of_a_job_and_its_example_is_accepted() -> None:
+    section = DEPLOY[DEPLOY.index("## Training") :].partition("\n## ")[0]
+    table = section[section.index("| of a job |") :].partition("\n\n")[0]
+    named = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert named == [field.alias for field in Job.model_fields.values()]
+    config = yaml.safe_load("\n".join(line for line in section.splitlines() if line.startswith("    ")))
+    settings = {"gcp:project": "my-project", "gcp:region": "europe-west4"}
+    read_settings(settings | {key: json.dumps(value) for key, value in config.items()}, "dev")
 
 
 def test_commands_and_options_of_headcount_exist() -> None:
