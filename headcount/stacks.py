@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pulumi.automation import PulumiCommand
 
 PROJECT: Final = "headcount"
-LOCAL: Final = "local"  # the stack of `make up` on the sandbox; those of `make deploy` are local-WORKLOAD
+LOCAL: Final = "local"  # the stack of `make up` on the sandbox
+TRAINED: Final = ("local-census", "local-digits")  # those of `make deploy`
 INSTALL: Final = (
     "Pulumi's command line is not installed. See https://www.pulumi.com/docs/install/, put `pulumi` on the PATH "
     "and repeat."
@@ -65,7 +66,7 @@ def state_folder() -> Path:
 
 def is_local(stack: str) -> bool:
     """Whether a stack is deployed on the sandbox of this machine."""
-    return stack == LOCAL or stack.startswith(f"{LOCAL}-")
+    return stack in (LOCAL, *TRAINED)
 
 
 def environment(stack: str) -> dict[str, str]:

@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("up", help="deploy").add_argument("picture", nargs="?", type=Path, help="counted at the end")
     train = verbs.add_parser("deploy", help="train a model as a job, and deploy it")
-    train.add_argument("workload", choices=workloads.WORKLOADS)
+    train.add_argument("workload", choices=workloads.STACKS)
     train.add_argument("options", nargs=argparse.REMAINDER, help="options of the workload, such as --train-steps 1000")
     verbs.add_parser("down", help="destroy")
     args = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ from headcount import stacks
 from headcount.stacks import LOCAL, StackError
 from laptop import sandbox
 
-WORKLOADS: Final = ("census", "digits")
+STACKS: Final = {stack.removeprefix(f"{LOCAL}-"): stack for stack in stacks.TRAINED}  # by workload
 
 
 def write_stack(workload: str, options: Sequence[str]) -> str:
@@ -26,7 +26,7 @@ def write_stack(workload: str, options: Sequence[str]) -> str:
 
     The file is that of stack `local` with a job and a release of its model. Releases of an earlier run stay.
     """
-    stack = f"{LOCAL}-{workload}"
+    stack = STACKS[workload]
     file, local = (_folder() / f"Pulumi.{name}.yaml" for name in (stack, LOCAL))
     yaml = YAML()
     yaml.width = 200
@@ -69,8 +69,8 @@ def predict(stack: str, workload: str) -> str:
 def remove_files() -> None:
     """Removes the files that this module wrote."""
     shutil.rmtree(_instances(), ignore_errors=True)
-    for workload in WORKLOADS:
-        (_folder() / f"Pulumi.{LOCAL}-{workload}.yaml").unlink(missing_ok=True)
+    for stack in STACKS.values():
+        (_folder() / f"Pulumi.{stack}.yaml").unlink(missing_ok=True)
 
 
 def _folder() -> Path:
