@@ -137,15 +137,15 @@ def test_a_failed_job_leaves_what_serves_and_is_repaired_by_the_next_up(project:
 def test_after_ctrl_c_the_job_goes_on_and_the_next_up_waits_for_it(project: Training) -> None:
     before = project.served()
     project.train("--train-steps=4")
-    method = "aiplatform.projects.locations.customJobs.create"
-    project.sandbox.fault(method, "hold")
-    process = subprocess.Popen(
+    project.sandbox.fault("customJobs.create", "hold")
+    with subprocess.Popen(
         ["pulumi", "up", "-s", "local", "--yes", "--skip-preview", "--non-interactive"],
         cwd=project.folder, env=project.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert eventually(lambda: "RUNNING" in project.jobs.values(), seconds=60)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
+    ) as process:  # fmt: skip
+        held = eventually(lambda: "RUNNING" in project.jobs.values(), seconds=300)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=300)
+    assert held, said
     assert process.returncode
     assert "The job goes on: the next `pulumi up` waits for it" in said
     running = project.jobs

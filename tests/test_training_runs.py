@@ -245,7 +245,8 @@ def test_a_learning_curve_has_the_accuracy_of_each_evaluation(
     log = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
     at = {one["step"]: one["accuracy"] for one in log if "step" in one and "accuracy" in one}
     assert list(at) == [100, 200, 210]
-    assert f"| wide and deep | {max(at[100], at[200]) * 100:.1f} |" in done.output
+    assert "| steps | 100 | 200 |" in done.output
+    assert f"| wide and deep | {at[100] * 100:.1f} | {at[200] * 100:.1f} |" in done.output
     assert (tmp_path / "census.png").read_bytes().startswith(b"\x89PNG")
 
 

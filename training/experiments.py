@@ -114,6 +114,16 @@ def table(runs: Runs) -> str:
     return "\n".join(rows)
 
 
+def curve_table(runs: Runs) -> str:
+    """Returns the accuracy of each variant after some steps in percent as a Markdown table: the mean of the seeds."""
+    means = {name: np.asarray(found, np.float64).mean(0) * 100 for name, found in runs.items()}
+    points = min(map(len, means.values()))
+    shown = [*(point for point in (1, 2, 5, 10, 20) if point < points), points]
+    rows = [f"| steps | {' | '.join(str(point * EVAL_EVERY) for point in shown)} |", "|---" * (1 + len(shown)) + "|"]
+    rows += [f"| {name} | {' | '.join(f'{mean[point - 1]:.1f}' for point in shown)} |" for name, mean in means.items()]
+    return "\n".join(rows)
+
+
 def plot_curves(runs: Runs, file: Path) -> None:
     """Draws the accuracy against the number of steps."""
     curves = {name: np.asarray(found, np.float64) for name, found in runs.items()}
@@ -149,13 +159,14 @@ def _plot(
 
 
 Experiment = Callable[[Path, int, Sequence[str]], Runs]
+Table = Callable[[Runs], str]
 Plot = Callable[[Runs, Path], None]
-EXPERIMENTS: dict[str, tuple[Experiment, Plot | None]] = {
-    "census": (census_curve, plot_curves),
-    "digits": (digits_curves, plot_curves),
-    "augmentation": (augmentation, None),
-    "transfer": (transfer, None),
-    "search": (architectures, plot_search),
+EXPERIMENTS: dict[str, tuple[Experiment, Table, Plot | None]] = {
+    "census": (census_curve, curve_table, plot_curves),
+    "digits": (digits_curves, curve_table, plot_curves),
+    "augmentation": (augmentation, table, None),
+    "transfer": (transfer, table, None),
+    "search": (architectures, table, plot_search),
 }
 
 
@@ -167,9 +178,9 @@ def main(argv: Sequence[str]) -> None:
     parser.epilog = "Options after -- go to every run."
     own, options = common.options_for_runs(argv)
     arguments = parser.parse_args(own)
-    measure, plot = EXPERIMENTS[arguments.experiment]
+    measure, as_table, plot = EXPERIMENTS[arguments.experiment]
     runs = measure(arguments.job_dir, arguments.seeds, options)
-    print(table(runs))
+    print(as_table(runs))
     if plot:
         file = arguments.job_dir / f"{arguments.experiment}.png"
         plot(runs, file)
