@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from engine_project import EngineProject
 from helpers import ROOT
-from test_engine_infra import EngineProject
 
 RECORDS: Final = ROOT / "tests" / "reviews"
 MACHINE: Final = re.compile(r"from \$PATH|resource plugin \S+ is expected")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import review_scenarios
+from engine_project import EngineProject
 from review_scenarios import RECORDS, Recorder
-from test_engine_infra import EngineProject
 
 from review import events, prices
 from review.summary import CHANGE, NO_CHANGE, Review, review
