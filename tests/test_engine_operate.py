@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 import pytest
+from engine_project import EngineProject
 from helpers import eventually
 from registry_images import Remote
-from test_engine_infra import EngineProject
 
 from sandbox.testing import RunningSandbox
 
