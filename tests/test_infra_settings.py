@@ -137,6 +137,11 @@ def test_what_is_wrong_is_said_with_its_repair(config: dict[str, str], named: st
     assert f"pulumi config {repair} -s dev" in said
 
 
+def test_a_setting_that_no_command_sets_is_shown_as_it_stands_in_the_file() -> None:
+    said = error(GOOD | {"headcount:requestLog": "everything"})
+    assert 'in Pulumi.dev.yaml:  headcount:requestLog: {"table": "bq://my-project.headcount.' in said
+
+
 def test_everything_wrong_is_said_at_once() -> None:
     said = error(
         {
