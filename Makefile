@@ -53,7 +53,7 @@ coverage: lint samples ## the fast tests, and the lines that they do not reach
 	$(TESTS) -m "not slow" --cov --cov-report=term-missing:skip-covered $(PYTEST)
 
 test-engine: .venv/.dev .tools/policy/.made samples ## the tests that need Pulumi's command line and its plugins on the PATH
-	HEADCOUNT_REQUIRE=engine,policy $(BIN)/pytest tests/test_vertex_engine.py tests/test_engine_*.py $(PYTEST)
+	HEADCOUNT_REQUIRE=engine,policy $(BIN)/pytest tests/test_vertex_engine.py tests/test_vertex_job_engine.py tests/test_engine_*.py $(PYTEST)
 
 bench: samples compile ## ratios of throughput, latency, accuracy and cost in one table (BENCH=, see bench/README.md)
 	$(BIN)/python -m bench --checkpoint "$$(cat $(CHECKPOINT))" --compiled $(COMPILED) --archive $(ARCHIVE) $(BENCH)
