@@ -164,7 +164,7 @@ def test_the_live_check_says_what_is_wrong_and_what_is_left(
         live_sandbox.fault(method, "refuse", count=100, **refused)
     assert live(live_sandbox, "--count", "3") == 1
     said = capsys.readouterr().out
-    assert "Not as expected: the count: None, not 3" in said
+    assert "Not as expected: the count: 4, not 3" in said
     assert "not today" in said
     (left,) = re.findall(r"LEFT: .*", said)
     assert "models/pulumi-vertex-live" in left
