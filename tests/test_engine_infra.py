@@ -3,6 +3,7 @@
 A tiny image with the same contract stands in for the serving image.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -234,20 +235,23 @@ def test_what_the_documents_tell_people_to_type_works_as_it_stands_there(deploye
 def kill_up_at(project: EngineProject, method: str) -> None:
     """Starts `pulumi up` and kills it, and its providers, once the sandbox has answered a call of `method`."""
     project.sandbox.admin("DELETE", "requests")
-    process = subprocess.Popen(
-        ["pulumi", "up", "-s", "local", "--yes", "--skip-preview", "--non-interactive"],
-        cwd=project.folder,
-        env=project.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    log = project.folder.parent / "killed.log"
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            ["pulumi", "up", "-s", "local", "--yes", "--skip-preview", "--non-interactive"],
+            cwd=project.folder,
+            env=project.environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
     try:
         while not any(r["method"].endswith(method) and r["status"] == 200 for r in project.sandbox.requests()):
-            assert process.poll() is None, f"it ended before it called {method}"
+            assert process.poll() is None, f"it ended before it called {method}:\n{log.read_text()[-3000:]}"
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
