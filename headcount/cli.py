@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -53,7 +54,10 @@ def _headcount(
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:  # `make serve` installs less than the verbs of stacks need
+        sys.exit(f"This needs the package {error.name}, which is not installed: run `make install` and repeat.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from headcount.cli import app
+from headcount.cli import app, main
 from headcount.count_command import in_order, parse_region
 from headcount.files import Input, annotated_paths, find_inputs
 from serving.contract import Parameters, RequestError
@@ -39,6 +39,13 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 
 
 # Output and exit code
+
+
+def test_without_a_package_a_verb_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["headcount", "review", "dev"])
+    monkeypatch.setitem(sys.modules, "review", None)  # an import of it raises ModuleNotFoundError
+    with pytest.raises(SystemExit, match=r"^This needs the package review.*: run `make install` and repeat\.$"):
+        main()
 
 
 @pytest.mark.parametrize("verb", ["", "count", "predict", "register", "recover", "logs", "release", "jobs"])

@@ -10,6 +10,7 @@ from helpers import ROOT
 from infra.policy import rules
 from infra.policy.rules import RULES, UNKNOWN, Resource, Rule
 from infra.settings import Settings
+from review import dangers
 
 DIGEST = "sha256:" + "1" * 64
 IMAGE = "europe-west4-docker.pkg.dev/my-project/headcount-prod/headcount"
@@ -267,3 +268,7 @@ def test_the_page_names_every_rule_and_where_it_stops_a_stack() -> None:
     page = (ROOT / "docs" / "pull-requests.md").read_text()
     rows = dict(re.findall(r"^\| `([a-z-]+)` \|.*\| (every stack|production) \|$", page, re.MULTILINE))
     assert rows == {rule.name: "every stack" if rule.everywhere else "production" for rule in RULES}
+
+
+def test_the_policies_and_the_review_have_the_same_limits() -> None:
+    assert (rules.CANARY_PERCENT, rules.LEAST_REPLICAS) == (dangers.CANARY_PERCENT, dangers.PRODUCTION_REPLICAS)
