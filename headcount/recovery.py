@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,23 +83,31 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _end_orphans() -> None:
-    """Ends the plugins of a killed Pulumi that did not notice its end, because they keep its resources busy.
+def _end_orphans(patience: float = 10) -> None:
+    """Ends the plugins of a killed Pulumi that did not notice its end, and waits until they are gone.
 
-    They are recognised by their working folder, their name and their parent, which is the first process. A pidfd makes
-    sure that the signal reaches the process that was looked at.
+    What such a plugin was creating could otherwise come into being after this repair has looked for it. They are
+    recognised by their working folder, their name and their parent, which is the first process. A pidfd makes sure
+    that the signal reaches the process that was looked at. One that lives on for `patience` seconds is killed.
     """
     program = stacks.project_folder() / "infra"
+    orphans = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
+        with suppress(OSError), ExitStack() as unless_orphan:
             descriptor = os.pidfd_open(int(process.name))
-            try:
-                parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[1]
-                name = process.joinpath("comm").read_text()
-                if parent == "1" and name.startswith("pulumi-") and process.joinpath("cwd").readlink() == program:
-                    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-            finally:
-                os.close(descriptor)
+            unless_orphan.callback(os.close, descriptor)
+            parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            name = process.joinpath("comm").read_text()
+            if parent == "1" and name.startswith("pulumi-") and process.joinpath("cwd").readlink() == program:
+                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                unless_orphan.pop_all()
+                orphans.append(descriptor)
+    deadline = time.monotonic() + patience
+    for orphan in orphans:
+        with suppress(OSError):
+            if not select.select([orphan], [], [], max(0, deadline - time.monotonic()))[0]:
+                signal.pidfd_send_signal(orphan, signal.SIGKILL)
+        os.close(orphan)
 
 
 def restore_state_file(stack: str) -> str:
