@@ -83,12 +83,15 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _end_orphans(patience: float = 10) -> None:
+PATIENCE = 10.0  # seconds that a plugin has to end
+
+
+def _end_orphans() -> None:
     """Ends the plugins of a killed Pulumi that did not notice its end, and waits until they are gone.
 
     What such a plugin was creating could otherwise come into being after this repair has looked for it. They are
     recognised by their working folder, their name and their parent, which is the first process. A pidfd makes sure
-    that the signal reaches the process that was looked at. One that lives on for `patience` seconds is killed.
+    that the signal reaches the process that was looked at. One that lives on for `PATIENCE` seconds is killed.
     """
     program = stacks.project_folder() / "infra"
     orphans = []
@@ -102,7 +105,7 @@ def _end_orphans(patience: float = 10) -> None:
                 signal.pidfd_send_signal(descriptor, signal.SIGTERM)
                 unless_orphan.pop_all()
                 orphans.append(descriptor)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     for orphan in orphans:
         with suppress(OSError):
             if not select.select([orphan], [], [], max(0, deadline - time.monotonic()))[0]:

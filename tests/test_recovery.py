@@ -1,8 +1,11 @@
 """A stack whose Pulumi was killed is repaired."""
 
+import contextlib
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,30 @@ def test_the_lock_of_a_dead_pulumi_is_cleared(lock: Path) -> None:
     assert str(child) in recovery.clear_lock("dev")
     assert not lock.exists()
     os.waitpid(child, 0)
+
+
+def test_a_plugin_that_does_not_notice_the_end_of_its_pulumi_is_gone_before_anybody_looks(
+    lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "project_folder", lambda: tmp_path)
+    monkeypatch.setattr(recovery, "PATIENCE", 0.2)
+    plugin, program = tmp_path / "pulumi-deaf", tmp_path / "infra"
+    program.mkdir()
+    shutil.copy(shutil.which("sleep") or "", plugin)
+    # It ignores SIGTERM, and its parent ends at once.
+    script = f"trap '' TERM; cd {program}; {plugin} 600 > {tmp_path}/output 2>&1 & echo $!"
+    pid = int(subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout)
+    orphan = os.pidfd_open(pid)
+    try:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] != "1":
+            pytest.skip("another process than the first takes orphans here")
+        lock.write_text(json.dumps({"pid": 2**22, "hostname": os.uname().nodename}))
+        recovery.clear_lock("dev")
+        assert select.select([orphan], [], [], 10)[0], "it lives"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(orphan, signal.SIGKILL)
+        os.close(orphan)
 
 
 def test_a_process_id_that_another_program_has_now_is_no_living_pulumi(lock: Path) -> None:
