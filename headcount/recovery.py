@@ -27,17 +27,28 @@ def recover(stack: str) -> list[str]:
     """
     said = [line for line in (clear_lock(stack), restore_state_file(stack)) if line]
     state = json.loads(stacks.pulumi(stack, "stack", "export"))
-    if not state.get("deployment", {}).get("pending_operations"):
+    pending = state.get("deployment", {}).get("pending_operations")
+    if not pending:
         return said
     config = {
         key: entry.get("value", "") for key, entry in json.loads(stacks.pulumi(stack, "config", "--json")).items()
     }
-    promoted, names = promote_pending(state, config["gcp:project"], config["gcp:region"])
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # its secrets stay encrypted
-        json.dump(promoted, file)
-        file.flush()
-        stacks.pulumi(stack, "stack", "import", "--file", file.name)
-    stacks.pulumi(stack, "refresh", "--yes", "--skip-preview")
+    names = []
+    for pause in (*SETTLING, None):
+        promoted, looked_for = promote_pending(state, config["gcp:project"], config["gcp:region"])
+        names += [name for name in looked_for if name not in names]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # its secrets stay encrypted
+            json.dump(promoted, file)
+            file.flush()
+            stacks.pulumi(stack, "stack", "import", "--file", file.name)
+        stacks.pulumi(stack, "refresh", "--yes", "--skip-preview")
+        state = json.loads(stacks.pulumi(stack, "stack", "export"))
+        found = {resource["urn"] for resource in state["deployment"].get("resources", [])}
+        late = [one for one in pending if one["resource"]["type"] == _ACCOUNT and one["resource"]["urn"] not in found]
+        if pause is None or not late:
+            break
+        time.sleep(pause)
+        state["deployment"]["pending_operations"] = late
     return [*said, f"looked whether these were created before Pulumi was killed: {', '.join(names)}"]
 
 
@@ -84,6 +95,11 @@ def _lives(pid: int) -> bool:
 
 
 PATIENCE = 10.0  # seconds that a plugin has to end
+
+# Google's reads of a new service account miss it now and then for some seconds. One that a refresh did not find is
+# looked for again after so many seconds.
+SETTLING = (2.0, 5.0, 10.0)
+_ACCOUNT: Final = "gcp:serviceaccount/account:Account"
 
 
 def _end_orphans() -> None:
@@ -132,9 +148,7 @@ def restore_state_file(stack: str) -> str:
 _IDS: Final = {
     "gcp:storage/bucket:Bucket": "{project}/{name}",
     "gcp:artifactregistry/repository:Repository": "projects/{project}/locations/{region}/repositories/{repositoryId}",
-    "gcp:serviceaccount/account:Account": (
-        "projects/{project}/serviceAccounts/{accountId}@{project}.iam.gserviceaccount.com"
-    ),
+    _ACCOUNT: ("projects/{project}/serviceAccounts/{accountId}@{project}.iam.gserviceaccount.com"),
     "gcp:vertex/aiEndpoint:AiEndpoint": "projects/{project}/locations/{region}/endpoints/{name}",
 }
 

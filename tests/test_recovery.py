@@ -1,6 +1,7 @@
 """A stack whose Pulumi was killed is repaired."""
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -58,6 +59,35 @@ def test_a_pending_create_whose_resource_was_saved_already_is_no_second_resource
     before["deployment"]["resources"] = [saved | {"delete": True}]
     after, _ = recovery.promote_pending(before, "my-project", "europe-west4")
     assert [one.get("delete", False) for one in after["deployment"]["resources"]] == [True, False]
+
+
+@pytest.mark.parametrize("misses", [0, 1, 9])
+def test_an_account_that_the_refresh_missed_is_looked_for_again(misses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"serving": "gcp:serviceaccount/account:Account", "bucket": "gcp:storage/bucket:Bucket"}
+    pending = [
+        {"urn": f"urn:pulumi:dev::headcount::{kind}::{name}", "type": kind, "inputs": {"accountId": "a", "name": "b"}}
+        for name, kind in kinds.items()
+    ]
+    there, refreshes, waited = state(*pending), itertools.count(), list[float]()
+
+    def pulumi(stack: str, *command: str) -> str:
+        deployment = there["deployment"]
+        if command[:2] == ("stack", "import"):
+            there.update(json.loads(Path(command[-1]).read_text()))
+        elif command[0] == "refresh":  # the bucket was never made; the account is seen late
+            kept = ["serving"] if next(refreshes) >= misses else []
+            deployment["resources"] = [one for one in deployment["resources"] if one["urn"].split("::")[-1] in kept]
+        elif command[0] == "config":
+            return '{"gcp:project": {"value": "p"}, "gcp:region": {"value": "r"}}'
+        return json.dumps(there)
+
+    monkeypatch.setattr(stacks, "environment", lambda stack: {})
+    monkeypatch.setattr(stacks, "pulumi", pulumi)
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert recovery.recover("dev") == ["looked whether these were created before Pulumi was killed: serving, bucket"]
+    assert waited == list(recovery.SETTLING[:misses])
+    assert [one["urn"].split("::")[-1] for one in there["deployment"]["resources"]] == ["serving"] * (misses < 9)
+    assert "pending_operations" not in there["deployment"]
 
 
 @pytest.fixture
