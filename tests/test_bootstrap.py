@@ -107,6 +107,9 @@ def test_the_state_is_private_versioned_and_protected(monkeypatch: pytest.Monkey
     assert bucket["uniformBucketLevelAccess"] is True
     assert bucket["versioning"] == {"enabled": True}
     assert "retentionPolicy" not in bucket, "it would refuse to overwrite the state"
+    assert bucket["softDeletePolicy"] == {"retentionDurationSeconds": 30 * 24 * 3600}
+    (rule,) = bucket["lifecycleRules"]
+    assert rule["condition"] == {"numNewerVersions": 50, "daysSinceNoncurrentTime": 90, "withState": "ARCHIVED"}
     assert outputs["backend"] == "gs://my-project-headcount-state"
     assert outputs["secretsProvider"] == "gcpkms://state_id"
 
@@ -145,3 +148,12 @@ def test_wrong_settings_say_how_to_repair_them(changed: dict[str, str], repair: 
     with pytest.raises(pulumi.RunError) as error:
         bootstrap.read(CONFIG | changed, "dev")
     assert repair in str(error.value)
+    assert "is missing" not in str(error.value)
+
+
+def test_a_setting_that_is_not_there_is_missing_and_settings_of_others_are_ignored() -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "headcount-bootstrap:ownerId"}
+    with pytest.raises(
+        pulumi.RunError, match=r"^Stack dev cannot be deployed:\n  headcount-bootstrap:ownerId is missing"
+    ):
+        bootstrap.read(config | {"gcp:zone": "europe-west4-a", "headcount:releases": "{}"}, "dev")
