@@ -159,6 +159,16 @@ class Access:
         return f"{self.url}/logging" if is_loopback(self.url) else "https://logging.googleapis.com"
 
     @property
+    def storage_url(self) -> str:
+        """Address of Cloud Storage; a sandbox has it under its own."""
+        return self.url if is_loopback(self.url) else "https://storage.googleapis.com"
+
+    def kfp_url(self, uri: str) -> str:
+        """Address of a template at https://LOCATION-kfp.pkg.dev/…; a sandbox has it below its own."""
+        host, _, path = uri.removeprefix("https://").partition("/")
+        return f"{self.url}/kfp/{host.removesuffix('-kfp.pkg.dev')}/{path}" if is_loopback(self.url) else uri
+
+    @property
     def quota_repair(self) -> str:
         """What gives the credentials a quota project."""
         if self.access_token or self.credentials:

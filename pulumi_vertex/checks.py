@@ -77,7 +77,7 @@ def _check_value(path: str, kind: Kind, field: Field, value: Any, failures: Fail
             failures.append((path, f"must be a number, not {value!r}."))
         else:
             _check_bounds(path, field, value, "", failures)
-    elif not isinstance(value, bool):
+    elif kind.name == "boolean" and not isinstance(value, bool):
         failures.append((path, f"must be true or false, not {value!r}."))
 
 

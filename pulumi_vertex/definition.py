@@ -53,7 +53,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of the schema: string, integer, number, boolean, array, map or an object of named properties."""
+    """A type of the schema: string, integer, number, boolean, array, map, an object of named properties, or any."""
 
     name: str
     item: Kind | None = None
@@ -89,6 +89,8 @@ def camel(name: str) -> str:
 
 def _kind(hint: Any) -> Kind:
     origin = get_origin(hint)
+    if hint is Any:
+        return Kind("any")
     if origin in (Annotated, Required, NotRequired):
         return _kind(get_args(hint)[0])
     if origin is Union:  # pulumi.Input[T] is T | Awaitable[T] | Output[T]

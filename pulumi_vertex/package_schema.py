@@ -24,6 +24,8 @@ def package_schema(resources: Sequence[Definition], settings: Sequence[Property]
             return {"type": "array", "items": type_of(kind.item)}
         if kind.name == "map" and kind.item:
             return {"type": "object", "additionalProperties": type_of(kind.item)}
+        if kind.name == "any":
+            return {"$ref": "pulumi.json#/Any"}
         return {"type": kind.name}
 
     def described(prop: Property) -> dict[str, Any]:
@@ -55,9 +57,9 @@ def package_schema(resources: Sequence[Definition], settings: Sequence[Property]
         }
     return {
         "name": PACKAGE,
-        "displayName": "Vertex AI jobs, model versions and rollouts",
+        "displayName": "Vertex AI jobs, pipelines, model versions and rollouts",
         "version": VERSION,
-        "description": "Runs jobs on Vertex AI, uploads models to its registry and rolls them out on endpoints.",
+        "description": "Runs jobs and pipelines on Vertex AI, uploads models and rolls them out on endpoints.",
         "keywords": ["pulumi", "google cloud", "vertex ai", "kind/native", "category/cloud"],
         "config": {"variables": configuration},
         "provider": {

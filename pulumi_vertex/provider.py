@@ -42,6 +42,7 @@ from .errors import HalfMadeError, ProblemError
 from .jobs import CustomJobType, TuningJobType
 from .model_version import ModelVersionType
 from .package_schema import package_schema
+from .pipelines import PipelineJobType, ScheduleType
 from .released_image import ReleasedImageType
 from .resource import ResourceType, State
 from .rollout import RolloutType
@@ -56,6 +57,8 @@ RESOURCES: Final[Mapping[str, ResourceType]] = {
         ReleasedImageType(),
         CustomJobType(),
         TuningJobType(),
+        PipelineJobType(),
+        ScheduleType(),
     )
 }
 MESSAGE_BYTES: Final = 400 * 1024 * 1024  # as the SDKs allow; gRPC's own default of 4 MB is soon reached
@@ -143,8 +146,9 @@ class Service(provider_pb2_grpc.ResourceProviderServicer):
 
     def Check(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):
-            news = from_struct(request.news)
-            return check_response(news, resource_of(request.urn).check(unwrapped(news)))
+            resource = resource_of(request.urn)
+            news = resource.resolve(from_struct(request.news))
+            return check_response(news, resource.check(unwrapped(news)))
 
     def Diff(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with reported(context):

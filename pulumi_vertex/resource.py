@@ -39,6 +39,10 @@ class ResourceType(ABC):
     definition: ClassVar[Definition]
     seconds: ClassVar[Mapping[str, float]]  # default timeouts of create, read, update and delete
 
+    def resolve(self, inputs: Wire) -> Wire:
+        """The inputs that Pulumi keeps: with the content of a file, for example, in place of its path."""
+        return inputs
+
     def check(self, inputs: Wire) -> Failures:
         """Everything that is wrong with the inputs, in a preview too, when some are UNKNOWN."""
         return checks.check(self.definition, inputs) + self.check_together(inputs)

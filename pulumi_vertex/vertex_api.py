@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from .access import Access
 from .definition import VERSION
@@ -28,6 +28,7 @@ from .wire import Wire
 # Whose clients gcloud's own credentials are, of `gcloud auth application-default login` and of `gcloud auth login`.
 GCLOUD_PROJECTS: Final = ("764086051850", "32555940559")
 V1, V1BETA1 = "v1", "v1beta1"
+TEMPLATE_BYTES: Final = 4 * 2**20  # far more than Vertex AI takes as one request
 
 
 @dataclass
@@ -106,6 +107,38 @@ class VertexApi:
         entries: list[Wire] = answer.get("entries", [])
         return entries
 
+    def template(self, call: EngineCall, uri: str) -> str | None:
+        """The text of a pipeline's template in a bucket or a repository; None where there is none. Raises ProblemError.
+
+        https://cloud.google.com/vertex-ai/docs/pipelines/create-pipeline-template
+        """
+        if uri.startswith("gs://"):
+            bucket, _, name = uri.removeprefix("gs://").partition("/")
+            service, url = "Cloud Storage", f"{self.access.storage_url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}"
+            url += "?alt=media"
+        else:
+            service, url = "Artifact Registry", self.access.kfp_url(uri)
+
+        def once() -> str | None:
+            with self._session.get(url, timeout=REQUEST_SECONDS, stream=True) as answer:
+                if answer.status_code == 404:
+                    return None
+                content = answer.raw.read(TEMPLATE_BYTES + 1, decode_content=True)
+                if answer.status_code >= 400:
+                    raise explained(answer.status_code, content, self.access, service)
+            if len(content) > TEMPLATE_BYTES:
+                raise ProblemError(
+                    f"{uri} has more than {TEMPLATE_BYTES // 2**20} MiB and is no template of a pipeline."
+                )
+            try:
+                return str(content.decode())
+            except UnicodeDecodeError:
+                raise ProblemError(f"{uri} is no text, and so no template of a pipeline.") from None
+
+        return repeated(
+            call, lambda: translated(f"{service} cannot be reached at {'/'.join(url.split('/')[:3])}", once)
+        )
+
     def _send(self, http: str, path: str, body: Wire | None, version: str, query: dict[str, str]) -> Wire:
         url = f"{self.access.url}/{version}/{path}" + (f"?{urlencode(query)}" if query else "")
         return self._ask("Vertex AI", http, url, body)
@@ -140,8 +173,8 @@ def explained(code: int, content: bytes, access: Access, service: str = "Vertex 
     """An answer that is an error: `code` is its HTTP status, `content` its body."""
     try:
         body = json.loads(content)["error"]
-        status, words = str(body["status"]), str(body["message"])
-    except (ValueError, KeyError, TypeError):  # of a proxy, or cut off
+        status, words = str(body.get("status", "UNKNOWN")), str(body["message"])  # Cloud Storage names no status
+    except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy, or cut off
         body, status = {}, "UNKNOWN"
         words = content[:300].decode(errors="replace").strip() or "(no explanation)"
     if consumer := _foreign_consumer(body, access.project):

@@ -1,4 +1,4 @@
-"""What custom jobs and tuning jobs have in common: they run once, are waited for, and their records are kept.
+"""What all kinds of jobs have in common: they run once, are waited for, and their records are kept.
 
 A job's record cannot be changed once it is made. A label with a mark, a hash of the resource and its specification,
 lets a create find the job that an earlier run has started: a job that runs is waited for, one that has succeeded is
@@ -27,8 +27,9 @@ from ..wire import UNKNOWN, Wire
 from .logs import last_line, last_lines
 from .specification import LABEL, check_specification, known, output_directory
 
-# https://cloud.google.com/vertex-ai/docs/reference/rest/v1/JobState
+# https://cloud.google.com/vertex-ai/docs/reference/rest/v1/JobState and PipelineState
 STATE: Final = "JOB_STATE_"
+PIPELINE_STATE: Final = "PIPELINE_STATE_"
 CANCELLING: Final = "CANCELLING"
 UNSPECIFIED: Final = "UNSPECIFIED"  # also that of a job which could not be read
 RUNNING: Final = ("QUEUED", "PENDING", "RUNNING", "PAUSED", "UPDATING", UNSPECIFIED)
@@ -48,7 +49,7 @@ ENDING: Final = Wait(
 
 
 class Job(Resource):
-    """The outputs of both kinds of jobs."""
+    """The outputs of all kinds of jobs."""
 
     @property
     def name(self) -> pulumi.Output[str]:
@@ -58,7 +59,7 @@ class Job(Resource):
 
     @property
     def state(self) -> pulumi.Output[str]:
-        """State of the job without JOB_STATE_, such as SUCCEEDED."""
+        """State of the job, such as SUCCEEDED."""
         output: pulumi.Output[str] = self._output("state")
         return output
 
@@ -82,24 +83,33 @@ class Job(Resource):
 
     @property
     def output_directory(self) -> pulumi.Output[str]:
-        """The specification's own folder below base_output_directory; empty without one."""
+        """Folder of the job's output: the specification's own below base_output_directory, or the pipeline root."""
         output: pulumi.Output[str] = self._output("outputDirectory")
         return output
 
 
 class JobType(ResourceType):
-    """Both kinds of jobs for the engine. What differs is in the methods without a body."""
+    """All kinds of jobs for the engine. What differs is in the methods before "what the engine asks"."""
 
     seconds: ClassVar = {"create": 8 * DAY, "update": 8 * DAY, "delete": 3600.0, "read": 120.0}
     collection: ClassVar[str]  # in the names of Vertex AI, such as customJobs
+    id_pattern: ClassVar = r"\d+"
 
     def __init__(self) -> None:
         # The claim of the state that the engine looked at last, by id: see ownership.py.
         self._claims: dict[str, str] = {}
 
+    def complete(self, call: EngineCall, api: VertexApi, inputs: Wire) -> Wire:
+        """The inputs with what has to be fetched before a job can be started. Raises ProblemError."""
+        return inputs
+
     @abstractmethod
     def body(self, inputs: Wire, mark: str) -> Wire:
         """The job that is sent, without its name and labels."""
+
+    def chosen_id(self, inputs: Wire, mark: str) -> dict[str, str]:
+        """The query parameter with the id of a job, {} where Vertex AI chooses it."""
+        return {}
 
     @abstractmethod
     def imported(self, job: Wire) -> Wire:
@@ -116,6 +126,22 @@ class JobType(ResourceType):
     @abstractmethod
     def directory(self, job: Wire) -> str:
         """The folder of a job's output, "" where it has none."""
+
+    def planned_directory(self, inputs: Wire, mark: str) -> str:
+        """The folder in which the output of a job will be, "" where it has none."""
+        return output_directory(inputs, mark)
+
+    def errors(self, job: Wire) -> list[str]:
+        """What Vertex AI says of a job that has failed."""
+        return [str(job.get("error", {}).get("message", "")).strip()]
+
+    def logs(self, name: str, job: Wire) -> dict[str, str]:
+        """The ids under which Cloud Logging has what a job's containers say, by words that go before the lines."""
+        return {"": name.rpartition("/")[2]}
+
+    def console(self, name: str) -> str:
+        """The page of a job in the console, as google-cloud-aiplatform writes it (jobs.py, _dashboard_uri)."""
+        return console(name)
 
     # -- what the engine asks
 
@@ -149,7 +175,7 @@ class JobType(ResourceType):
             return outputs | {name: before[name] for name in ("name", "createTime", "outputDirectory")}
         fixed = {p.wire: inputs.get(p.wire) for p in self.definition.inputs if p.field.replaces}
         if known(fixed):
-            directory = output_directory(inputs, mark_of(self.definition, call.urn, inputs))
+            directory = self.planned_directory(inputs, mark_of(self.definition, call.urn, inputs))
             outputs |= {"outputDirectory": directory}
         return outputs
 
@@ -186,6 +212,7 @@ class JobType(ResourceType):
     def _find_or_start(self, call: EngineCall, api: VertexApi, inputs: Wire) -> tuple[str, bool]:
         """The full name of the job that the inputs describe, and whether an earlier run has started it."""
         mark = mark_of(self.definition, call.urn, inputs)
+        inputs = self.complete(call, api, inputs)
         # Quota, a wrong service account and the like are refused here, before anything is made.
         body = {
             "displayName": inputs.get("displayName") or call.urn.rpartition("::")[2][:128],
@@ -193,6 +220,7 @@ class JobType(ResourceType):
             **self.body(inputs, mark),
             **({"encryptionSpec": {"kmsKeyName": inputs["encryptionKey"]}} if inputs.get("encryptionKey") else {}),
         }
+        chosen = self.chosen_id(inputs, mark)  # the same for all tries of this create
         name, sent, delays = "", False, pauses()
 
         def step() -> bool:
@@ -200,10 +228,10 @@ class JobType(ResourceType):
             mine = self._marked(call, api, mark)
             usable = [job for job in mine if state_of(job) in (*SUCCEEDED, *RUNNING)]
             if usable:
-                chosen = min(usable, key=lambda job: state_of(job) not in SUCCEEDED)
-                name = self._named(api, chosen)
+                kept = min(usable, key=lambda job: state_of(job) not in SUCCEEDED)
+                name = self._named(api, kept)
                 for copy in usable:  # of a request that was repeated because its answer got lost
-                    if copy is not chosen and state_of(copy) in RUNNING:
+                    if copy is not kept and state_of(copy) in RUNNING:
                         remove(call, api, self._named(api, copy))
                 return True
             if any(state_of(job) == CANCELLING for job in mine):  # it may still write where the new one will
@@ -211,7 +239,7 @@ class JobType(ResourceType):
                 call.pause(next(delays))
                 return False
             sent = True
-            name = self._named(api, api.change("POST", f"{api.parent}/{self.collection}", body))
+            name = self._named(api, api.change("POST", f"{api.parent}/{self.collection}", body, **chosen))
             return True
 
         try:
@@ -263,16 +291,17 @@ class JobType(ResourceType):
     def _ended(self, call: EngineCall, api: VertexApi, name: str, job: Wire) -> Wire:
         """The job when it has ended. The status line says its state, its progress and the last line of its log."""
         delays, began, said = pauses(), time.monotonic(), ""
-        job_id, since = name.rpartition("/")[2], str(job.get("createTime", ""))
         while True:
             state = state_of(job)
             if state != said:
-                call.log(f"{state.lower()}: {console(name)}" if not said else state.lower())
+                call.log(f"{state.lower()}: {self.console(name)}" if not said else state.lower())
                 said = state
             if state not in (*RUNNING, CANCELLING):
                 return job
             doing = ", ".join(filter(None, [state.lower(), duration(time.monotonic() - began), self.progress(job)]))
-            line = last_line(api, job_id, since) if job.get("startTime") else ""
+            # One request of Cloud Logging for each look, however many tasks a pipeline runs at the same time.
+            logged = next(iter(self.logs(name, job).values()), "") if job.get("startTime") else ""
+            line = last_line(api, logged, str(job.get("createTime", ""))) if logged else ""
             call.say(": ".join(filter(None, [doing, line])))
             call.pause(next(delays))
             job = self._existing(call, api, name)
@@ -293,15 +322,18 @@ class JobType(ResourceType):
 
     def _failure(self, call: EngineCall, api: VertexApi, name: str, job: Wire) -> str:
         """What users read of a job that has failed. The log comes last, because it may be long."""
-        why = str(job.get("error", {}).get("message", "")).strip()
+        why = self.errors(job)
         ended = f"The job has {_ENDINGS.get(state_of(job), 'failed')}, and the next `pulumi up` runs it again"
-        message = "\n".join(filter(None, [f"{ended}: {console(name)}", why]))
+        message = "\n".join(filter(None, [f"{ended}: {self.console(name)}", *why]))
+        lines = []
         try:
-            lines = last_lines(api, name.rpartition("/")[2], LOG_LINES, str(job.get("createTime", "")))
+            for words, logged in self.logs(name, job).items():
+                found = last_lines(api, logged, LOG_LINES, str(job.get("createTime", "")))
+                # An error may have the container's last lines.
+                lines += [words + line for line in found if not any(line in one for one in why)]
         except ProblemError as error:
             return f"{message}\nIts log could not be read, which needs roles/logging.viewer: {error}"
-        more = [line for line in lines if line not in why]  # an error may have the container's last lines
-        return "\n".join([message, "The last lines of its log:", *more]) if more else message
+        return "\n".join([message, "The last lines of its log:", *lines]) if lines else message
 
     def _existing(self, call: EngineCall, api: VertexApi, name: str) -> Wire:
         job = api.find(call, name)
@@ -326,7 +358,7 @@ class JobType(ResourceType):
 
     def _parse(self, name: str) -> None:
         """Raises ProblemError for an id that names no job of this kind."""
-        if not re.fullmatch(rf"projects/[^/]+/locations/[^/]+/{self.collection}/\d+", name):
+        if not re.fullmatch(rf"projects/[^/]+/locations/[^/]+/{self.collection}/{self.id_pattern}", name):
             raise ProblemError(
                 f"{name!r} is not the name of a job. Give projects/PROJECT/locations/LOCATION/{self.collection}/ID, "
                 "with the ID as the console shows it."
@@ -345,7 +377,7 @@ def waits(inputs: Wire) -> bool:
 
 
 def state_of(job: Wire) -> str:
-    return str(job.get("state", "")).removeprefix(STATE) or UNSPECIFIED
+    return str(job.get("state", "")).removeprefix(STATE).removeprefix(PIPELINE_STATE) or UNSPECIFIED
 
 
 def console(name: str) -> str:
