@@ -44,11 +44,24 @@ MORE_PROPERTIES = {"DeployedModel": {"state": {"type": "string"}}}
 
 # Enums arrive as numbers from the generated REST clients (`$alt=json;enum-encoding=int`). Documents
 # list values without numbers; the order is the number, but for these enums (values were added or removed between).
-# Numbers: accelerator_type.proto, study.proto and custom_job.proto of google/cloud/aiplatform/v1, compared in tests
-# with Google's client.
+# Numbers: accelerator_type.proto, study.proto and custom_job.proto of google/cloud/aiplatform/v1, and repository.proto
+# of google/devtools/artifactregistry/v1, compared in tests with Google's clients.
 ENUM_NUMBERS: dict[str, dict[int, str]] = {
     "algorithm": {0: "ALGORITHM_UNSPECIFIED", 2: "GRID_SEARCH", 3: "RANDOM_SEARCH"},
     "strategy": {0: "STRATEGY_UNSPECIFIED", 1: "ON_DEMAND", 2: "LOW_COST", 3: "STANDARD", 4: "SPOT", 6: "FLEX_START"},
+    "format": {
+        0: "FORMAT_UNSPECIFIED",
+        1: "DOCKER",
+        2: "MAVEN",
+        3: "NPM",
+        5: "APT",
+        6: "YUM",
+        8: "PYTHON",
+        9: "KFP",
+        10: "GO",
+        11: "GENERIC",
+        12: "RUBY",
+    },
     "acceleratorType": {
         0: "ACCELERATOR_TYPE_UNSPECIFIED",
         1: "NVIDIA_TESLA_K80",

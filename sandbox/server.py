@@ -32,7 +32,7 @@ from sandbox import (
     workload_identity,
 )
 from sandbox.admin import Admin, linger
-from sandbox.artifact_registry import repositories
+from sandbox.artifact_registry import packages, repositories
 from sandbox.artifact_registry.registry import RegistryServer
 from sandbox.cloud_logging import audit, queries
 from sandbox.context import Call, Cloud, SandboxSettings
@@ -180,6 +180,8 @@ class SandboxServer:
                 return await self.admin.answer(request)
             if path == oauth2.PATH and request.method == "POST":
                 return await oauth2.issue(request, self.cloud.settings.token_lifetime)
+            if path.startswith(f"/{packages.ROOT}/") and packages.api_path(path[1:]) == path[1:]:
+                return await packages.answer(self.cloud, request)
             return await self._google(request, api)
         except GoogleError as error:
             return JSONResponse(error.body(api), error.http)
@@ -190,7 +192,9 @@ class SandboxServer:
             return JSONResponse(GoogleError("INTERNAL", f"The sandbox failed: {error!r}").body(api), 500)
 
     async def _google(self, request: Request, api: str) -> Response:
-        http, path = request.method, request.url.path.lstrip("/")
+        http, path = request.method, packages.api_path(request.url.path.lstrip("/"))
+        if path.startswith("artifactregistry/"):
+            api, path = "artifactregistry", packages.quoted(path)
         rest = path.removeprefix(f"{api}/")
         if api == "storage":
             http, rest = paths.route_of(request)

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from google.cloud import aiplatform_v1
+from google.cloud import aiplatform_v1, artifactregistry_v1
 
 import sandbox
 from sandbox import discovery
@@ -121,6 +121,10 @@ def test_enums_arrive_by_number_as_googles_clients_send_them() -> None:
         body = {"deployedModel": {"dedicatedResources": machine}}
         read = discovery.read_request(deploy, [], body)
         assert read["deployedModel"]["dedicatedResources"]["machineSpec"]["acceleratorType"] == number.name
+    make = discovery.route("POST", "v1/projects/p/locations/l/repositories", "artifactregistry")
+    assert make
+    for form in list(artifactregistry_v1.Repository.Format):
+        assert discovery.read_request(make, [], {"format": int(form)})["format"] == form.name
     # Of the others that our bodies can hold, the document's order is the number.
     schemas = discovery.document("aiplatform.v1")["schemas"]
     kind = schemas["GoogleCloudAiplatformV1ReservationAffinity"]["properties"]["reservationAffinityType"]

@@ -1,8 +1,10 @@
-"""Artifact Registry's repositories for Docker images, each a folder of the registry that runs beside the sandbox.
+"""Artifact Registry's repositories. One for Docker images is a folder of the registry that runs beside the sandbox. The
+packages of one for compiled pipelines are in packages.py.
 
 https://cloud.google.com/artifact-registry/docs/reference/rest
-A repository's `registryUri` is where images are pushed to. On Google it is LOCATION-docker.pkg.dev/…; here it is the
-registry's own address, so that a caller who reads it there needs no setting for the sandbox.
+A repository's `registryUri` is where images and pipelines are sent to. On Google it is LOCATION-docker.pkg.dev/… or
+LOCATION-kfp.pkg.dev/…; here it is an address of this machine, so that a caller who reads it there needs no setting for
+the sandbox.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import uuid
 from typing import Any
 
 from sandbox import clock
+from sandbox.artifact_registry import packages
 from sandbox.context import Call
 from sandbox.conventions import KMS_KEY, check_labels, cut, update_mask
 from sandbox.errors import GoogleError, invalid, not_found, unimplemented
@@ -19,6 +22,7 @@ from sandbox.store import JSON
 
 REPOSITORY_ID = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 PROJECT_ID = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")  # a folder's name
+DOCKER = "DOCKER"
 STANDARD = "STANDARD_REPOSITORY"
 MUTABLE = (
     "description",
@@ -60,7 +64,9 @@ def _shown(call: Call, repository: JSON) -> JSON:
         scanning |= {"enablementState": "SCANNING_ACTIVE", "lastEnableTime": clock.rfc3339(scanner["time"])}
     return {
         **repository,
-        "registryUri": f"{call.cloud.registry.address}/{folder(repository['name'])}",
+        "registryUri": f"127.0.0.1:{call.cloud.settings.port}/{packages.address(repository['name'])}"
+        if repository["format"] == packages.FORMAT
+        else f"{call.cloud.registry.address}/{folder(repository['name'])}",
         "vulnerabilityScanningConfig": scanning,
         **({"satisfiesPzi": True} if "-" in location else {}),
     }
@@ -90,8 +96,8 @@ async def create(call: Call) -> JSON:
         raise invalid(f"Invalid project in {call.name}.")
     if repository.get("mode") in (None, "MODE_UNSPECIFIED"):
         repository["mode"] = STANDARD
-    for field, only in (("format", "DOCKER"), ("mode", STANDARD)):
-        if repository.get(field) != only:
+    for field, known in (("format", (DOCKER, packages.FORMAT)), ("mode", (STANDARD,))):
+        if repository.get(field) not in known:
             raise unimplemented(f"{call.method.id} with {field} {repository.get(field)}")
     if (key := repository.get("kmsKeyName", "")) and not KMS_KEY.fullmatch(key):
         raise invalid(f"Invalid kms_key_name {key}: projects/P/locations/L/keyRings/R/cryptoKeys/K.")
@@ -99,7 +105,8 @@ async def create(call: Call) -> JSON:
     name = f"{call.name}/{wanted}"
     if cloud.store.get("repository", name):
         raise GoogleError("ALREADY_EXISTS", "the repository already exists")
-    await asyncio.to_thread(cloud.registry.start)
+    if repository["format"] == DOCKER:
+        await asyncio.to_thread(cloud.registry.start)
     now = clock.now()
     repository |= {"name": name, "createTime": now, "updateTime": now}
     with cloud.store.transaction():
@@ -134,13 +141,14 @@ async def patch(call: Call) -> JSON:
 
 
 async def delete(call: Call) -> JSON:
-    cloud = call.cloud
-    _find(call)
+    cloud, repository = call.cloud, _find(call)
     with cloud.store.transaction():
         cloud.store.delete("repository", call.name)
         cloud.store.delete("policy", call.name)
-    last = not cloud.store.list("repository")
-    await asyncio.to_thread(cloud.registry.remove, "" if last else folder(call.name))
+        packages.forget_repository(call, call.name)
+    if repository["format"] == DOCKER:
+        last = not any(one["format"] == DOCKER for _, one in cloud.store.list("repository"))
+        await asyncio.to_thread(cloud.registry.remove, "" if last else folder(call.name))
     return _operation(call, call.location, {}, "google.protobuf.Empty")
 
 
@@ -167,6 +175,7 @@ async def docker_images(call: Call) -> JSON:
 
 _PREFIX = "artifactregistry.projects.locations"
 METHODS: dict[str, Any] = {
+    **packages.METHODS,
     f"{_PREFIX}.repositories.create": create,
     f"{_PREFIX}.repositories.get": get,
     f"{_PREFIX}.repositories.list": list_,
