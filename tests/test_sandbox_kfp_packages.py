@@ -15,7 +15,7 @@ import requests
 from google.cloud.artifactregistry_v1 import Repository
 from google_clients import artifact_registry
 from kfp.registry.registry_client import ApiAuth, RegistryClient
-from pipeline_templates import template
+from parameter_template import template
 
 from sandbox.testing import RunningSandbox
 

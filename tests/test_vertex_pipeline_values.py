@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
-from pipeline_templates import spec, template
+from parameter_template import spec, template
 from vertex_plugin import PARENT, Wire
 
 from pulumi_vertex.access import Access

@@ -1,4 +1,4 @@
-"""Templates that KFP's own compiler makes, for tests of what takes templates."""
+"""A template that KFP's own compiler makes, with every type of parameter."""
 
 # No `from __future__ import annotations` here: KFP reads the annotations themselves.
 
