@@ -10,6 +10,7 @@ from sandbox.discovery import Method
 from sandbox.fleet import Fleet
 from sandbox.jobs import Jobs
 from sandbox.operations import Operations
+from sandbox.pipelines.runs import Pipelines
 from sandbox.projects import Projects
 from sandbox.store import JSON, Store
 
@@ -44,6 +45,7 @@ class Cloud:
     operations: Operations
     fleet: Fleet
     jobs: Jobs
+    pipelines: Pipelines
     registry: RegistryServer
 
 

@@ -125,10 +125,17 @@ def nanoseconds(time: str) -> int:
     return int(whole.timestamp()) * 10**9 + int(((match and match[2]) or "").ljust(9, "0"))
 
 
-def page(call: HasQuery, key: str, items: list[JSON], id_field: str, fields: tuple[str, ...] = FILTERED) -> JSON:
+def page(
+    call: HasQuery,
+    key: str,
+    items: list[JSON],
+    id_field: str,
+    fields: tuple[str, ...] = FILTERED,
+    ordered: tuple[str, ...] = ("createTime", "updateTime", "displayName"),
+) -> JSON:
     """The answer of a list method: filtered, ordered, and cut to the page that the request names.
 
-    Filters may name `fields`, the resource's id as `id_field`, and labels.
+    Filters may name `fields`, the resource's id as `id_field`, and labels; orders `ordered`.
 
     Raises INVALID_ARGUMENT for a filter, an order or a page token that the sandbox does not understand.
     """
@@ -138,13 +145,18 @@ def page(call: HasQuery, key: str, items: list[JSON], id_field: str, fields: tup
     for order in reversed([o for o in query.get("orderBy", "").split(",") if o.strip()]):
         field_name, _, direction = order.strip().partition(" ")
         field_name = _camel(field_name)
-        if field_name not in ("createTime", "updateTime", "displayName") or direction not in ("", "asc", "desc"):
-            raise invalid(f'Invalid order_by "{order}": create_time, update_time or display_name, asc or desc.')
+        if field_name not in ordered or direction not in ("", "asc", "desc"):
+            known = ", ".join(re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name) for name in ordered)
+            raise invalid(f'Invalid order_by "{order}": {known}, asc or desc.')
         items = sorted(items, key=lambda i: i.get(field_name, ""), reverse=direction == "desc")
     answer = cut(call, key, items, most=1000)
     if (names := query.get("readMask")) and key in answer:
-        kept = {_camel(n) for n in names.split(",")} | {"name"}
-        answer[key] = [{k: v for k, v in item.items() if k in kept} for item in answer[key]]
+        tree: JSON = {"name": {}}
+        for name in names.split(","):
+            node = tree
+            for part in name.strip().split("."):
+                node = node.setdefault(_camel(part), {})
+        answer[key] = [_select(item, tree) for item in answer[key]]
     return answer
 
 

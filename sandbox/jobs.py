@@ -2,11 +2,13 @@
 
 https://docs.cloud.google.com/vertex-ai/docs/training/understanding-training-service
 A job is a document of the kind `customJob`: `resource`, as the API shows it, and what the sandbox needs to carry it on
-after a kill: `attempt`, `cpus`, `cursors` (how far each replica's output was read), `trial`, `cancelled`, `fault`.
+after a kill: `attempt`, `cpus`, `cursors` (how far each replica's output was read), `trial`, `outputs` (the files that
+are expected of a task of a pipeline), `cancelled`, `fault`.
 """
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -44,11 +46,23 @@ class CancelledJobError(Exception):
     """Somebody has cancelled the job."""
 
 
+def new_job(parent: str, collection: str, resource: JSON) -> JSON:
+    """The resource of a job as it is right after its creation."""
+    now = clock.now()
+    return {
+        **{k: v for k, v in resource.items() if v not in ({}, [])},  # as JSON of a protocol buffer leaves them out
+        "name": f"{parent}/{collection}/{random.randrange(10**18, 9 * 10**18)}",
+        "state": "JOB_STATE_QUEUED",
+        "createTime": now,
+        "updateTime": now,
+    }
+
+
 class Jobs:
     def __init__(self, store: Store, runner: ContainerRunner) -> None:
         self._store = store
         self._runner = runner
-        self._mounts = Mounts(store)
+        self.mounts = Mounts(store)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._queue: list[str] = []
         self._taken: dict[str, tuple[int, ...]] = {}
@@ -67,10 +81,21 @@ class Jobs:
     def find(self, name: str) -> JSON | None:
         return self._store.get("customJob", name)
 
-    def put(self, resource: JSON, fault: JSON, trial: JSON | None = None) -> None:
+    def put(self, resource: JSON, fault: JSON, trial: JSON | None = None, outputs: JSON | None = None) -> None:
         """Stores a new job. Inside a transaction; then `start`."""
         document = {"resource": resource, "fault": fault, "attempt": 0, "cpus": [], "cursors": {}, "trial": trial}
-        self._store.put("customJob", resource["name"], document)
+        self._store.put("customJob", resource["name"], {**document, "outputs": outputs or {}})
+
+    async def wait(self, name: str) -> JSON | None:
+        """The job's resource after its end; None where somebody has deleted it."""
+
+        def resource() -> JSON | None:
+            job = self.find(name)
+            return job["resource"] if job else None
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: not (found := resource()) or found["state"] in ENDED)
+        return resource()
 
     def _update(self, name: str, change: JSON | None = None, **fields: object) -> None:
         """Changes a job's resource by `fields` and the rest of its document by `change`. A deleted job stays so."""
@@ -149,7 +174,7 @@ class Jobs:
                 task = asyncio.create_task(container.stop(0))
                 self._leaving.add(task)
                 task.add_done_callback(self._leaving.discard)
-        await self._mounts.tidy({name.split("/")[1] for name in unfinished})
+        await self.mounts.tidy({name.split("/")[1] for name in unfinished})
         # Those that had CPUs keep them, and the others wait in the order of their creation.
         self._taken = {name: tuple(job["cpus"]) for name, job in unfinished.items() if job.get("cpus")}
         for name in sorted(unfinished, key=lambda name: str(unfinished[name]["resource"]["createTime"])):
@@ -165,8 +190,8 @@ class Jobs:
         if self._leaving:
             await asyncio.wait(self._leaving)
         for project in {name.split("/")[1] for name in self._tasks}:
-            await self._mounts.sync(project, final=True)
-        await self._mounts.stop()
+            await self.mounts.sync(project, final=True)
+        await self.mounts.stop()
 
     # ------------------------------------------------------------------------------------------------- one job
 
@@ -176,7 +201,7 @@ class Jobs:
             folder_open = False
             try:
                 cpus = await self._claim(name)
-                await self._mounts.open(project)
+                await self.mounts.open(project)
                 folder_open = True
                 await self._attempts(name, cpus)
                 outcome: JSON = {"state": "JOB_STATE_SUCCEEDED"}
@@ -192,7 +217,7 @@ class Jobs:
             try:
                 await self._end(name, STOP_GRACE)
                 if folder_open:
-                    await self._mounts.close(project)
+                    await self.mounts.close(project)
             except Exception:  # of Docker or the disk; the job ends all the same
                 log.exception("end of job %s", name)
         except asyncio.CancelledError:
@@ -306,8 +331,9 @@ class Jobs:
         """Starts the job's containers, but those that run since before a kill."""
         spec: JSON = job["resource"]["jobSpec"]
         trial = Trial(**job["trial"]) if job.get("trial") else None
-        folder = self._mounts.folder(name.split("/")[1])
-        wanted = launches(self._store.id, name, spec, folder, attempt=job["attempt"], cpus=cpus, trial=trial)
+        folder = self.mounts.folder(name.split("/")[1])
+        more: JSON = {"attempt": job["attempt"], "cpus": cpus, "trial": trial, "outputs": job.get("outputs")}
+        wanted = launches(self._store.id, name, spec, folder, **more)
         there = self._containers.setdefault(name, {})
         if there.keys() != wanted.keys():
             if there and spec.get("scheduling", {}).get("restartJobOnWorkerRestart"):

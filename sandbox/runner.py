@@ -32,6 +32,7 @@ class Launch:
     hostname: str = ""  # under which other containers reach it, and then its whole name
     folders: dict[str, Path] = field(default_factory=dict)  # folders of this machine, by their path in the container
     cpus: tuple[int, ...] = ()  # those that it may use; all where empty
+    outputs: dict[str, str] = field(default_factory=dict)  # files that are expected of it, with the text of a stub
 
 
 @dataclass(frozen=True)

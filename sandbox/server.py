@@ -26,6 +26,7 @@ from sandbox import (
     vertex_endpoints,
     vertex_models,
     vertex_operations,
+    vertex_pipeline_jobs,
     vertex_predictions,
     vertex_tensorboards,
     vertex_tuning_jobs,
@@ -42,6 +43,7 @@ from sandbox.docker_runner import DockerRunner
 from sandbox.errors import STATUS_OF_HTTP, GoogleError, invalid, not_found, unimplemented
 from sandbox.fleet import Fleet
 from sandbox.jobs import Jobs
+from sandbox.pipelines.runs import Pipelines
 from sandbox.projects import Projects, project_number
 from sandbox.runner import ContainerRunner
 from sandbox.storage import buckets, objects, paths
@@ -63,6 +65,7 @@ METHODS: dict[str, Handler] = {
     **vertex_custom_jobs.METHODS,
     **vertex_tuning_jobs.METHODS,
     **vertex_tensorboards.METHODS,
+    **vertex_pipeline_jobs.METHODS,
     **queries.METHODS,
     **buckets.METHODS,
     **objects.METHODS,
@@ -103,17 +106,19 @@ class SandboxServer:
             gated=gated,
             certificate=settings.registry_certificate,
         )
+        jobs = Jobs(store, runner)
         self.cloud = Cloud(
             settings=settings,
             store=store,
             projects=Projects(store),
             operations=operations.Operations(store, settings.operation_seconds),
             fleet=fleet,
-            jobs=Jobs(store, runner),
+            jobs=jobs,
+            pipelines=Pipelines(store, jobs),
             registry=registry,
         )
-        jobs = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards)
-        for module in (vertex_models, vertex_endpoints, vertex_deployments, *jobs):
+        training = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards, vertex_pipeline_jobs)
+        for module in (vertex_models, vertex_endpoints, vertex_deployments, *training):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.cloud.jobs.ended = lambda name: vertex_tuning_jobs.job_ended(self.cloud, name)
@@ -122,6 +127,7 @@ class SandboxServer:
     def _release(self) -> None:
         self.cloud.operations.release()
         self.cloud.jobs.release()
+        self.cloud.pipelines.release()
 
     async def start(self) -> None:
         # A thread is held while Docker pulls or stops; the default of a few would make others wait.
@@ -129,10 +135,12 @@ class SandboxServer:
         await vertex_deployments.adopt(self.cloud)
         await self.cloud.jobs.resume()
         vertex_tuning_jobs.resume(self.cloud)
+        self.cloud.pipelines.resume()
         self.cloud.operations.resume()
 
     async def stop(self) -> None:
         await self.cloud.operations.stop()
+        await self.cloud.pipelines.stop()
         await self.cloud.jobs.stop()
         await self.cloud.fleet.stop()
         await asyncio.to_thread(self.cloud.registry.stop)
@@ -318,6 +326,11 @@ class SandboxServer:
         return renamed
 
 
+# The fields of messages that hold names of resources, and those that hold texts of users.
+NAMES = ("name", "model", "parentModel", "endpoint", "customJob", "tensorboard", "scheduleName", "mainJob", "parent")
+TEXTS = ("predictions", "env", "labels", "pipelineSpec", "parameterValues", "metadata")
+
+
 def _renamed(value: Any, change: Callable[[str], str]) -> Any:
     """Returns a body with changed resource names; texts of users stay as they are."""
     if isinstance(value, list):
@@ -326,9 +339,11 @@ def _renamed(value: Any, change: Callable[[str], str]) -> Any:
         return value
     return {
         k: change(v)
-        if k in ("name", "model", "parentModel", "endpoint", "customJob", "tensorboard") and isinstance(v, str)
+        if k in NAMES and isinstance(v, str)
+        else [change(name) for name in v]
+        if k == "failedMainJobs"
         else v
-        if k in ("predictions", "env", "labels")
+        if k in TEXTS
         else _renamed(v, change)
         for k, v in value.items()
     }

@@ -27,6 +27,8 @@ class StubRunner:
     STUB_EXIT=1                its exit status
     STUB_FAILS=2,3             trials of a tuning job that end with status 1
     STUB_METRIC=accuracy       the metric that it reports: the sum of its numeric --name=value arguments
+    STUB_OUTPUTS={"best": "1"} texts of the files that a task of a pipeline writes, by the last part of their paths;
+                               those of its other outputs fit their types
     """
 
     def __init__(self, port: int) -> None:
@@ -105,8 +107,17 @@ class StubContainer:
         age = asyncio.get_running_loop().time() - self.started
         if self.stopped or age < float(env.get("STUB_SECONDS", 0)):
             return 143 if self.stopped else None
+        self._write_outputs()
         failing = env.get("CLOUD_ML_TRIAL_ID") in env.get("STUB_FAILS", "").split(",")
         return 1 if failing else int(env.get("STUB_EXIT", 0))
+
+    def _write_outputs(self) -> None:
+        texts = json.loads(self.launch.env.get("STUB_OUTPUTS", "{}"))
+        for path, text in self.launch.outputs.items():
+            file = self.launch.folders["/gcs"] / path.removeprefix("/gcs/")
+            if not file.exists() and texts.get(file.name, text) is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(texts.get(file.name, text))
 
     @property
     def out_of_memory(self) -> bool:

@@ -104,6 +104,7 @@ def launches(
     attempt: int = 0,
     cpus: tuple[int, ...] = (),
     trial: Trial | None = None,
+    outputs: dict[str, str] | None = None,
 ) -> dict[str, Launch]:
     """How each replica of a job is started, by the replica's name. `buckets` is the folder that is /gcs."""
     project = name.split("/")[1]
@@ -147,6 +148,7 @@ def launches(
             hostname=hosts[replica.name],
             folders={"/gcs": buckets},
             cpus=cpus,
+            outputs=outputs or {},
         )
     return result
 

@@ -3,16 +3,14 @@
 https://docs.cloud.google.com/vertex-ai/docs/training/create-custom-job
 """
 
-import random
 import re
 from collections.abc import Callable
 
-from sandbox import clock
 from sandbox.context import Call, Cloud
 from sandbox.conventions import check_display_name, check_encryption, check_labels, page
 from sandbox.errors import invalid, not_found, precondition
 from sandbox.iam import check_act_as
-from sandbox.jobs import ENDED
+from sandbox.jobs import ENDED, new_job
 from sandbox.operations import OperationKind
 from sandbox.store import JSON
 from sandbox.vertex_endpoints import check_supported
@@ -93,18 +91,6 @@ def check_common(call: Call) -> None:
     check_display_name(call.body)
     check_labels(call.body.get("labels", {}))
     check_encryption(call.body, call.location)
-
-
-def new_job(parent: str, collection: str, resource: JSON) -> JSON:
-    """The resource of a job as it is right after its creation."""
-    now = clock.now()
-    return {
-        **{k: v for k, v in resource.items() if v not in ({}, [])},  # as JSON of a protocol buffer leaves them out
-        "name": f"{parent}/{collection}/{random.randrange(10**18, 9 * 10**18)}",
-        "state": "JOB_STATE_QUEUED",
-        "createTime": now,
-        "updateTime": now,
-    }
 
 
 def find(cloud: Cloud, name: str) -> JSON:

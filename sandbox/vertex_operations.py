@@ -9,7 +9,7 @@ from sandbox.errors import invalid
 from sandbox.store import JSON
 
 # What operations may be listed and read under.
-OWNERS = ("models", "endpoints", "customJobs", "hyperparameterTuningJobs", "tensorboards")
+OWNERS = ("models", "endpoints", "customJobs", "hyperparameterTuningJobs", "tensorboards", "pipelineJobs", "schedules")
 
 
 async def get(call: Call) -> JSON:

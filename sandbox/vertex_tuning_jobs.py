@@ -13,12 +13,12 @@ from sandbox import clock
 from sandbox.context import Call, Cloud
 from sandbox.conventions import page
 from sandbox.errors import GoogleError, invalid, not_found, precondition
-from sandbox.jobs import ENDED
+from sandbox.jobs import ENDED, new_job
 from sandbox.operations import OperationKind
 from sandbox.store import JSON
 from sandbox.study import arguments, check_study, final_measurement, measurements, suggest
 from sandbox.training import of_trial
-from sandbox.vertex_custom_jobs import LISTED, check_common, check_spec, deletion, new_job
+from sandbox.vertex_custom_jobs import LISTED, check_common, check_spec, deletion
 
 log = logging.getLogger("sandbox")
 

@@ -29,6 +29,8 @@ _VERTEX = {
     "customJobs": "JobService",
     "hyperparameterTuningJobs": "JobService",
     "tensorboards": "TensorboardService",
+    "pipelineJobs": "PipelineService",
+    "schedules": "ScheduleService",
 }
 _ONE = {"repositories": "Repository", "serviceAccounts": "ServiceAccount"}  # others lose their last letter
 _SERVICES = {
@@ -54,6 +56,7 @@ def method_name(id_: str, version: str) -> str:
         return ""
     one = _ONE.get(collection, collection[:1].upper() + collection[1:-1])
     plain = {"create": f"Create{one}", "patch": f"Update{one}", "delete": f"Delete{one}", "cancel": f"Cancel{one}"}
+    plain |= {"pause": f"Pause{one}", "resume": f"Resume{one}"}
     special = {"deleteVersion": "DeleteModelVersion", "upload": "UploadModel", "setIamPolicy": "SetIamPolicy"}
     said = plain.get(verb) or special.get(verb) or verb[:1].upper() + verb[1:]
     if api == "aiplatform":

@@ -70,6 +70,25 @@ def of_service(job: str, text: str, severity: str = "INFO") -> JSON:
     return _entry(job, "service", "", now()) | {"severity": severity, "textPayload": text}
 
 
+def of_pipeline(job: str, state: str, error: str = "") -> JSON:
+    """The log entry of a pipeline job that has come to a state.
+
+    https://docs.cloud.google.com/vertex-ai/docs/pipelines/logging
+    """
+    project, location, job_id = (job.split("/")[n] for n in (1, 3, 5))
+    labels = {"pipeline_job_id": job_id, "location": location, "resource_container": project_number(project)}
+    payload = {"pipelineName": job, "state": state, **({"error": error} if error else {})}
+    return {
+        "insertId": f"{time.time_ns():016x}{next(_numbers):08x}",
+        "logName": f"projects/{project}/logs/aiplatform.googleapis.com%2Fpipeline_job_events",
+        "resource": {"type": "aiplatform.googleapis.com/PipelineJob", "labels": labels},
+        "timestamp": now(),
+        "receiveTimestamp": now(),
+        "severity": "ERROR" if error and state == "PIPELINE_STATE_FAILED" else "INFO",
+        "jsonPayload": payload,
+    }
+
+
 def of_line(job: str, replica: str, line: Line, trial_id: str = "") -> JSON:
     """The log entry of a line that a job's container wrote."""
     entry = _entry(job, replica, trial_id, line.time)

@@ -1,0 +1,447 @@
+"""The process of one pipeline job: KFP's own local runner carries out the DAG, and asks the sandbox for containers.
+
+The runner has a global configuration and blocks, so each job has a process, forked from one that has imported kfp. It
+ends when the sandbox does. Messages are JSON: "task" says how a task stands, "run" asks for a container, "cached" and
+"cache" read and write outputs by fingerprint, "end" is the last.
+
+The runner is made for this machine's files, and version 2.17 has gaps. `Pipeline.install` replaces the functions in
+which it differs from Vertex AI; each replacement gives its reason.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import docker  # noqa: F401  DockerRunner imports it, and a forked process should not
+from google.protobuf import json_format
+from kfp.local import (
+    cache,
+    config,
+    docker_task_handler,
+    executor_input_utils,
+    executor_output_utils,
+    io,
+    placeholder_utils,
+    status,
+    utils,
+)
+from kfp.local.orchestrator import enhanced_dag_orchestrator as dags
+from kfp.local.orchestrator import orchestrator_utils, task_spec_utils
+from kfp.pipeline_spec import pipeline_spec_pb2 as messages
+
+from sandbox.pipelines.templates import task_id
+
+JSON = dict[str, Any]
+FAILURE: tuple[JSON, status.Status] = ({}, status.Status.FAILURE)
+ALWAYS = messages.PipelineTaskSpec.TriggerPolicy.TriggerStrategy.ALL_UPSTREAM_TASKS_COMPLETED
+# Between the command and the arguments of a container, because the runner hands them over as one list.
+ARGUMENTS = "\0arguments"
+# What a stub writes into the file of an output parameter.
+STUBBED = {
+    "NUMBER_INTEGER": "1",
+    "NUMBER_DOUBLE": "0.5",
+    "BOOLEAN": "true",
+    "LIST": "[]",
+    "STRUCT": "{}",
+}
+
+
+class Sandbox:
+    """The other end of the connection. Several threads may ask at once."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._answers: dict[int, JSON] = {}
+        self._arrived = threading.Condition()
+        self._last = 0
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                answer = json.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                os._exit(1)  # the sandbox has ended
+            with self._arrived:
+                self._answers[answer["id"]] = answer
+                self._arrived.notify_all()
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        with self._lock:
+            self._connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
+
+    def ask(self, kind: str, **fields: Any) -> JSON:
+        with self._lock:
+            self._last += 1
+            number = self._last
+        self.tell(kind, id=number, **fields)
+        with self._arrived:
+            self._arrived.wait_for(lambda: number in self._answers)
+            return self._answers.pop(number)
+
+
+class Outputs(cache.LocalCache):  # type: ignore[misc]
+    """KFP's cache, with its keys, in the sandbox's state: a folder would outlive `--fresh`."""
+
+    def __init__(self, sandbox: Sandbox, here: threading.local) -> None:
+        self._sandbox = sandbox
+        self._here = here
+
+    def get(self, key: str) -> JSON | None:
+        found = self._sandbox.ask("cached", key=key, task=self._here.task.unique)["outputs"]
+        return None if found is None else self._deserialize_outputs(found)
+
+    def put(self, key: str, outputs: JSON) -> None:
+        self._sandbox.tell("cache", key=key, outputs=self._serialize_outputs(outputs))
+
+
+@dataclass
+class Task:
+    path: tuple[str, ...]
+    kind: str  # container, importer or dag
+    id: str
+    spec: Any
+    executor: Any = None
+    attempts: int = 0  # containers that were started
+    error: JSON | None = None
+    arguments: JSON = field(default_factory=dict)
+    inputs: JSON = field(default_factory=dict)  # the ExecutorInput, as a dictionary
+    expected: dict[str, str] = field(default_factory=dict)  # the files of its outputs, with a stub's text
+
+    @property
+    def unique(self) -> str:
+        return ".".join(self.path)
+
+
+def mounted(uri: str) -> str:
+    """The path under which containers have a gs:// object."""
+    return "/gcs/" + uri.removeprefix("gs://") if uri.startswith("gs://") else uri
+
+
+def run(connection: Connection, order: JSON) -> None:
+    """Carries out a pipeline, and returns after the message "end". See `Pipelines._order` for the order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C goes to the sandbox, which ends this process
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # the runner prints
+        os.dup2(nowhere, 2)
+    sandbox = Sandbox(connection)
+    try:
+        error = Pipeline(sandbox, order).run()
+    except Exception as problem:
+        error = {"code": 9, "message": f"The pipeline can not be carried out: {problem}"}
+    sandbox.tell("end", error=error)
+
+
+class Pipeline:
+    def __init__(self, sandbox: Sandbox, order: JSON) -> None:
+        self.sandbox = sandbox
+        self.order = order
+        self.tasks: dict[tuple[str, ...], Task] = {}
+        self.failed: list[tuple[str, ...]] = []
+        self.here = threading.local()  # path: of the DAG that a thread begins; task: the one that it carries out
+        self.originals: JSON = {}
+
+    def run(self) -> JSON | None:
+        """Returns the error of the pipeline, or None."""
+        spec = messages.PipelineSpec()
+        json_format.ParseDict(self.order["spec"], spec)
+        executors = {
+            label: utils.struct_to_executor_spec(one) for label, one in spec.deployment_spec["executors"].items()
+        }
+        for one in executors.values():
+            if one.WhichOneof("spec") == "container":
+                one.container.command.append(ARGUMENTS)
+        runner = config.DockerRunner()
+        # No workspace: Vertex AI has none.
+        config.LocalExecutionConfig(runner, self.order["root"], "", raise_on_error=False, enable_caching=True)
+        self.executors = executors
+        self.install()
+        self.here.path = ()
+        _, result = dags.run_enhanced_dag(
+            pipeline_resource_name=self.order["job"],
+            dag_component_spec=spec.root,
+            executors=executors,
+            components=dict(spec.components.items()),
+            dag_arguments=self.order["arguments"],
+            pipeline_root=self.order["root"],
+            runner=runner,
+            unique_pipeline_id=self.order["uid"],
+            fail_stack=[],
+        )
+        return self.dag_error(()) if result == status.Status.FAILURE else None
+
+    def install(self) -> None:
+        """Puts this object's methods in the place of the runner's functions."""
+        utilities = orchestrator_utils.OrchestratorUtils
+        pipeline, outputs = self, Outputs(self.sandbox, self.here)
+
+        class Store(io.IOStore):  # type: ignore[misc]
+            def __init__(self, parent: Any = None) -> None:
+                super().__init__(parent)
+                self.path: tuple[str, ...] = pipeline.here.path
+
+            def put_task_output(self, task_name: str, key: str, value: Any) -> None:
+                super().put_task_output(task_name, key, value)
+                # Conditions and loops look outputs with a name other than Output up as inputs.
+                self.put_parent_input(f"pipelinechannel--{task_name}-{key}", value)
+
+        class Handler(docker_task_handler.DockerTaskHandler):  # type: ignore[misc]
+            def run(self) -> status.Status:
+                return pipeline.run_container(self.image, self.full_command, self.env_vars)
+
+        io.IOStore = Store
+        docker_task_handler.DockerTaskHandler = Handler
+        cache.get_local_cache = lambda: outputs
+        executor_input_utils.construct_local_task_root = lambda **_: self.task_root()
+        for owner, name, ours in (
+            (dags, "run_enhanced_dag", self.run_dag),
+            (dags, "execute_task", self.execute_task),
+            (dags, "_run_parallel_for_task", self.run_loop),
+            (dags.ConditionEvaluator, "evaluate_condition", staticmethod(self.holds)),
+            (utilities, "make_task_arguments", staticmethod(self.make_arguments)),
+            (utilities, "join_user_inputs_and_defaults", staticmethod(self.join_defaults)),
+            (task_spec_utils, "build_nested_dag_arguments", self.nested_arguments),
+            (executor_input_utils, "construct_executor_input", self.executor_input),
+            (executor_output_utils, "get_outputs_for_task", self.read_outputs),
+            (placeholder_utils, "resolve_individual_placeholder", self.resolve),
+        ):
+            self.originals[name] = getattr(owner, name)
+            setattr(owner, name, ours)
+
+    # --------------------------------------------------------------------------------------------- tasks and DAGs
+
+    def say(self, task: Task, state: str, outputs: JSON | None = None) -> None:
+        self.sandbox.tell(
+            "task",
+            unique=task.unique,
+            name=task.path[-1],
+            parent=".".join(task.path[:-1]),
+            id=task.id,
+            type=task.kind,
+            state=state,
+            inputs=Outputs._serialize_outputs(task.arguments),
+            outputs=Outputs._serialize_outputs(outputs or {}),
+            error=task.error,
+        )
+
+    def begin(self, path: tuple[str, ...], spec: Any, component: Any) -> Task:
+        kind, executor = "dag", None
+        if component.WhichOneof("implementation") != "dag":
+            executor = self.executors[component.executor_label]
+            kind = executor.WhichOneof("spec")
+        task = Task(path, kind, task_id(self.order["name"], ".".join(path)), spec, executor)
+        self.tasks[path] = task
+        return task
+
+    def dag_error(self, path: tuple[str, ...]) -> JSON:
+        names = [failed[-1] for failed in self.failed if failed[:-1] == path]
+        said = f"The DAG failed because some tasks failed. The failed tasks are: [{', '.join(names)}]."
+        return {"code": 9, "message": said}
+
+    def execute_task(self, **given: Any) -> tuple[JSON, status.Status]:
+        """Says how a task stands. The runner has no such callback, and lets exceptions end everything."""
+        name, spec, parent = given["task_name"], given["task_spec"], given["io_store"].path
+        loop = re.fullmatch(r"(.+)-iteration-\d+", name)
+        if loop and (*parent, loop[1]) in self.tasks:
+            parent = (*parent, loop[1])
+        task = self.begin((*parent, name), spec, given["components"][spec.component_ref.name])
+        if self.failed and self.order["failFast"] and spec.trigger_policy.strategy != ALWAYS:
+            self.say(task, "NOT_TRIGGERED")
+            return FAILURE
+        self.here.task, self.here.path = task, task.path
+        self.say(task, "RUNNING")
+        outputs, result = FAILURE
+        try:
+            outputs, result = self.originals["execute_task"](**given)
+        except Exception as error:
+            task.error = {"code": 9, "message": str(error)}
+        self.finish(task, result, outputs)
+        return outputs, result
+
+    def finish(self, task: Task, result: status.Status, outputs: JSON) -> None:
+        if result == status.Status.SUCCESS:
+            cached = task.kind == "container" and not task.attempts
+            self.say(task, "SKIPPED" if cached else "SUCCEEDED", outputs)
+            return
+        self.failed.append(task.path)
+        if not task.error:
+            task.error = (
+                self.dag_error(task.path) if task.kind == "dag" else {"code": 13, "message": "The task failed."}
+            )
+        self.say(task, "FAILED")
+
+    def run_loop(self, **given: Any) -> bool:
+        name, spec = given["task_name"], given["task_spec"]
+        task = self.begin((*given["io_store"].path, name), spec, given["components"][spec.component_ref.name])
+        self.say(task, "RUNNING")
+        failed = True
+        try:
+            failed = self.originals["_run_parallel_for_task"](**given)
+        except Exception as error:
+            task.error = {"code": 9, "message": str(error)}
+        self.finish(task, status.Status.FAILURE if failed else status.Status.SUCCESS, {})
+        return failed
+
+    def run_dag(self, **given: Any) -> tuple[JSON, status.Status]:
+        """Names the tasks that were not triggered, after the others have ended."""
+        path, dag = self.here.path, given["dag_component_spec"].dag
+        try:
+            result: tuple[JSON, status.Status] = self.originals["run_enhanced_dag"](**given)
+        finally:
+            for name, spec in dag.tasks.items():
+                if (*path, name) not in self.tasks:
+                    task = self.begin((*path, name), spec, given["components"][spec.component_ref.name])
+                    self.say(task, "NOT_TRIGGERED")
+        return result
+
+    # ----------------------------------------------------------------------------------- conditions and arguments
+
+    def holds(self, condition: str, io_store: Any) -> bool:
+        """Evaluates a condition. The runner puts values into its text, where a quote ends them, and hides errors."""
+
+        def value(match: re.Match[str]) -> str:
+            return repr(dags.ConditionEvaluator._resolve_pipeline_channel(match[1], io_store))
+
+        text = re.sub(r"inputs\.parameter_values\['([^']+)'\]", value, condition.replace("&&", " and "))
+        text = re.sub(r"!\s*\(", "not (", text.replace("||", " or "))
+        names = {"true": True, "false": False, "null": None, "int": int, "double": float, "string": str}
+        try:
+            return bool(eval(text, {"__builtins__": {}}, names))
+        except Exception as error:
+            raise ValueError(f"The condition {condition} can not be evaluated: {error}") from None
+
+    def make_arguments(self, task_inputs_spec: Any, io_store: Any) -> JSON:
+        """Leaves inputs without a value out, which the runner cannot encode, and corrects the status of exit tasks."""
+        given: JSON = self.originals["make_task_arguments"](task_inputs_spec, io_store)
+        for name, spec in task_inputs_spec.parameters.items():
+            if spec.HasField("task_final_status"):
+                given[name] = self.final_status((*io_store.path, spec.task_final_status.producer_task))
+        given = {name: value for name, value in given.items() if value is not None}
+        self.here.task.arguments = given
+        return given
+
+    def final_status(self, path: tuple[str, ...]) -> JSON:
+        """PipelineTaskFinalStatus with the names that dsl.PipelineTaskFinalStatus is read from."""
+        failed = next((task for task in (self.tasks.get(path),) if task and task.error), None)
+        return {
+            "state": "FAILED" if failed else "SUCCEEDED",
+            "pipelineJobResourceName": self.order["name"],
+            "pipelineTaskName": path[-1],
+            "error": failed.error if failed else {},
+        }
+
+    def join_defaults(self, dag_arguments: JSON, dag_inputs_spec: Any) -> JSON:
+        """Adds None for optional inputs without a default, of which the runner takes none."""
+        absent: JSON = {
+            name: None for name, one in dag_inputs_spec.parameters.items() if not one.HasField("default_value")
+        } | {name: None for name, one in dag_inputs_spec.artifacts.items() if one.is_optional}
+        joined: JSON = self.originals["join_user_inputs_and_defaults"]({**absent, **dag_arguments}, dag_inputs_spec)
+        return joined
+
+    def nested_arguments(self, **given: Any) -> JSON:
+        """Adds the artifacts of a nested DAG that takes no parameters: the runner looks for them by other names."""
+        found: JSON = self.originals["build_nested_dag_arguments"](**given)
+        inputs = given["task_spec"].inputs
+        return {**found, **self.make_arguments(inputs, given["io_store"])} if inputs.artifacts else found
+
+    # --------------------------------------------------------------------------------------------- one container
+
+    def task_root(self) -> str:
+        """The folder of a task's outputs, as on Vertex AI; the runner's is shared by the tasks of one component."""
+        task: Task = self.here.task
+        return f"{self.order['root']}/{task.path[-1]}_{task.id}"
+
+    def executor_input(self, **given: Any) -> Any:
+        """Sets the paths under /gcs of files that containers write, beside the gs:// URIs of artifacts."""
+        made = self.originals["construct_executor_input"](**given)
+        task, defined = self.here.task, given["component_spec"].output_definitions
+        task.expected = {}
+        made.outputs.output_file = mounted(made.outputs.output_file)
+        for name, parameter in made.outputs.parameters.items():
+            parameter.output_file = mounted(parameter.output_file)
+            kind = messages.ParameterType.ParameterTypeEnum.Name(defined.parameters[name].parameter_type)
+            task.expected[parameter.output_file] = STUBBED.get(kind, "stub")
+        for artifacts in made.outputs.artifacts.values():
+            task.expected[mounted(artifacts.artifacts[0].uri)] = "stub"
+        return made
+
+    def resolve(self, element: str, executor_input_dict: JSON, **given: Any) -> Any:
+        """Replaces the placeholders that the runner lacks, and the paths of artifacts, for which it has their URIs."""
+        task: Task = self.here.task
+        task.inputs = executor_input_dict
+        for name, value in (
+            ("pipeline_job_resource_name", self.order["name"]),
+            ("pipeline_job_create_time_utc", self.order["created"]),
+            ("pipeline_job_schedule_time_utc", self.order["scheduled"]),
+        ):
+            element = element.replace("{{$." + name + "}}", value)
+
+        def path(match: re.Match[str]) -> str:
+            artifacts = executor_input_dict.get(match[1], {}).get("artifacts", {})
+            return mounted(artifacts[match[2]]["artifacts"][0]["uri"]) if match[2] in artifacts else ""
+
+        element = re.sub(r"\{\{\$\.(inputs|outputs)\.artifacts\['([^']+)'\]\.path\}\}", path, element)
+        mine = {"task_resource_name": task.path[-1], "pipeline_task_id": task.id}
+        return self.originals["resolve_individual_placeholder"](element, executor_input_dict, **{**given, **mine})
+
+    def run_container(self, image: str, command: list[str], env: dict[str, str]) -> status.Status:
+        """One attempt of a task, as a custom job."""
+        task: Task = self.here.task
+        divide = command.index(ARGUMENTS)
+        limits = task.executor.container.resources
+        accelerator = limits.accelerator
+
+        def text(value: str, number: float) -> str:
+            return str(self.resolve_text(value)) if value else f"{number:g}" if number else ""
+
+        answer = self.sandbox.ask(
+            "run",
+            task=task.unique,
+            attempt=task.attempts,
+            image=self.resolve_text(image),
+            command=command[:divide],
+            args=command[divide + 1 :],
+            env=env,
+            cpus=text(limits.resource_cpu_limit, limits.cpu_limit),
+            memory=text(limits.resource_memory_limit, 0)
+            or (f"{limits.memory_limit:g}G" if limits.memory_limit else ""),
+            accelerator=text(accelerator.resource_type, 0) or accelerator.type,
+            accelerators=text(accelerator.resource_count, accelerator.count),
+            outputs=task.expected,
+        )
+        task.attempts += 1
+        task.error = answer.get("error")
+        return status.Status.FAILURE if task.error else status.Status.SUCCESS
+
+    def resolve_text(self, text: str) -> str:
+        """Replaces the inputs in a text of the executor that the runner leaves as it is."""
+        return str(placeholder_utils.resolve_io_placeholders(self.here.task.inputs, text))
+
+    def read_outputs(self, executor_input: Any, component_spec: Any) -> JSON:
+        """Reads what a container wrote. A container component names no artifacts, so they are the declared ones."""
+        here = messages.ExecutorInput()
+        here.CopyFrom(executor_input)
+        folder = self.order["buckets"]
+        for owner in (here.outputs, *here.outputs.parameters.values()):
+            owner.output_file = folder + owner.output_file.removeprefix("/gcs")
+        found: JSON = self.originals["get_outputs_for_task"](here, component_spec)
+        defined = component_spec.output_definitions
+        for name, artifacts in executor_input.outputs.artifacts.items():
+            found.setdefault(
+                name,
+                executor_output_utils.artifact_list_to_dsl_artifact(
+                    artifacts, is_artifact_list=defined.artifacts[name].is_artifact_list
+                ),
+            )
+        if missing := sorted(set(defined.parameters) - set(found)):
+            paths = ", ".join(executor_input.outputs.parameters[name].output_file for name in missing)
+            raise ValueError(f"The container ended well and did not write its outputs {', '.join(missing)} to {paths}.")
+        return found

@@ -1,0 +1,189 @@
+"""Pipeline jobs: their methods, and the templates that they name.
+
+https://docs.cloud.google.com/vertex-ai/docs/pipelines/run-pipeline
+"""
+
+import random
+import re
+from typing import Any
+
+from sandbox import clock
+from sandbox.context import Call, Cloud
+from sandbox.conventions import check_encryption, check_labels, page
+from sandbox.errors import GoogleError, invalid, not_found, precondition
+from sandbox.iam import check_act_as
+from sandbox.operations import OperationKind
+from sandbox.pipelines.details import task_details
+from sandbox.pipelines.runs import BILLING, ENDED
+from sandbox.pipelines.templates import FOLDER, check_arguments, check_template, output_folder
+from sandbox.projects import project_number
+from sandbox.storage.contents import content_file, live_object
+from sandbox.store import JSON
+from sandbox.vertex_custom_jobs import NETWORK, deletion
+
+UNSUPPORTED = ("reservedIpRanges", "pscInterfaceConfig")
+RUNTIME_UNSUPPORTED = ("parameters", "inputArtifacts")
+JOB_ID = re.compile(r"[a-z][-a-z0-9]{0,127}")
+# Fields that a filter of the list may name; pipelineName is in none of the resource's own.
+LISTED = ("displayName", "state", "createTime", "updateTime", "endTime", "pipelineName", "scheduleName", "templateUri")
+ORDERED = ("createTime", "updateTime", "startTime", "endTime", "displayName")
+
+
+# -------------------------------------------------------------------------------------------------------- templates
+
+
+def read_template(cloud: Cloud, uri: str) -> tuple[JSON, JSON]:
+    """The PipelineSpec at a URI, and the templateMetadata of one in Artifact Registry. Raises where there is none."""
+    import yaml
+
+    if found := re.fullmatch(r"gs://([^/]+)/(.+)", uri):
+        item = live_object(cloud.store, found[1], found[2]) if cloud.store.get("bucket", found[1]) else None
+        if not item:
+            raise not_found(f"The template {uri} is not found.")
+        content, metadata = content_file(cloud.store, item["file"]).read_bytes(), {}
+    else:
+        raise invalid(f'Invalid template_uri "{uri}": gs://BUCKET/OBJECT or https://REGION-kfp.pkg.dev/… is expected.')
+    try:
+        spec = next(iter(yaml.safe_load_all(content)), None)  # a second document is for Kubernetes
+    except yaml.YAMLError as error:
+        raise invalid(f"The template {uri} is no YAML: {error}") from None
+    if not isinstance(spec, dict):
+        raise invalid(f"The template {uri} is no pipeline; compile one with kfp.compiler.Compiler().compile().")
+    return spec.get("pipelineSpec", spec), metadata
+
+
+def prepare(cloud: Cloud, location: str, resource: JSON) -> tuple[JSON, JSON]:
+    """A new job's resource with its template, and its arguments. Raises for what Vertex AI refuses or is not done."""
+    for where, part, names in (
+        ("pipeline_job", resource, UNSUPPORTED),
+        ("pipeline_job.runtime_config", resource.get("runtimeConfig", {}), RUNTIME_UNSUPPORTED),
+    ):
+        check_supported_in(part, names, where)
+    if len(resource.get("displayName", "")) > 128:
+        raise invalid(f"display_name can be up to 128 characters long; it has {len(resource['displayName'])}.")
+    check_labels(resource.get("labels", {}))
+    check_encryption(resource, location)
+    if (network := resource.get("network")) and not NETWORK.fullmatch(network):
+        raise invalid(f'Invalid network "{network}": projects/PROJECT_NUMBER/global/networks/NAME is expected.')
+    check_act_as(cloud, resource.get("serviceAccount"))
+    resource = dict(resource)
+    if not resource.get("pipelineSpec"):
+        if not resource.get("templateUri"):
+            raise invalid("Required field pipeline_spec or template_uri is not set.")
+        resource["pipelineSpec"], metadata = read_template(cloud, resource["templateUri"])
+        if metadata:
+            resource["templateMetadata"] = metadata
+    check_template(resource["pipelineSpec"])
+    arguments = check_arguments(resource["pipelineSpec"], resource.get("runtimeConfig", {}).get("parameterValues", {}))
+    folder = FOLDER.fullmatch(output_folder(resource))
+    assert folder is not None
+    bucket, number = cloud.store.get("bucket", folder[1]), project_number(location.split("/")[1])
+    if not bucket or bucket["projectNumber"] != number:
+        raise precondition(
+            f"The bucket {folder[1]} of runtime_config.gcs_output_directory does not exist in the project: create it."
+        )
+    return resource, arguments
+
+
+def check_supported_in(part: JSON, names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        if part.get(name):
+            raise GoogleError("UNIMPLEMENTED", f"The sandbox does not implement {where} with {name}.")
+
+
+def begin(cloud: Cloud, location: str, job_id: str, prepared: tuple[JSON, JSON], **more: Any) -> JSON:
+    """Stores a job and starts it. `more` is the fault of the call, and the schedule and its time."""
+    resource, arguments = prepared
+    now = clock.now()
+    labels = {**resource.get("labels", {}), BILLING: str(random.randrange(10**17, 9 * 10**17))}
+    made = {
+        **{k: v for k, v in resource.items() if v not in ({}, [])},
+        "name": f"{location}/pipelineJobs/{job_id}",
+        "state": "PIPELINE_STATE_PENDING",
+        "createTime": now,
+        "updateTime": now,
+        "labels": labels,
+        **({"scheduleName": more["schedule"]} if more.get("schedule") else {}),
+    }
+    with cloud.store.transaction():
+        cloud.pipelines.put(made, arguments, more.get("fault", {}), more.get("scheduled", ""))
+    cloud.pipelines.start(made["name"])
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------- methods
+
+
+def find(cloud: Cloud, name: str) -> JSON:
+    """The job's document. Raises NOT_FOUND."""
+    document = cloud.pipelines.find(name)
+    if not document:
+        raise not_found(f"PipelineJob {name} is not found.")
+    return document
+
+
+async def create(call: Call) -> JSON:
+    wanted = call.query.get("pipelineJobId", call.query.get("pipeline_job_id", ""))
+    if wanted and not JOB_ID.fullmatch(wanted):
+        raise invalid(f'Invalid pipeline_job_id "{wanted}": at most 128 of a-z, 0-9 and -, a letter first.')
+    job_id = wanted or str(random.randrange(10**18, 9 * 10**18))
+    if call.cloud.pipelines.find(f"{call.location}/pipelineJobs/{job_id}"):
+        raise GoogleError("ALREADY_EXISTS", f"PipelineJob {call.location}/pipelineJobs/{job_id} already exists.")
+    prepared = prepare(call.cloud, call.location, call.body)
+    return begin(call.cloud, call.location, job_id, prepared, fault=call.fault)
+
+
+async def get(call: Call) -> JSON:
+    document = find(call.cloud, call.name)
+    resource: JSON = document["resource"]
+    if details := task_details(document, call.cloud.jobs.find):
+        return {**resource, "jobDetail": {"taskDetails": details}}
+    return resource
+
+
+async def list_(call: Call) -> JSON:
+    """The jobs, the newest first, without jobDetail."""
+    by_id = call.cloud.projects.by_id
+    items = []
+    for _, document in call.cloud.store.list("pipelineJob", call.name + "/"):
+        resource = document["resource"]
+        items.append({**resource, "pipelineName": resource["pipelineSpec"]["pipelineInfo"]["name"]})
+    items.sort(key=lambda job: str(job["createTime"]), reverse=True)
+    query = dict(call.query)
+    if "filter" in query:  # names of schedules may have the project's number
+        query["filter"] = re.sub(r"projects/[^/\s\"]+", lambda match: by_id(match[0]), query["filter"])
+    answer = page(_Query(query), "pipelineJobs", items, "pipeline_job_user_id", LISTED, ORDERED)
+    for item in answer.get("pipelineJobs", []):
+        item.pop("pipelineName", None)
+    return answer
+
+
+class _Query:
+    def __init__(self, query: dict[str, str]) -> None:
+        self.query = query
+
+
+async def cancel(call: Call) -> JSON:
+    find(call.cloud, call.name)
+    call.cloud.pipelines.cancel(call.name)
+    return {}
+
+
+def _check_ended(document: JSON, name: str) -> None:
+    if (state := document["resource"]["state"]) not in ENDED:
+        raise precondition(f"PipelineJob {name} is in state {state}: cancel it before its deletion.")
+
+
+async def delete(call: Call) -> JSON:
+    _check_ended(find(call.cloud, call.name), call.name)
+    return call.cloud.operations.start(call, "deletePipelineJob", call.location, call.name, {})
+
+
+def kinds(cloud: Cloud) -> dict[str, OperationKind]:
+    return {"deletePipelineJob": deletion(cloud, "pipelineJob")}
+
+
+METHODS = {
+    f"aiplatform.projects.locations.pipelineJobs.{name}": handler
+    for name, handler in {"create": create, "get": get, "list": list_, "cancel": cancel, "delete": delete}.items()
+}

@@ -1,0 +1,157 @@
+"""Pipelines compiled by KFP for tests of the sandbox. Without `from __future__`, because KFP reads annotations."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from kfp import compiler, dsl
+
+IMAGE = "europe-west4-docker.pkg.dev/a-project/images/steps:1"
+# Two values with a quote and a bracket, which a text must survive.
+ODD = "it's [odd]"
+
+
+def compiled(pipeline: Any) -> Any:
+    """The template of a pipeline, as the compiler writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(path))
+        return yaml.safe_load(path.read_text())
+
+
+@dsl.container_component
+def make(text: str, data: dsl.Output[dsl.Dataset], count: dsl.OutputPath(int)):  # type: ignore[no-untyped-def, valid-type]
+    return dsl.ContainerSpec(image=IMAGE, command=["make"], args=[text, data.path, count])
+
+
+@dsl.container_component
+def use(n: int, data: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]):  # type: ignore[no-untyped-def]
+    return dsl.ContainerSpec(image=IMAGE, command=["use", "--n"], args=[n, "--data", data.path, "--model", model.uri])
+
+
+@dsl.container_component
+def say(text: str):  # type: ignore[no-untyped-def]
+    return dsl.ContainerSpec(image=IMAGE, command=["say"], args=[text])
+
+
+@dsl.container_component
+def choose(best: dsl.OutputPath(str), score: dsl.OutputPath(float)):  # type: ignore[no-untyped-def, valid-type]
+    return dsl.ContainerSpec(image=IMAGE, command=["choose"], args=[best, score])
+
+
+@dsl.container_component
+def enumerate_parts(parts: dsl.OutputPath(list)):  # type: ignore[no-untyped-def, valid-type]
+    return dsl.ContainerSpec(image=IMAGE, command=["parts"], args=[parts])
+
+
+@dsl.container_component
+def gather(counts: list):  # type: ignore[no-untyped-def, type-arg]
+    return dsl.ContainerSpec(image=IMAGE, command=["gather"], args=[counts])
+
+
+@dsl.container_component
+def perhaps(text: Optional[str] = None, number: Optional[int] = None):  # type: ignore[no-untyped-def]  # noqa: UP045
+    said = dsl.IfPresentPlaceholder(input_name="text", then=["--text", text], else_=["--none"])
+    return dsl.ContainerSpec(image=IMAGE, command=["perhaps"], args=[said])
+
+
+@dsl.component(base_image=IMAGE)
+def told(status: dsl.PipelineTaskFinalStatus, text: str):  # type: ignore[no-untyped-def]
+    print(status.state, text)
+
+
+@dsl.component(base_image=IMAGE)
+def measured(data: dsl.Input[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]) -> float:
+    metrics.log_metric("accuracy", 0.5)
+    return 0.5
+
+
+def pipeline(function: Callable[..., Any]) -> Any:
+    """The template of a function that is a pipeline of its name."""
+    return compiled(dsl.pipeline(name=function.__name__.replace("_", "-"))(function))
+
+
+def linear(seconds: str = "", fail: str = "", **changes: Any) -> Any:
+    """make → use, with parameters `text` (a default) and `times` (none). The stub of `use` may take long or fail."""
+
+    def linear(text: str = "hello", times: int = 3):  # type: ignore[no-untyped-def]
+        first = make(text=text)
+        second = use(n=times, data=first.outputs["data"])
+        if seconds:
+            second.set_env_variable("STUB_SECONDS", seconds)
+        if fail:
+            second.set_env_variable("STUB_EXIT", fail)
+        for name, value in changes.items():
+            getattr(second, name)(*value)
+
+    return pipeline(linear)
+
+
+def branches(best: str, score: str) -> Any:
+    """If, Elif and Else, by the outputs of a task, one of which has a value that quotes must not end."""
+
+    def branches(threshold: float = 0.7):  # type: ignore[no-untyped-def]
+        chosen = choose().set_env_variable("STUB_OUTPUTS", f'{{"best": "{best}", "score": "{score}"}}')
+        with dsl.If(chosen.outputs["best"] == "left", name="is-left"):
+            say(text="left")
+        with dsl.Elif(chosen.outputs["score"] > threshold, name="is-good"):
+            say(text="good")
+        with dsl.Else():
+            say(text="neither")
+
+    return pipeline(branches)
+
+
+def loops() -> Any:
+    """A loop over a task's output, a loop over constants in a condition, and what they have made, collected."""
+
+    def loops(wanted: bool = True):  # type: ignore[no-untyped-def]
+        parts = enumerate_parts().set_env_variable("STUB_OUTPUTS", '{"parts": "[\\"a\\", \\"b\\", \\"c\\"]"}')
+        with dsl.ParallelFor(parts.outputs["parts"], parallelism=2) as part:
+            made = make(text=part)
+        gather(counts=dsl.Collected(made.outputs["count"]))
+        with dsl.If(wanted == True), dsl.ParallelFor([1, 2]) as number:  # noqa: E712
+            say(text=f"number {number}")
+
+    return pipeline(loops)
+
+
+def nested() -> Any:
+    """A pipeline in a pipeline that takes an artifact only, an importer, and two tasks of one component."""
+
+    @dsl.pipeline
+    def inner(data: dsl.Input[dsl.Dataset]) -> dsl.Model:
+        return use(n=1, data=data).outputs["model"]
+
+    def nested(uri: str = "gs://a-bucket/data.csv"):  # type: ignore[no-untyped-def]
+        found = dsl.importer(artifact_uri=uri, artifact_class=dsl.Dataset, metadata={"rows": 3})
+        inner(data=found.output)
+        first, second = make(text="one"), make(text="two")
+        use(n=1, data=first.outputs["data"])
+        use(n=2, data=second.outputs["data"])
+
+    return pipeline(nested)
+
+
+def optional() -> Any:
+    def optional(text: Optional[str] = None, number: Optional[int] = 4):  # type: ignore[no-untyped-def]  # noqa: UP045
+        perhaps(text=text, number=number)
+
+    return pipeline(optional)
+
+
+def exit_handled(fail: str) -> Any:
+    def exit_handled():  # type: ignore[no-untyped-def]
+        with dsl.ExitHandler(told(text="over")):
+            make(text="x").set_env_variable("STUB_EXIT", fail)
+
+    return pipeline(exit_handled)
+
+
+def lightweight() -> Any:
+    def lightweight():  # type: ignore[no-untyped-def]
+        measured(data=make(text="x").outputs["data"])
+
+    return pipeline(lightweight)
