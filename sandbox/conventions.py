@@ -99,10 +99,12 @@ def _matches(item: JSON, term: Term, id_field: str, fields: tuple[str, ...]) -> 
             actual = actual.rpartition("/")[2]
         if term.op in ("=", "!="):
             return (actual == term.value) == (term.op == "=")
+        if term.op == ":" and term.value == "*":
+            return bool(actual)
         if term.op == ":" and name == "displayName" and fields != FILTERED:
             return fnmatch.fnmatchcase(actual, term.value)
         if term.op in COMPARED and name.endswith("Time"):
-            return COMPARED[term.op](nanoseconds(actual), nanoseconds(term.value))
+            return bool(actual) and COMPARED[term.op](nanoseconds(actual), nanoseconds(term.value))
     raise invalid(
         f'Invalid filter "{".".join(term.path)}{term.op}{term.value}": the sandbox understands '
         f"{', '.join(fields)}, {id_field} (= and !=), labels.KEY=VALUE, labels.KEY:* and labels:KEY, joined by AND, OR "

@@ -28,6 +28,7 @@ from sandbox import (
     vertex_operations,
     vertex_pipeline_jobs,
     vertex_predictions,
+    vertex_schedules,
     vertex_tensorboards,
     vertex_tuning_jobs,
     workload_identity,
@@ -66,6 +67,7 @@ METHODS: dict[str, Handler] = {
     **vertex_tuning_jobs.METHODS,
     **vertex_tensorboards.METHODS,
     **vertex_pipeline_jobs.METHODS,
+    **vertex_schedules.METHODS,
     **queries.METHODS,
     **buckets.METHODS,
     **objects.METHODS,
@@ -117,8 +119,9 @@ class SandboxServer:
             pipelines=Pipelines(store, jobs),
             registry=registry,
         )
-        training = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards, vertex_pipeline_jobs)
-        for module in (vertex_models, vertex_endpoints, vertex_deployments, *training):
+        training = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards)
+        pipelines = (vertex_pipeline_jobs, vertex_schedules)
+        for module in (vertex_models, vertex_endpoints, vertex_deployments, *training, *pipelines):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
         self.cloud.jobs.ended = lambda name: vertex_tuning_jobs.job_ended(self.cloud, name)
@@ -136,6 +139,8 @@ class SandboxServer:
         await self.cloud.jobs.resume()
         vertex_tuning_jobs.resume(self.cloud)
         self.cloud.pipelines.resume()
+        vertex_schedules.resume(self.cloud)
+        self.cloud.jobs.background(vertex_schedules.watch(self.cloud))
         self.cloud.operations.resume()
 
     async def stop(self) -> None:

@@ -74,9 +74,9 @@ def pipeline(function: Callable[..., Any]) -> Any:
 
 
 def linear(seconds: str = "", fail: str = "", **changes: Any) -> Any:
-    """make → use, with parameters `text` (a default) and `times` (none). The stub of `use` may take long or fail."""
+    """make → use, with the parameters `times` and `text`, a default. The stub of `use` may take long or fail."""
 
-    def linear(text: str = "hello", times: int = 3):  # type: ignore[no-untyped-def]
+    def linear(times: int, text: str = "hello"):  # type: ignore[no-untyped-def]
         first = make(text=text)
         second = use(n=times, data=first.outputs["data"])
         if seconds:
@@ -155,3 +155,28 @@ def lightweight() -> Any:
         measured(data=make(text="x").outputs["data"])
 
     return pipeline(lightweight)
+
+
+def unwritten() -> Any:
+    """A task whose stub leaves an output unwritten."""
+
+    def unwritten():  # type: ignore[no-untyped-def]
+        choose().set_env_variable("STUB_OUTPUTS", '{"score": null}')
+
+    return pipeline(unwritten)
+
+
+def independent() -> Any:
+    """a-first, which fails; after-first, which needs it; and z-last, which does not."""
+
+    def independent():  # type: ignore[no-untyped-def]
+        first = make(text="x").set_display_name("first").set_env_variable("STUB_EXIT", "1")
+        say(text="after").after(first)
+        enumerate_parts()
+
+    spec = pipeline(independent)
+    tasks = spec["root"]["dag"]["tasks"]
+    names = {"make": "a-first", "say": "after-first", "enumerate-parts": "z-last"}
+    spec["root"]["dag"]["tasks"] = {names[name]: task for name, task in tasks.items()}
+    spec["root"]["dag"]["tasks"]["after-first"]["dependentTasks"] = ["a-first"]
+    return spec

@@ -40,6 +40,7 @@ from sandbox.pipelines.templates import task_id
 JSON = dict[str, Any]
 FAILURE: tuple[JSON, status.Status] = ({}, status.Status.FAILURE)
 ALWAYS = messages.PipelineTaskSpec.TriggerPolicy.TriggerStrategy.ALL_UPSTREAM_TASKS_COMPLETED
+DOUBLE = messages.ParameterType.ParameterTypeEnum.NUMBER_DOUBLE
 # Between the command and the arguments of a container, because the runner hands them over as one list.
 ARGUMENTS = "\0arguments"
 # What a stub writes into the file of an output parameter.
@@ -123,6 +124,15 @@ class Task:
 def mounted(uri: str) -> str:
     """The path under which containers have a gs:// object."""
     return "/gcs/" + uri.removeprefix("gs://") if uri.startswith("gs://") else uri
+
+
+def whole_numbers(value: Any) -> Any:
+    """A JSON value whose numbers have no point where they need none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [whole_numbers(item) for item in value]
+    return {key: whole_numbers(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def run(connection: Connection, order: JSON) -> None:
@@ -210,6 +220,7 @@ class Pipeline:
             (utilities, "join_user_inputs_and_defaults", staticmethod(self.join_defaults)),
             (task_spec_utils, "build_nested_dag_arguments", self.nested_arguments),
             (executor_input_utils, "construct_executor_input", self.executor_input),
+            (executor_input_utils, "executor_input_to_dict", self.input_dictionary),
             (executor_output_utils, "get_outputs_for_task", self.read_outputs),
             (placeholder_utils, "resolve_individual_placeholder", self.resolve),
         ):
@@ -319,8 +330,19 @@ class Pipeline:
             raise ValueError(f"The condition {condition} can not be evaluated: {error}") from None
 
     def make_arguments(self, task_inputs_spec: Any, io_store: Any) -> JSON:
-        """Leaves inputs without a value out, which the runner cannot encode, and corrects the status of exit tasks."""
-        given: JSON = self.originals["make_task_arguments"](task_inputs_spec, io_store)
+        """Leaves inputs without a value out, which the runner cannot encode, and corrects the status of exit tasks.
+
+        The compiler gives a condition the item of the loop inside it, which is not there yet.
+        """
+        there = messages.TaskInputsSpec()
+        there.CopyFrom(task_inputs_spec)
+        for name, spec in task_inputs_spec.parameters.items():
+            if spec.component_input_parameter.startswith("loop-item-param-"):
+                try:
+                    io_store.get_parent_input(spec.component_input_parameter)
+                except ValueError:
+                    del there.parameters[name]
+        given: JSON = self.originals["make_task_arguments"](there, io_store)
         for name, spec in task_inputs_spec.parameters.items():
             if spec.HasField("task_final_status"):
                 given[name] = self.final_status((*io_store.path, spec.task_final_status.producer_task))
@@ -371,6 +393,16 @@ class Pipeline:
             task.expected[parameter.output_file] = STUBBED.get(kind, "stub")
         for artifacts in made.outputs.artifacts.values():
             task.expected[mounted(artifacts.artifacts[0].uri)] = "stub"
+        return made
+
+    def input_dictionary(self, **given: Any) -> JSON:
+        """Writes whole numbers without a point, but for those of the type float: protocol buffers know doubles only."""
+        made: JSON = self.originals["executor_input_to_dict"](**given)
+        defined = given["component_spec"].input_definitions.parameters
+        values = made.get("inputs", {}).get("parameterValues", {})
+        for name, value in values.items():
+            if name not in defined or defined[name].parameter_type != DOUBLE:
+                values[name] = whole_numbers(value)
         return made
 
     def resolve(self, element: str, executor_input_dict: JSON, **given: Any) -> Any:

@@ -11,6 +11,7 @@ import json
 import logging
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,6 +39,7 @@ class Pipelines:
         self._jobs = jobs
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
+        self._stopping = False
         # Importing kfp takes two seconds: one process does it, and is forked for each job.
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(PRELOADED)
@@ -77,6 +79,8 @@ class Pipelines:
 
     def start(self, name: str) -> None:
         """Begins a job whose document is in the store, or goes on with it."""
+        if self._stopping:
+            return  # the next start begins it
         self._cancelled[name] = asyncio.Event()
         self._tasks[name] = asyncio.create_task(self._run(name))
 
@@ -91,7 +95,8 @@ class Pipelines:
             document["resource"]["state"] = "PIPELINE_STATE_CANCELLING"
 
         self._change(name, change)
-        self._cancelled[name].set()
+        if name in self._cancelled:
+            self._cancelled[name].set()
 
     def release(self) -> None:
         """Lets go of the jobs whose first container a fault would hold, and that have none yet."""
@@ -107,10 +112,13 @@ class Pipelines:
 
     async def stop(self) -> None:
         """Ends the processes. The next start goes on with their jobs."""
+        self._stopping = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # It would end by itself a moment after this process.
+        await asyncio.to_thread(forkserver._forkserver._stop)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------------------------------------- one job
 
