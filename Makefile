@@ -25,7 +25,7 @@ SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 # Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
 TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help train tensorboard tune plots serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up deploy down live image scan drift-issue lock format clean
+.PHONY: help train pipeline pipeline-compile tensorboard tune plots serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up deploy down live image scan drift-issue lock format clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,12 @@ compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine now,
 train: .venv/.training ## train a model into runs/ (WORKLOAD=census|digits|search, ARGS=options, RUN=folder)
 	@test -n "$(WORKLOAD)" || { echo "say WORKLOAD=census, digits or search"; exit 2; }
 	@exec $(BIN)/python -m training.$(WORKLOAD) --job-dir $(or $(RUN),runs/$(WORKLOAD)) $(ARGS)
+
+pipeline: .venv/.training ## run the census pipeline on this machine into runs/pipelines (ARGS="--param train_steps=500", RUN=folder)
+	@exec $(BIN)/python -m training.pipelines run --root $(or $(RUN),runs/pipelines) $(ARGS)
+
+pipeline-compile: .venv/.training ## write the template of the census pipeline, runs/pipelines/census.yaml (ARGS=options)
+	@exec $(BIN)/python -m training.pipelines compile $(ARGS)
 
 tensorboard: .venv/.training ## curves of all runs below runs/ at http://127.0.0.1:6006 (RUN=folder)
 	@exec $(BIN)/tensorboard --logdir $(or $(RUN),runs) --host 127.0.0.1

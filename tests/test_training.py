@@ -37,16 +37,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 
 def test_a_bucket_is_read_where_vertex_ai_mounts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "GCS", tmp_path)
+    monkeypatch.setattr("training.files.GCS", tmp_path)
     assert common.local_path("gs://bucket/a/b") == tmp_path / "bucket" / "a" / "b"
     assert common.local_path("/gcs/bucket/a") == Path("/gcs/bucket/a")
-    monkeypatch.setattr(common, "GCS", tmp_path / "absent")
+    monkeypatch.setattr("training.files.GCS", tmp_path / "absent")
     with pytest.raises(UsageError, match="gcloud storage cp -r gs://bucket/a"):
         common.local_path("gs://bucket/a")
 
 
 def test_the_folders_of_vertex_ai_come_before_the_job_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "GCS", tmp_path)
+    monkeypatch.setattr("training.files.GCS", tmp_path)
     assert Folders.choose("job", {}) == Folders(Path("job/model"), Path("job/checkpoints"), Path("job/logs"))
     trial = {"AIP_MODEL_DIR": "gs://b/7/model/", "AIP_CHECKPOINT_DIR": "/gcs/b/7/checkpoints"}
     chosen = Folders.choose("gs://b/job", trial)

@@ -26,30 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# Where a training container of Vertex AI finds Cloud Storage:
-# https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system
-GCS = Path("/gcs")
+from training.files import UsageError as UsageError
+from training.files import local_path as local_path
+from training.files import published as published
+
 KEPT_CHECKPOINTS = 2  # a file system that cannot rename in one step may leave the newest one broken
 SHOWN_BAD_RECORDS = 10
-
-
-class UsageError(Exception):
-    """A run cannot start or continue; the message says how to repair it."""
-
-
-def local_path(text: str) -> Path:
-    """Returns the path of a file or folder: `gs://bucket/name` becomes `/gcs/bucket/name`.
-
-    Raises UsageError for gs:// where /gcs is not mounted.
-    """
-    if not text.startswith("gs://"):
-        return Path(text).expanduser()
-    if not GCS.is_dir():
-        raise UsageError(
-            f"{text} is read through {GCS}, which Vertex AI mounts and this machine does not have; copy it here first: "
-            f"gcloud storage cp -r {text} ."
-        )
-    return GCS / text.removeprefix("gs://")
 
 
 @dataclass(frozen=True)
@@ -185,16 +167,6 @@ def data_sha256(arrays: Iterable[Tensor]) -> str:
     for one in arrays:
         digest.update(one.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def published(name: str) -> Path:
-    """Returns the path of a file of `headcount.data`, which is fetched if it is absent. Raises UsageError."""
-    from headcount.data import DataError, fetch
-
-    try:
-        return fetch(name)
-    except DataError as error:
-        raise UsageError(str(error)) from None
 
 
 @dataclass
