@@ -102,7 +102,11 @@ class DockerRunner:
                     launch.image,
                     name=launch.hostname or f"{launch.name}-{uuid.uuid4().hex[:6]}",
                     detach=True,
-                    environment={"STORAGE_EMULATOR_HOST": self._network.sandbox, **launch.env},
+                    environment={
+                        "STORAGE_EMULATOR_HOST": self._network.sandbox,
+                        "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{self._network.sandbox}/",  # gcloud's variable
+                        **launch.env,
+                    },
                     network=self._network.name,
                     extra_hosts=self._network.hosts,
                     labels=launch.labels,

@@ -20,6 +20,10 @@ def component(function: Any) -> Any:
     return dsl.component(function, base_image=DEFAULT_TRAINING_IMAGE, install_kfp_package=False)
 
 
+def container_component(function: Any) -> Any:
+    return dsl.container_component(function)
+
+
 @component
 def download(data: str, raw: dsl.Output[dsl.Dataset]) -> str:
     """Copies the two files of the UCI Adult table.
@@ -51,7 +55,7 @@ def clean(
     return found.summary
 
 
-@dsl.container_component  # type: ignore[untyped-decorator]
+@container_component
 def train(
     data: dsl.Input[dsl.Dataset],
     train_steps: int,
@@ -113,7 +117,7 @@ def compare(
 ) -> NamedTuple("Comparison", [("Output", bool), ("champion", str), ("summary", str)]):  # type: ignore[valid-type]
     """Evaluates the default version of the registry on the same data, and decides whether the model is better.
 
-    That decision is named Output, because KFP's local runner finds no other name in a condition.
+    The decision has KFP's name Output, because KFP's local runner knows no other one in a condition.
     """
     from pathlib import Path
 

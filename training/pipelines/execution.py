@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,9 @@ class Execution(Protocol):
     def run(self, command: Command, log: IO[bytes]) -> str:
         """Runs a command to its end, and appends its output to `log`. Returns why it failed, or ""."""
 
+    def stop(self) -> None:
+        """Asks all commands that run to end."""
+
 
 class Processes:
     """Runs commands as processes in this environment, which has the packages of the training image.
@@ -53,6 +57,7 @@ class Processes:
 
     def __init__(self) -> None:
         self._code = ""
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     def prepare(self, images: Sequence[str]) -> None:
         self._code = code_identity()
@@ -78,11 +83,21 @@ class Processes:
             )
         except OSError as error:
             return f"{words[0]} cannot be started: {error.strerror}"
-        with _ended(process):
-            code = process.wait()
+        self._running[process.pid] = process
+        try:
+            with _ended(process):
+                code = process.wait()
+        finally:
+            del self._running[process.pid]
+            shutil.rmtree(scratch, ignore_errors=True)
         if code < 0:
             return f"it was killed by {signal.Signals(-code).name}"
         return f"it ended with the exit code {code}" if code else ""
+
+    def stop(self) -> None:
+        for process in list(self._running.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -111,6 +126,7 @@ class Containers:
     folders: Sequence[Path]
     read_only: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    _running: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         try:
@@ -124,6 +140,13 @@ class Containers:
 
     def close(self) -> None:
         self._client.close()
+
+    def stop(self) -> None:
+        import docker
+
+        for container in list(self._running):
+            with contextlib.suppress(docker.errors.APIError):
+                container.kill()
 
     def prepare(self, images: Sequence[str]) -> None:
         import docker
@@ -163,6 +186,7 @@ class Containers:
             )
         except docker.errors.APIError as error:
             return f"Docker cannot create its container: {error.explanation}"
+        self._running.append(container)
         try:
             return _watched(container, log)
         except docker.errors.NotFound:
@@ -170,6 +194,7 @@ class Containers:
         except docker.errors.APIError as error:
             return f"Docker cannot run its container: {error.explanation}"
         finally:
+            self._running.remove(container)
             with contextlib.suppress(docker.errors.APIError):
                 container.remove(force=True, v=True)
 

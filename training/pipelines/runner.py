@@ -1,13 +1,15 @@
 """Runs a compiled pipeline on this machine with KFP's local runner.
 
 KFP orders the tasks, hands values and artifacts on, and has conditions, loops, exit handlers, retries and the cache.
-Three of its functions are replaced while a pipeline runs, because KFP has no setting for them:
+Four of its functions are replaced while a pipeline runs, because KFP has no setting for them:
 
 - the execution of one task: KFP's subprocess runner refuses container components; its Docker runner runs a command
   below the image's entry point, which Vertex AI replaces, and takes a container that vanished for a success; neither
   looks for missing outputs, nor knows the artifacts of a container component;
 - the cache, for the keys that training/pipelines/cache.py explains;
-- the function around both, to report a line for each task.
+- the function around both, to report a line for each task;
+- the values in conditions, because KFP's runner finds a task's output only if its name is `Output`, and takes a
+  condition on another one for false.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from kfp.dsl.component_factory import EXECUTOR_MODULE
 from kfp.local import cache as kfp_cache
 from kfp.local import executor_input_utils, executor_output_utils, placeholder_utils, task_dispatcher
 from kfp.local.orchestrator import task_executor
+from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
 from kfp.local.pipeline_orchestrator import run_local_pipeline
 from kfp.local.status import Status
 
@@ -60,7 +63,7 @@ def run(
         _step.get().taken_from = run
 
     cache = ContentCache(root / ".cache", started, execution.identity, unchanged, fresh)
-    with _kfp(root, cache, execution, report), _terminated():
+    with _kfp(root, cache, execution, report), _stopped_by_signals(execution):
         run_local_pipeline(spec, arguments)
     report.end(list(template.tasks(spec)))
     return not report.failed
@@ -102,6 +105,7 @@ def _kfp(root: Path, cache: ContentCache, execution: Execution, report: Report) 
         patch.object(task_executor, "execute_single_task", reported),
         patch.object(task_dispatcher, "run_single_task_implementation", carried_out),
         patch.object(kfp_cache, "get_local_cache", lambda: cache),
+        patch.object(ConditionEvaluator, "_resolve_pipeline_channel", staticmethod(_value_of)),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # settings of a task that have no effect here, such as its CPUs
@@ -130,17 +134,19 @@ def _logged(log: TextIO) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Makes SIGTERM end the pipeline as Ctrl-C does."""
+def _stopped_by_signals(execution: Execution) -> Iterator[None]:
+    """Ends the steps at Ctrl-C and SIGTERM, those of KFP's threads included, and raises KeyboardInterrupt."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        execution.stop()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _carry_out(
@@ -197,6 +203,21 @@ def _carry_out(
     declared = [*component_spec.output_definitions.parameters, *executor_input.outputs.artifacts]
     missing = [name for name in declared if not _is_there(outputs.get(name), folder)]
     return outputs, f"it ended without its output {' and '.join(missing)}" if missing else ""
+
+
+_kfp_value_of = ConditionEvaluator._resolve_pipeline_channel
+
+
+def _value_of(channel: str, values: Any) -> Any:
+    """Returns the value of a condition's reference `pipelinechannel--TASK-OUTPUT`, or of a parameter."""
+    name, scope = channel.replace("pipelinechannel--", ""), values
+    while scope is not None:
+        for task, outputs in scope._task_output_data.items():
+            for output, value in outputs.items():
+                if name == f"{task}-{output}":
+                    return value
+        scope = scope._parent
+    return _kfp_value_of(channel, values)
 
 
 def _named(value: Any, run: str) -> Any:

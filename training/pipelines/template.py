@@ -94,8 +94,8 @@ def arguments(spec: Any, given: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--param {text} has no value; write --param NAME=VALUE")
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"the pipeline has no parameter {name}{hint} It has {', '.join(sorted(parameters))}")
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(parameters))}"
+            raise UsageError(f"the pipeline has no parameter {name}; {hint}")
         if name in values:
             raise UsageError(f"the parameter {name} is given twice")
         kind = spec_pb2.ParameterType.ParameterTypeEnum.Name(parameters[name].parameter_type)
