@@ -6,6 +6,7 @@ from pathlib import Path
 from starlette.requests import Request
 
 from sandbox.artifact_registry.registry import RegistryServer
+from sandbox.batch_jobs import BatchJobs
 from sandbox.discovery import Method
 from sandbox.fleet import Fleet
 from sandbox.jobs import Jobs
@@ -46,6 +47,7 @@ class Cloud:
     fleet: Fleet
     jobs: Jobs
     pipelines: Pipelines
+    batches: BatchJobs
     registry: RegistryServer
 
 

@@ -21,6 +21,7 @@ from sandbox import (
     operations,
     resource_manager,
     service_usage,
+    vertex_batch_jobs,
     vertex_custom_jobs,
     vertex_deployments,
     vertex_endpoints,
@@ -36,6 +37,7 @@ from sandbox import (
 from sandbox.admin import Admin, linger
 from sandbox.artifact_registry import packages, repositories
 from sandbox.artifact_registry.registry import RegistryServer
+from sandbox.batch_jobs import BatchJobs
 from sandbox.cloud_logging import audit, queries
 from sandbox.context import Call, Cloud, SandboxSettings
 from sandbox.conventions import partial
@@ -63,6 +65,7 @@ METHODS: dict[str, Handler] = {
     **vertex_deployments.METHODS,
     **vertex_predictions.METHODS,
     **vertex_operations.METHODS,
+    **vertex_batch_jobs.METHODS,
     **vertex_custom_jobs.METHODS,
     **vertex_tuning_jobs.METHODS,
     **vertex_tensorboards.METHODS,
@@ -117,13 +120,15 @@ class SandboxServer:
             fleet=fleet,
             jobs=jobs,
             pipelines=Pipelines(store, jobs),
+            batches=BatchJobs(store, fleet, partly="partial-success" in settings.suppose),
             registry=registry,
         )
         training = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards)
-        pipelines = (vertex_pipeline_jobs, vertex_schedules)
-        for module in (vertex_models, vertex_endpoints, vertex_deployments, *training, *pipelines):
+        others = (vertex_batch_jobs, vertex_pipeline_jobs, vertex_schedules)
+        for module in (vertex_models, vertex_endpoints, vertex_deployments, *training, *others):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
+        self.cloud.batches.serving_of = lambda resource: vertex_batch_jobs.serving_of(self.cloud, resource)
         self.cloud.jobs.ended = lambda name: vertex_tuning_jobs.job_ended(self.cloud, name)
         self.admin = Admin(store, settings.admin, release=self._release)
 
@@ -131,6 +136,7 @@ class SandboxServer:
         self.cloud.operations.release()
         self.cloud.jobs.release()
         self.cloud.pipelines.release()
+        self.cloud.batches.release()
 
     async def start(self) -> None:
         # A thread is held while Docker pulls or stops; the default of a few would make others wait.
@@ -141,12 +147,14 @@ class SandboxServer:
         self.cloud.pipelines.resume()
         vertex_schedules.resume(self.cloud)
         self.cloud.jobs.background(vertex_schedules.watch(self.cloud))
+        self.cloud.batches.resume()
         self.cloud.operations.resume()
 
     async def stop(self) -> None:
         await self.cloud.operations.stop()
         await self.cloud.pipelines.stop()
         await self.cloud.jobs.stop()
+        await self.cloud.batches.stop()
         await self.cloud.fleet.stop()
         await asyncio.to_thread(self.cloud.registry.stop)
         self.cloud.store.close()

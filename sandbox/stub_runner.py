@@ -20,6 +20,9 @@ class StubRunner:
     STUB_SECONDS=1.5   seconds until the health route answers 200
     STUB_STATUS=500    status of every prediction, with STUB_LOG as the body
     STUB_COUNT=4       people in every picture
+    STUB_BAD=text      instances with this text have an error in place of the prediction
+    STUB_CROWD=text    requests with this text that have more than one instance are answered with status 500
+    STUB_ECHO=1        every prediction has what was sent
 
     and that of a job's containers:
     STUB_LOG=…, STUB_ERRORS=…  the lines that it writes to stdout and to stderr
@@ -83,10 +86,14 @@ class StubContainer:
             "model": {"name": "stub", "version": "1"},
         }
         try:
-            count = len(json.loads(body)["instances"])
+            request = json.loads(body)
+            instances = list(request["instances"])
         except (ValueError, KeyError, TypeError):
-            count = 1
-        return ContainerResponse(200, "application/json", json.dumps({"predictions": [said] * count}).encode())
+            request, instances = {}, [None]
+        if "STUB_CROWD" in env and len(instances) > 1 and env["STUB_CROWD"] in body.decode():
+            return ContainerResponse(500, "text/plain", b"too many at once")
+        answers = [_predicted(one, request.get("parameters"), env, said) for one in instances]
+        return ContainerResponse(200, "application/json", json.dumps({"predictions": answers}).encode())
 
     async def connect(self, port: int, timeout: float) -> None:
         pass
@@ -146,3 +153,10 @@ class StubContainer:
 
     async def stop(self, grace: float) -> None:
         self.stopped = True
+
+
+def _predicted(instance: object, parameters: object, env: dict[str, str], said: dict[str, object]) -> dict[str, object]:
+    """The stub's prediction for an instance."""
+    if "STUB_BAD" in env and env["STUB_BAD"] in json.dumps(instance):
+        return {"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "this is no picture"}}
+    return {**said, "sent": instance, "parameters": parameters} if "STUB_ECHO" in env else said

@@ -32,6 +32,7 @@ SUPPOSITIONS = {
     "versioned-models": "a deployed model names its model with the version",
     "no-status": "deployed models have no status",
     "default-targets": "default autoscaling targets are written into deployed models",
+    "partial-success": "a batch prediction job of which some instances failed is partially succeeded",
     "dns-scheme": "the DNS name of a dedicated endpoint begins with https://",
 }
 

@@ -26,6 +26,7 @@ _STORAGE = {
 _VERTEX = {
     "endpoints": "EndpointService",
     "models": "ModelService",
+    "batchPredictionJobs": "JobService",
     "customJobs": "JobService",
     "hyperparameterTuningJobs": "JobService",
     "tensorboards": "TensorboardService",
