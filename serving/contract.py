@@ -111,7 +111,9 @@ class Parameters:
     annotate: also answer with the picture, boxes drawn. detail: how closely the picture is looked at, see DETAILS.
     grid: columns and rows of a grid over the picture; the answer has the number of people in each cell, by their foot
     points, as for a region. candidates: also answer with those who have at least this confidence, 0.01…1, and less than
-    `confidence`; they do not count.
+    `confidence`; they do not count. inline_errors: a request whose instances are all bad is answered with an error in
+    place of each, as one with some good ones is, and not refused: a batch prediction job asks a refused request again,
+    and loses the reasons.
     """
 
     confidence: float = 0.25
@@ -122,6 +124,7 @@ class Parameters:
     detail: str = "auto"
     grid: tuple[int, int] | None = None
     candidates: float | None = None
+    inline_errors: bool = False
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Parameters:
@@ -148,6 +151,8 @@ class Parameters:
             values["grid"] = _grid(given["grid"])
         if given.get("candidates") is not None:
             values["candidates"] = _number("candidates", given["candidates"], 0.01, 1)
+        if "inline_errors" in given:
+            values["inline_errors"] = _boolean("inline_errors", given["inline_errors"])
         return cls(**values)
 
     def as_json(self) -> dict[str, Any]:
@@ -333,8 +338,11 @@ def json_instances(body: bytes | memoryview, shape: str, limits: Limits) -> tupl
 def _instance(i: int, value: Any, limits: Limits) -> Instance:
     where = f"instances[{i}]"
     try:
-        image = value.get("image") if isinstance(value, dict) else None
-        if not isinstance(image, dict) or set(image) not in ({"b64"}, {"uri"}) or set(value) != {"image"}:
+        # A batch prediction job sends the files of a list without a name around them:
+        # https://cloud.google.com/vertex-ai/docs/predictions/get-batch-predictions
+        bare = isinstance(value, dict) and set(value) == {"b64"}
+        image = value if bare else value.get("image") if isinstance(value, dict) else None
+        if not isinstance(image, dict) or set(image) not in ({"b64"}, {"uri"}) or not (bare or set(value) == {"image"}):
             raise RequestError(
                 f'{where} must be {{"image": {{"b64": "…"}}}} or {{"image": {{"uri": "gs://bucket/object"}}}}'
             )
@@ -342,7 +350,9 @@ def _instance(i: int, value: Any, limits: Limits) -> Instance:
             try:
                 return Instance(base64.b64decode(image["b64"], validate=True))
             except (binascii.Error, TypeError, ValueError):
-                raise RequestError(f"{where}.image.b64 is not base64; encode the file's bytes (RFC 4648)") from None
+                raise RequestError(
+                    f"{where}{'' if bare else '.image'}.b64 is not base64; encode the file's bytes (RFC 4648)"
+                ) from None
         return Instance(uri=_uri(f"{where}.image.uri", image["uri"], limits))
     except RequestError as error:
         return Instance(error=error)

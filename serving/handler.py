@@ -95,7 +95,7 @@ class PeopleHandler(BaseHandler[PeopleState]):
         assert state.request is not None
         answers = [self._prediction(state, i) for i in range(len(state.places))]
         errors = [answer for answer in answers if isinstance(answer, RequestError)]
-        if len(errors) == len(answers):
+        if len(errors) == len(answers) and (state.request.single or not state.parameters.inline_errors):
             raise errors[0]
         counts = (state.pictures[place].count for place in state.places)
         headers = {COUNT_HEADER: str(sum(len(count.people) for count in counts if count is not None))}

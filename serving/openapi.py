@@ -82,6 +82,11 @@ PARAMETERS: Final[dict[str, tuple[Json, str, Any]]] = {
         "Also list those who have at least this confidence and less than `confidence`. They do not count.",
         0.1,
     ),
+    "inline_errors": (
+        {"type": "boolean", "default": Parameters.inline_errors},
+        "Answer JSON with an error in place of each bad instance even if all instances are bad, with status 200.",
+        True,
+    ),
 }  # fmt: skip
 
 
@@ -235,7 +240,10 @@ def _schemas() -> Json:
             instances={"type": "array", "minItems": 1, "items": ref("Instance")},
             parameters={"anyOf": [ref("Parameters"), {"type": "null"}]},
         ),
-        "Instance": object_("image", image={"anyOf": [object_("b64", b64=base64), object_("uri", uri=uri)]}),
+        "Instance": {"anyOf": [
+            object_("image", image={"anyOf": [object_("b64", b64=base64), object_("uri", uri=uri)]}),
+            object_("b64", b64=base64 | {"description": "As batch prediction jobs send the files of a list."}),
+        ]},
         "Person": object_("box confidence", box=box, confidence=number(0, 1)),
         "Prediction": object_(
             "count people image looks model",

@@ -187,7 +187,7 @@ def test_json_of_the_wrong_shape_is_told_the_right_one(body: bytes, says: str) -
     ("value", "says"),
     [
         (7, 'must be {"image"'), ({}, 'must be {"image"'), ({"image": {}}, 'must be {"image"'),
-        ({"image": {"b64": "", "uri": ""}}, 'must be {"image"'), ({"b64": "AA=="}, 'must be {"image"'),
+        ({"image": {"b64": "", "uri": ""}}, 'must be {"image"'), ({"b64": "AA==", "key": 1}, 'must be {"image"'),
         ({"image": {"b64": "AA="}}, "not base64"), ({"image": {"b64": "A A="}}, "not base64"),
         ({"image": {"b64": "ä==="}}, "not base64"), ({"image": {"b64": 5}}, "not base64"),
         ({"image": {"uri": "gs://theirs/a.jpg"}}, "bucket 'theirs'"), ({"image": {"uri": 5}}, "only gs://"),
@@ -206,6 +206,13 @@ def test_a_bad_instance_leaves_the_others_and_is_named(value: object, says: str)
     assert str(bad.error).startswith("instances[1]")
     assert says in str(bad.error)
     json.dumps(bad.error.as_json(), ensure_ascii=False).encode()
+
+
+def test_a_file_of_a_list_of_a_batch_prediction_job_is_a_picture() -> None:
+    found = parse({"instances": [{"b64": "b25l"}, {"b64": "!"}], "parameters": {"inline_errors": True}})
+    assert found.instances[0].data == b"one"
+    assert str(found.instances[1].error).startswith("instances[1].b64 is not base64")
+    assert found.parameters.inline_errors
 
 
 def test_json_is_recognised_without_its_header() -> None:

@@ -187,6 +187,20 @@ def test_any_request_is_answered_as_the_contract_says(
     assert counted == int(context.headers[COUNT_HEADER])
 
 
+def test_a_batch_of_bad_instances_has_their_errors_if_it_asks_for_them(quick: PeopleHandler) -> None:
+    bad = [instance(b"no picture"), {"b64": "bm8="}, 7]
+    body = {"instances": bad, "parameters": {"inline_errors": True}}
+    context = Context(Path())
+    answers = json.loads(quick.handle([{"data": json.dumps(body).encode()}], context)[0])["predictions"]
+    assert context.statuses == {}
+    for i, answer in enumerate(answers):
+        check_error(answer, 400)
+        assert answer["error"]["message"].startswith(f"instances[{i}]")
+    body["parameters"] = {}
+    check_error(json.loads(quick.handle([{"data": json.dumps(body).encode()}], context)[0]), 400)
+    assert context.statuses == {0: 400}
+
+
 def uris(*names: object) -> list[dict[str, Any]]:
     return [{"image": {"uri": f"gs://photos/{name}"}} for name in names]
 
