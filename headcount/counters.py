@@ -120,6 +120,7 @@ class InProcess:
 
     def __init__(self, checkpoint: Path, parallel: int = 1) -> None:
         try:
+            import cv2
             import torch
 
             from serving.detector import Detector
@@ -132,6 +133,7 @@ class InProcess:
         self.parallel = parallel
         if parallel > 1:
             torch.set_num_threads(1)
+            cv2.setNumThreads(1)
         self._limits = _limits()
         try:
             self._detector = Detector(checkpoint, os.environ.get("HEADCOUNT_CLASS") or "person")
