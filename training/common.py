@@ -272,15 +272,30 @@ class Run:
             raise UsageError(f"the loss is {values['loss']} at step {step}; use a lower --learning-rate")
         if not self.is_chief:
             return
-        if self._writer is None:  # hides the figures that a killed run wrote after its last checkpoint
-            self._writer = SummaryWriter(str(self.folders.logs), purge_step=step)
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._events(step).add_scalar(name, value, step)
         text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
         if self._bar is not None and not self._bar.disable and set(values) == {"loss"}:
             self._bar.set_postfix_str(text)
         else:
             self.say(f"step {step}: {text}", {"step": step, **values})
+
+    def show(self, step: int, name: str, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Writes a grey picture [height, width] for TensorBoard, and as `samples/NAME-STEP.png` beside its files."""
+        from PIL import Image
+
+        if not self.is_chief:
+            return
+        self._events(step).add_image(name, picture, step, dataformats="HW")
+        folder = self.folders.logs / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{name}-{step:06}.png")
+
+    def _events(self, step: int) -> SummaryWriter:
+        """Returns TensorBoard's writer, which hides what a killed run wrote after its last checkpoint."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.folders.logs), purge_step=step)
+        return self._writer
 
     def say_result(self, metrics: Mapping[str, float], skipped: int) -> None:
         """Prints the last line of a run: its figures, the number of skipped records, and the folder of the model."""
