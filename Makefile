@@ -62,8 +62,8 @@ compile: .venv/.serve $(CHECKPOINT) ## compile the network for this machine now,
 	@$(LOCAL_COMPILE)
 	@$(MAKE_ARCHIVE)
 
-train: .venv/.training ## train a model into runs/ (WORKLOAD=census|digits|search, ARGS=options, RUN=folder)
-	@test -n "$(WORKLOAD)" || { echo "say WORKLOAD=census, digits or search"; exit 2; }
+train: .venv/.training ## train a model into runs/ (WORKLOAD=census|digits|search|gan, ARGS=options, RUN=folder)
+	@test -n "$(WORKLOAD)" || { echo "say WORKLOAD=census, digits, search or gan"; exit 2; }
 	@exec $(BIN)/python -m training.$(WORKLOAD) --job-dir $(or $(RUN),runs/$(WORKLOAD)) $(ARGS)
 
 pipeline: .venv/.training ## run the census pipeline on this machine into runs/pipelines (ARGS="--param train_steps=500", RUN=folder)

@@ -273,6 +273,19 @@ def test_a_run_shows_samples_and_exports_its_average(trained: Path) -> None:
     assert "it must be 6 numbers" in str(refused)
 
 
+@pytest.mark.parametrize("model", gan.DEFAULTS)
+def test_a_step_in_bfloat16_learns_in_float32(model: str, tmp_path: Path) -> None:
+    """It is how a GPU trains; here the CPU does it."""
+    arguments = gan.parse(["--job-dir", str(tmp_path), *TINY, "--model", model])
+    with common.run_of(arguments) as one:
+        torch.manual_seed(1)
+        trained = gan.Gan(arguments, one)
+        trained.bfloat16 = True
+        losses = trained.step(torch.rand(4, 1, 32, 32), 0.01)
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    assert {one.dtype for one in trained.generator.parameters()} == {torch.float32}
+
+
 def test_the_diversity_of_equal_pictures_is_none(tmp_path: Path) -> None:
     arguments = gan.parse(["--job-dir", str(tmp_path), *TINY])
     pictures = torch.randint(256, (300, 28, 28), dtype=torch.uint8)

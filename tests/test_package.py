@@ -117,6 +117,7 @@ def test_the_training_image_has_the_modules_that_it_imports(tmp_path: Path) -> N
                 shutil.copy(file, tmp_path / target)
     program = (
         "import sys, training.census, training.digits, training.search, training.tune, training.experiments\n"
+        "import training.gan, training.gan_evaluation\n"
         "for name, module in sys.modules.items():\n"
         "    if name.partition('.')[0] in ('headcount', 'serving', 'training'): print(module.__file__)"
     )

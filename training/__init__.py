@@ -1,1 +1,1 @@
-"""Training workloads in plain PyTorch: `python -m training.census`, `training.digits`, `training.search`."""
+"""Training workloads in plain PyTorch: `python -m training.census`, `digits`, `search`, `gan`."""

@@ -109,6 +109,7 @@ class Gan:
         )
         self.run, self.augment, self.latent = run, arguments.augment, int(arguments.latent)
         self.light = arguments.model == "light"
+        self.bfloat16 = run.device.type == "cuda"
         # In this order of the numbers in memory convolutions are a quarter faster, on a CPU too.
         self.generator, self.discriminator = (
             one.to(memory_format=torch.channels_last).to(run.device) for one in (generator, discriminator)
@@ -130,11 +131,10 @@ class Gan:
         """Trains both networks with real pictures [n, 1, size, size]. Returns the losses."""
         for optimizer in self.optimizers:
             common.set_learning_rate(optimizer, rate)
-        device = self.run.device
-        latents = torch.randn(len(real), self.latent).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        latents = torch.randn(len(real), self.latent).to(self.run.device)
+        with self._precision():
             fake = self.generator(latents)
-            reconstruction = torch.zeros((), device=device)
+            reconstruction = torch.zeros((), device=self.run.device)
             changed = gan_networks.augment(real, self.augment)
             if isinstance(self.discriminator, gan_networks.LightDiscriminator):
                 judged, reconstruction = self.discriminator.judged_and_reconstructed(changed)
@@ -144,12 +144,16 @@ class Gan:
             judging = discriminator_loss(judged.float(), judged_fake.float(), self.light)
         self._learn(1, judging + reconstruction)
         self.discriminator.requires_grad_(False)  # saves the gradients of its weights
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with self._precision():
             fooling = generator_loss(self.discriminator(gan_networks.augment(fake, self.augment)).float(), self.light)
         self._learn(0, fooling)
         self.discriminator.requires_grad_(True)
         self.average.update_parameters(self.generator)
         return {"loss": judging + reconstruction, "generator_loss": fooling, "reconstruction": reconstruction}
+
+    def _precision(self) -> torch.autocast:
+        """Returns the context of a forward pass."""
+        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _learn(self, number: int, loss: Tensor) -> None:
         optimizer = self.optimizers[number]
@@ -296,6 +300,7 @@ def train(arguments: argparse.Namespace, run: common.Run) -> None:
         gan.draw_interpolations(done)
         metrics = {"diversity": gan.diversity(pictures, arguments.image_size)}
         run.report(done, **metrics)
+        run.report_trial(done, **metrics)
         origin = {
             "workload": "gan", "records": len(pictures), "skipped": bad.count, "options": run.identity,
             "parameters": {
