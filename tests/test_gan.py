@@ -126,6 +126,7 @@ def test_the_discriminator_learns_to_reconstruct() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+    assert all(one.grad is not None for one in network.down.parameters())  # the features learn from it
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -208,14 +209,15 @@ def test_the_average_follows_the_generator(tmp_path: Path) -> None:
     arguments = gan.parse(["--job-dir", str(tmp_path), *TINY, "--ema-decay", "0.1"])
     with common.run_of(arguments) as one:
         trained = gan.Gan(arguments, one)
-        weights = []
+        states = []
         for _ in range(3):
             trained.step(torch.rand(4, 1, 32, 32), 0.01)
-            weights.append(trained.generator.get_parameter("last.0.weight").detach().clone())
-    averaged = trained.average.get_parameter("module.last.0.weight")
-    expected = 0.1 * (0.1 * weights[0] + 0.9 * weights[1]) + 0.9 * weights[2]
-    assert torch.allclose(averaged, expected, atol=1e-7)
-    assert not torch.allclose(weights[0], weights[2], atol=1e-4)
+            states.append({name: one.clone() for name, one in trained.generator.state_dict().items()})
+    averaged = trained.average.module.state_dict()
+    for name in ("last.0.weight", "first.1.running_mean"):
+        first, second, third = (one[name] for one in states)
+        assert torch.allclose(averaged[name], 0.1 * (0.1 * first + 0.9 * second) + 0.9 * third, atol=1e-6), name
+        assert not torch.allclose(first, third, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", gan.DEFAULTS)
