@@ -13,6 +13,7 @@ from headcount.count_command import count
 from headcount.deploy_command import deploy, plan
 from headcount.jobs_command import jobs, logs
 from headcount.operate_command import drift, history, rollback
+from headcount.pipelines_command import pipelines
 from headcount.predict_command import predict
 from headcount.register_command import register
 from headcount.release_command import recover, release
@@ -38,6 +39,7 @@ app.command(no_args_is_help=True)(rollback)
 app.command(no_args_is_help=True)(verify)
 app.add_typer(release, name="release")
 app.add_typer(jobs, name="jobs")
+app.add_typer(pipelines, name="pipelines")
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ from headcount.credentials import Credentials
 
 
 class GoogleError(Exception):
-    """An API refuses or does not answer; the message names its address."""
+    """An API refuses or does not answer; the message names its address.
+
+    status: of its answer, in HTTP; 0 where there is none.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -60,25 +68,45 @@ class Google:
     def close(self) -> None:
         self._http.close()
 
-    def pages(self, method: str, url: str, field: str, body: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    def pages(
+        self, method: str, url: str, field: str, body: dict[str, Any] | None = None, **query: str
+    ) -> Iterator[dict[str, Any]]:
         """The items of a list, page after page."""
         page: dict[str, str] = {}
         while True:
-            answer = self.ask(method, url, body and body | page, **({} if body else page))
+            answer = self.ask(method, url, body and body | page, **query, **({} if body else page))
             yield from answer.get(field, [])
             if not answer.get("nextPageToken"):
                 return
             page = {"pageToken": str(answer["nextPageToken"])}
 
     def ask(self, method: str, url: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self._answer(method, url, body, query))
+        except ValueError as error:
+            raise GoogleError(f"{url} does not answer: {error}") from None
+        return content
+
+    def content(self, url: str) -> bytes:
+        """The bytes of a file."""
+        return self._answer("GET", url, None, {})
+
+    def _answer(self, method: str, url: str, body: dict[str, Any] | None, query: dict[str, str]) -> bytes:
         import httpx
 
         headers = self._credentials.header() if self._credentials else {}
         try:
-            answer = self._http.request(method, url, headers=headers, json=body, params=query)
-            content: dict[str, Any] = answer.json()
-        except (httpx.TransportError, ValueError) as error:
+            answer = self._http.request(method, url, headers=headers, json=body, params=query or None)
+        except httpx.TransportError as error:
             raise GoogleError(f"{url} does not answer: {error}") from None
         if answer.status_code >= 400:
-            raise GoogleError(f"{url} answers {answer.status_code}: {content.get('error', {}).get('message', '')}")
-        return content
+            raise GoogleError(f"{url} answers {answer.status_code}: {_message(answer.content)}", answer.status_code)
+        return answer.content
+
+
+def _message(content: bytes) -> str:
+    """The message of an error that an API answers; "" where it has none."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return ""

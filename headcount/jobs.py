@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -135,32 +135,47 @@ class Jobs(Google):
 
     def log(self, job: Job, *, follow: bool = False) -> Iterator[Line]:
         """The lines of a job's log, oldest first; with `follow`, until the job has ended."""
-        seen: set[str] = set()
-        since, ended = job.created, not follow
-        while True:
-            newest = since
-            for entry in self._entries(job, since):
-                if entry.get("insertId") not in seen:
-                    seen.add(str(entry.get("insertId")))
-                    newest = max(newest, str(entry.get("timestamp", "")))
-                    yield from lines_of(entry)
-            if ended:
-                return
-            time.sleep(POLL_SECONDS)
-            ended = self.refreshed(job).has_ended  # one more look after the end, for the last lines
-            since = max(job.created, earlier(newest, LATE_SECONDS))
+        wanted = f'resource.type="ml_job" AND resource.labels.job_id="{job.id}"'
+        ended = (lambda: self.refreshed(job).has_ended) if follow else None
+        for entry in tail(self, lambda: wanted, job.created, ended):
+            yield from lines_of(entry)
 
-    def _entries(self, job: Job, since: str) -> Iterator[dict[str, Any]]:
-        wanted = ['resource.type="ml_job"', f'resource.labels.job_id="{job.id}"']
-        if since:
-            wanted.append(f'timestamp>="{since}"')  # Logging looks at one day only where no time is given
-        body: dict[str, Any] = {
-            "resourceNames": [f"projects/{self.place.project}"],
-            "filter": " AND ".join(wanted),
-            "orderBy": "timestamp asc",
-            "pageSize": 1000,
-        }
-        return self.pages("POST", f"{self.place.logging}/v2/entries:list", "entries", body)
+
+def tail(
+    google: Google, wanted: Callable[[], str], created: str, ended: Callable[[], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The entries of Cloud Logging that a filter finds, oldest first, each once.
+
+    wanted: the filter, or "" as long as there is nothing to ask for. created: when the first entry can have been
+    written, RFC 3339. ended: whether nothing more will be written; None reads what there is.
+    """
+    seen: set[str] = set()
+    since, last = created, ended is None
+    while True:
+        newest = since
+        for entry in _entries(google, wanted(), since):
+            if entry.get("insertId") not in seen:
+                seen.add(str(entry.get("insertId")))
+                newest = max(newest, str(entry.get("timestamp", "")))
+                yield entry
+        if last or ended is None:
+            return
+        time.sleep(POLL_SECONDS)
+        last = ended()  # one more look after the end, for the last lines
+        since = max(created, earlier(newest, LATE_SECONDS))
+
+
+def _entries(google: Google, wanted: str, since: str) -> Iterator[dict[str, Any]]:
+    if not wanted:
+        return
+    body: dict[str, Any] = {
+        "resourceNames": [f"projects/{google.place.project}"],
+        # Logging looks at one day only where no time is given.
+        "filter": f'{wanted} AND timestamp>="{since}"' if since else wanted,
+        "orderBy": "timestamp asc",
+        "pageSize": 1000,
+    }
+    yield from google.pages("POST", f"{google.place.logging}/v2/entries:list", "entries", body)
 
 
 def earlier(moment: str, seconds: float) -> str:

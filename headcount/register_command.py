@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headcount import releases
+from headcount import bucket, releases
 from headcount.counters import CountError
 from headcount.predictors import LocalModel
 from headcount.stacks import StackError, outputs
@@ -54,41 +53,6 @@ def upload(model: Path, name: str, found: dict[str, Any]) -> str:
 
     The contract is copied last: a folder without one is not a model, so that a kill leaves no half of one.
     """
-    if not found.get("modelBucket"):
-        raise StackError("The stack has no bucket for models yet: run `pulumi up` first.")
-    import google.api_core.exceptions
-    import google.auth.exceptions
-
     # The contract has the program's checksum.
     folder = f"{name}/{hashlib.sha256((model / CONTRACT).read_bytes()).hexdigest()[:16]}"
-    bucket = str(found["modelBucket"]).removeprefix("gs://")
-    try:
-        client = _client(found)
-        try:
-            for file in (PROGRAM, CONTRACT):
-                blob = client.bucket(bucket).blob(f"{folder}/{file}")
-                with contextlib.suppress(google.api_core.exceptions.PreconditionFailed):  # it is there already
-                    blob.upload_from_filename(str(model / file), if_generation_match=0, checksum="crc32c")
-        finally:
-            client.close()
-    except google.api_core.exceptions.GoogleAPICallError as error:
-        raise StackError(f"The model was not uploaded to gs://{bucket}: {error.message}") from None
-    except google.auth.exceptions.GoogleAuthError as error:
-        raise StackError(
-            f"The Google credentials are refused ({error}): run `gcloud auth application-default login`."
-        ) from None
-    except OSError as error:
-        raise StackError(f"gs://{bucket} cannot be reached: {error}") from None
-    return f"gs://{bucket}/{folder}"
-
-
-def _client(found: dict[str, Any]) -> Any:
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
-
-    project, url = str(found["endpoint"]).split("/")[1], str(found["url"])
-    if url.startswith("https://"):
-        return storage.Client(project)
-    # The sandbox takes no credentials.
-    sandbox = {"api_endpoint": url.partition("/v1/")[0]}
-    return storage.Client(project, AnonymousCredentials(), client_options=sandbox)  # type: ignore[no-untyped-call]
+    return f"{bucket.copy({f'{folder}/{file}': model / file for file in (PROGRAM, CONTRACT)}, found, 'model')}/{folder}"
