@@ -13,10 +13,11 @@ from sandbox.context import Call, Cloud
 from sandbox.conventions import page
 from sandbox.errors import invalid, not_found, precondition, unimplemented
 from sandbox.iam import check_act_as
+from sandbox.jobs import new_job
 from sandbox.operations import OperationKind
 from sandbox.serving import Serving, serving
 from sandbox.store import JSON
-from sandbox.vertex_custom_jobs import check_common, deletion, new_job
+from sandbox.vertex_custom_jobs import check_common, deletion
 from sandbox.vertex_endpoints import check_supported
 
 UNSUPPORTED = ("unmanagedContainerModel", "endpoint", "generateExplanation", "explanationSpec", "modelMonitoringConfig")

@@ -36,11 +36,12 @@ def read_template(cloud: Cloud, uri: str) -> tuple[JSON, JSON]:
     """The PipelineSpec at a URI, and the templateMetadata of one in Artifact Registry. Raises where there is none."""
     import yaml
 
+    metadata: JSON = {}
     if found := re.fullmatch(r"gs://([^/]+)/(.+)", uri):
         item = live_object(cloud.store, found[1], found[2]) if cloud.store.get("bucket", found[1]) else None
         if not item:
             raise not_found(f"The template {uri} is not found.")
-        content, metadata = content_file(cloud.store, item["file"]).read_bytes(), {}
+        content = content_file(cloud.store, item["file"]).read_bytes()
     else:
         raise invalid(f'Invalid template_uri "{uri}": gs://BUCKET/OBJECT or https://REGION-kfp.pkg.dev/… is expected.')
     try:

@@ -288,7 +288,7 @@ def _done(call: Call) -> JSON:
         "response": {"@type": "type.googleapis.com/google.protobuf.Empty"},
     }
     with call.cloud.store.transaction():
-        call.cloud.store.put("artifact-operation", operation["name"], operation)
+        call.cloud.store.put("artifact-operation", str(operation["name"]), operation)
     return operation
 
 

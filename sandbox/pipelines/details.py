@@ -60,7 +60,7 @@ def task_details(document: JSON, find_job: Callable[[str], JSON | None]) -> list
     ids = {"": root["id"], **{unique: task["id"] for unique, task in document["tasks"].items()}}
     for unique, task in document["tasks"].items():
         jobs = [(name, job["resource"] if (job := find_job(name)) else None) for name in task["jobs"]]
-        shown.append(_detail(store, unique, task, jobs, ids.get(task["parent"], root["id"])))
+        shown.append(_detail(store, unique, task, jobs, str(ids.get(task["parent"], root["id"]))))
     return shown
 
 

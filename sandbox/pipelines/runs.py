@@ -177,7 +177,7 @@ class Pipelines:
             return ordered
         ours, theirs = self._processes.Pipe()
         order = self._order(document, folder)
-        process = self._processes.Process(target=_child, args=(theirs, order), daemon=True)  # type: ignore[attr-defined]
+        process = self._processes.Process(target=_child, args=(theirs, order), daemon=True)
         messages: asyncio.Queue[JSON | None] = asyncio.Queue()
         waiting: set[asyncio.Task[Any]] = set()
         cancelled = asyncio.create_task(self._cancelled[name].wait())
