@@ -96,7 +96,7 @@ class Maker(pulumi.runtime.Mocks):
             format_=getattr(artifactregistry_v1.Repository.Format, inputs["format"]), labels=inputs["labels"]
         )
         operation = client.create_repository(parent=LOCATION, repository_id=inputs["repositoryId"], repository=wanted)
-        name = operation.result(timeout=60).name  # type: ignore[no-untyped-call]
+        name = operation.result(timeout=60).name
         made = client.get_repository(name=name)
         return name, {"registryUri": made.registry_uri, "name": inputs["repositoryId"]}
 
@@ -149,7 +149,7 @@ class Maker(pulumi.runtime.Mocks):
             labels=inputs["labels"],
             dedicated_endpoint_enabled=inputs["dedicatedEndpointEnabled"],
         )
-        client.create_endpoint(parent=LOCATION, endpoint=wanted, endpoint_id=inputs["name"]).result(timeout=60)  # type: ignore[no-untyped-call]
+        client.create_endpoint(parent=LOCATION, endpoint=wanted, endpoint_id=inputs["name"]).result(timeout=60)
         name = f"{LOCATION}/endpoints/{inputs['name']}"
         return name, {"dedicatedEndpointDns": client.get_endpoint(name=name).dedicated_endpoint_dns}
 

@@ -57,13 +57,13 @@ def repository(client: ArtifactRegistryClient, parent: str) -> Iterator[Reposito
     """A repository that is there while the test runs."""
     made = create(client, parent, "images")
     yield made
-    client.delete_repository(name=made.name).result(timeout=60)  # type: ignore[no-untyped-call]
+    client.delete_repository(name=made.name).result(timeout=60)
 
 
 def create(client: ArtifactRegistryClient, parent: str, name: str, **fields: Any) -> Repository:
     wanted = Repository(format_=Repository.Format.DOCKER, **fields)
     operation = client.create_repository(parent=parent, repository_id=name, repository=wanted)
-    made: Repository = operation.result(timeout=60)  # type: ignore[no-untyped-call]
+    made: Repository = operation.result(timeout=60)
     return client.get_repository(name=made.name)
 
 
@@ -105,7 +105,7 @@ def test_a_repository_is_where_images_can_be_pushed_and_leaves_nothing(tmp_path:
             assert found.uri == f"{made.registry_uri}/headcount@{digest}"
             assert found.tags == ["latest"]
 
-            client.delete_repository(name=made.name).result(timeout=60)  # type: ignore[no-untyped-call]
+            client.delete_repository(name=made.name).result(timeout=60)
             with pytest.raises(exceptions.NotFound):
                 client.get_repository(name=made.name)
             with pytest.raises(httpx.ConnectError):
@@ -194,7 +194,7 @@ def expiring(tmp_path: Path, parent: str) -> Iterator[tuple[RunningSandbox, str]
     with RunningSandbox(*options, state=tmp_path / "state") as running, artifact_registry(running) as client:
         made = create(client, parent, "images")
         yield running, made.registry_uri
-        client.delete_repository(name=made.name).result(timeout=60)  # type: ignore[no-untyped-call]
+        client.delete_repository(name=made.name).result(timeout=60)
 
 
 def issue(sandbox: RunningSandbox) -> str:
@@ -250,7 +250,7 @@ def test_the_registry_speaks_https_too_where_it_has_a_certificate(tmp_path: Path
                 one.headers.update(basic("sandbox"))
                 push(one, f"{folder}/{scheme}", "latest")
         assert len(list(client.list_docker_images(parent=made.name))) == 2
-        client.delete_repository(name=made.name).result(timeout=60)  # type: ignore[no-untyped-call]
+        client.delete_repository(name=made.name).result(timeout=60)
 
 
 @pytest.mark.needs("registry", "crane")
