@@ -5,6 +5,7 @@ https://docs.cloud.google.com/vertex-ai/docs/pipelines/run-pipeline
 
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 from sandbox import clock
@@ -23,6 +24,7 @@ from sandbox.vertex_custom_jobs import NETWORK, deletion
 
 UNSUPPORTED = ("reservedIpRanges", "pscInterfaceConfig")
 RUNTIME_UNSUPPORTED = ("parameters", "inputArtifacts")
+MOST_IN_BATCH = 32
 JOB_ID = re.compile(r"[a-z][-a-z0-9]{0,127}")
 # Fields that a filter of the list may name; pipelineName is in none of the resource's own.
 LISTED = ("displayName", "state", "createTime", "updateTime", "endTime", "pipelineName", "scheduleName", "templateUri")
@@ -80,8 +82,11 @@ def prepare(cloud: Cloud, location: str, resource: JSON) -> tuple[JSON, JSON]:
     assert folder is not None
     bucket, number = cloud.store.get("bucket", folder[1]), project_number(location.split("/")[1])
     if not bucket or bucket["projectNumber"] != number:
+        account = resource.get("serviceAccount") or f"{number}-compute@developer.gserviceaccount.com"
         raise precondition(
-            f"The bucket {folder[1]} of runtime_config.gcs_output_directory does not exist in the project: create it."
+            f"Failed to create pipeline job. Error: Service account `{account}` does not have `[storage.objects.get, "
+            f"storage.objects.create]` IAM permission(s) to the bucket `{folder[1]}`. (The project has no such bucket "
+            "in the sandbox: create it.)"
         )
     return resource, arguments
 
@@ -180,11 +185,56 @@ async def delete(call: Call) -> JSON:
     return call.cloud.operations.start(call, "deletePipelineJob", call.location, call.name, {})
 
 
+def _batch(call: Call) -> dict[str, JSON]:
+    """The documents of the jobs that a batch names, by their names."""
+    names = [call.cloud.projects.by_id(name) for name in call.body.get("names", [])]
+    if not 1 <= len(names) <= MOST_IN_BATCH:
+        raise invalid(f"names must name 1 to {MOST_IN_BATCH} PipelineJobs; there are {len(names)}.")
+    return {name: find(call.cloud, name) for name in names}
+
+
+async def batch_cancel(call: Call) -> JSON:
+    names = list(_batch(call))
+    for name in names:
+        call.cloud.pipelines.cancel(name)
+    return call.cloud.operations.start(call, "batchCancelPipelineJobs", call.location, call.name, {"names": names})
+
+
+async def batch_delete(call: Call) -> JSON:
+    found = _batch(call)
+    for name, document in found.items():
+        _check_ended(document, name)
+    return call.cloud.operations.start(call, "batchDeletePipelineJobs", call.location, call.name, {"names": [*found]})
+
+
 def kinds(cloud: Cloud) -> dict[str, OperationKind]:
-    return {"deletePipelineJob": deletion(cloud, "pipelineJob")}
+    def all_of(operation: JSON) -> list[JSON]:
+        found = (cloud.pipelines.find(name) for name in operation["request"]["names"])
+        return [document["resource"] for document in found if document]
+
+    async def cancelled(operation: JSON) -> Callable[[], JSON]:
+        return lambda: {"pipelineJobs": all_of(operation)}
+
+    async def deleted(operation: JSON) -> Callable[[], JSON]:
+        def finish() -> JSON:
+            resources = all_of(operation)
+            for resource in resources:
+                cloud.store.delete("pipelineJob", resource["name"])
+            return {"pipelineJobs": resources}
+
+        return finish
+
+    return {
+        "deletePipelineJob": deletion(cloud, "pipelineJob"),
+        "batchCancelPipelineJobs": OperationKind(
+            "BatchCancelPipelineJobsOperationMetadata", "BatchCancelPipelineJobsResponse", cancelled
+        ),
+        "batchDeletePipelineJobs": OperationKind("DeleteOperationMetadata", "BatchDeletePipelineJobsResponse", deleted),
+    }
 
 
+_HANDLERS = {"create": create, "get": get, "list": list_, "cancel": cancel, "delete": delete}
 METHODS = {
     f"aiplatform.projects.locations.pipelineJobs.{name}": handler
-    for name, handler in {"create": create, "get": get, "list": list_, "cancel": cancel, "delete": delete}.items()
+    for name, handler in {**_HANDLERS, "batchCancel": batch_cancel, "batchDelete": batch_delete}.items()
 }

@@ -264,7 +264,7 @@ def test_logs_have_the_job_and_its_containers(sandbox: RunningSandbox) -> None:
         ({"values": {"times": True}}, 400, "times must be a NUMBER_INTEGER"),
         ({"folder": ""}, 400, "gcs_output_directory is not set"),
         ({"folder": "s3://somewhere"}, 400, "gs://BUCKET/FOLDER is expected"),
-        ({"folder": "gs://nobodys-bucket"}, 400, "nobodys-bucket .* does not exist in the project: create it"),
+        ({"folder": "gs://nobodys-bucket"}, 400, "to the bucket `nobodys-bucket`.*create it"),
         ({"spec": {"name": "x"}}, 400, "compiled with kfp.compiler"),
         ({"spec": {"pipelineInfo": {"name": "x"}, "schemaVersion": "2.0.0"}}, 501, "schema_version 2.0.0"),
         ({"spec": {"pipelineInfo": {"name": "x"}, "schemaVersion": "2.1.0"}}, 400, "root has no tasks"),

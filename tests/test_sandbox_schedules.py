@@ -169,7 +169,7 @@ def test_a_run_whose_request_is_refused_is_named(sandbox: RunningSandbox) -> Non
     sandbox.advance(HOUR)
     assert eventually(lambda: "lastScheduledRunResponse" in sandbox.do("GET", path))
     now = sandbox.do("GET", path)
-    assert "does not exist in the project: create it" in now["lastScheduledRunResponse"]["runResponse"]
+    assert "create it" in now["lastScheduledRunResponse"]["runResponse"]
     assert "startedRunCount" not in now
     sandbox.do("DELETE", path)
 
