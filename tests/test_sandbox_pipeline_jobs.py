@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
 from typing import Any
 
 import pipeline_templates as templates
+import psutil
 import pytest
 from helpers import eventually
 from sandbox_jobs import entries
@@ -287,3 +290,34 @@ def test_bad_requests_are_refused_before_anything_is_made(
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(answer["error"]["message"])
     assert sandbox.do("GET", "pipelineJobs") == {}
+
+
+def test_runs_go_on_after_restarts(tmp_path: Path) -> None:
+    with RunningSandbox("--registry-port", "0", state=tmp_path) as sandbox:
+        make_bucket(sandbox)
+        path = start(sandbox, templates.linear(seconds="2"), {"times": 1})
+        other = start(sandbox, templates.linear(seconds="600"), {"times": 2})
+        assert eventually(lambda: {states_of(sandbox, one).get("use") for one in (path, other)} == {"RUNNING"})
+        before = tasks(sandbox.do("GET", path))
+        sandbox.do("POST", f"{other}:cancel", {})
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            sandbox.stop(how)
+            sandbox.start()
+        job = finished(sandbox, path)
+        assert states(job) == {"make": "SUCCEEDED", "use": "SUCCEEDED"}
+        after = tasks(job)
+        assert after["make"] == before["make"]
+        assert after["use"]["executorDetail"] == before["use"]["executorDetail"]
+        assert finished(sandbox, other)["state"] == "PIPELINE_STATE_CANCELLED"
+
+
+def test_a_process_that_ends_early_fails_its_job(sandbox: RunningSandbox) -> None:
+    path = start(sandbox, templates.linear(seconds="600"), {"times": 1})
+    assert eventually(lambda: states_of(sandbox, path).get("use") == "RUNNING")
+    assert sandbox.process is not None
+    [server] = [p for p in psutil.Process(sandbox.process.pid).children() if "forkserver" in " ".join(p.cmdline())]
+    for child in server.children():
+        child.kill()
+    job = finished(sandbox, path)
+    assert (job["state"], job["error"]["code"]) == ("PIPELINE_STATE_FAILED", 13)
+    assert states(job)["use"] == "CANCELLED"

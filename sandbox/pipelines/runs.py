@@ -124,8 +124,6 @@ class Pipelines:
 
     async def _run(self, name: str) -> None:
         project = name.split("/")[1]
-        if self._cancelled_before(name):
-            self._cancelled[name].set()
         try:
             # Held from the first to the last task: opening it copies every object of the project.
             folder = await self._jobs.mounts.open(project)
@@ -144,10 +142,6 @@ class Pipelines:
         self._finish(name, error)
         del self._tasks[name], self._cancelled[name]
         self.ended(name)
-
-    def _cancelled_before(self, name: str) -> bool:
-        document = self.find(name)
-        return document is not None and document["cancelled"]
 
     def _finish(self, name: str, error: JSON | None) -> None:
         def change(document: JSON) -> None:
@@ -175,6 +169,8 @@ class Pipelines:
         ordered = GoogleError(fault.get("status", "INTERNAL"), fault.get("message", "Ordered by a fault.")).rpc_status()
         if fault.get("kind") == "operation_error" and fault["when"] == "before":
             return ordered
+        if document["cancelled"]:
+            return CANCELLED
         ours, theirs = self._processes.Pipe()
         order = self._order(document, folder)
         process = self._processes.Process(target=_child, args=(theirs, order), daemon=True)
