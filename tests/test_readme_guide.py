@@ -36,6 +36,7 @@ ELSEWHERE = {
     r"pulumi (up|destroy)( -s dev)?": "tests/test_engine_infra.py",
     r"make (serve|up)": "tests/test_launcher.py and tests/test_engine_infra.py",
     r"make (deploy|train|tune).*|make train": "tests/test_laptop.py, test_training_runs.py and test_training_tune.py",
+    r"make pipeline(-compile)?": "tests/test_pipelines.py and test_pipelines_runs.py",
     r"\.venv/bin/python -m headcount\.data .*": "tests/test_training_runs.py",
     r"gcloud storage .*": "nowhere, because it needs Google",
 }
@@ -54,7 +55,7 @@ def test_every_command_is_typed_by_a_test() -> None:
     [
         "gsutil mb", "curl -O", "gsutil cp adult.data", "gsutil ls -r", "local train", "tensorboard --logdir",
         "local predict --model-dir", "--scale-tier=BASIC_GPU", "jobs stream-logs", "models create", "versions create",
-        "versions delete", "predict --json-instances", "--config hptuning_config.yaml",
+        "versions delete", "predict --json-instances", "--config hptuning_config.yaml", "dsl-compile",
     ],
 )  # fmt: skip
 def test_the_table_has_each_step_of_the_guides(said: str) -> None:
