@@ -19,6 +19,7 @@ from helpers import ROOT, eventually
 from kfp import dsl
 from tiny_pipelines import Here, Ran, compiled, component, container, shell
 
+from training.files import UsageError
 from training.pipelines.execution import Containers, Execution
 
 
@@ -221,6 +222,12 @@ def test_an_interrupted_run_ends_its_steps(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert said == "stopped; the same command goes on with the step that ran\n"
     assert eventually(lambda: not Path(f"/proc/{started.read_text().strip()}").exists())
+
+
+def test_containers_need_a_docker_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/absent")
+    with pytest.raises(UsageError, match="start Docker, or run without --docker"):
+        Containers([tmp_path])
 
 
 @pytest.mark.slow

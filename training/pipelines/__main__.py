@@ -97,7 +97,10 @@ def local_values(values: dict[str, Any], root: Path) -> dict[str, Any]:
         if not copy.is_dir():
             partial = copy.with_suffix(f".{os.getpid()}")
             shutil.copytree(folder, partial)
-            partial.rename(copy)
+            try:
+                partial.rename(copy)
+            except OSError:  # another run was faster
+                shutil.rmtree(partial)
         changed["data"] = str(copy)
     registry = values.get("registry") or str(root / "registry")
     if not registry.startswith(("projects/", "gs://")):

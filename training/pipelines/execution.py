@@ -159,8 +159,8 @@ class Containers:
                     self._client.images.pull(image)
                 except docker.errors.APIError as error:
                     raise UsageError(
-                        f"the image {image} is not here and cannot be pulled ({error.explanation}); build it: make "
-                        f"image TARGET=training IMAGE={image.partition(':')[0]}"
+                        f"the image {image} is not here and cannot be pulled ({error.explanation}); build the training "
+                        "image: make image TARGET=training IMAGE=headcount-training"
                     ) from None
 
     def identity(self, image: str) -> str:
