@@ -1,4 +1,4 @@
-"""A template that KFP's own compiler makes, with every type of parameter."""
+"""Templates that KFP's own compiler makes: one with every type of parameter, and one of two tasks."""
 
 # No `from __future__ import annotations` here: KFP reads the annotations themselves.
 
@@ -30,15 +30,32 @@ def every_type(
     count(text="again").after(first)
 
 
+def _compiled(pipeline: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(path))
+        return path.read_text()
+
+
 @functools.cache
 def template() -> str:
     """The compiled pipeline of every_type, as YAML."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(every_type, str(path))
-        return path.read_text()
+    return _compiled(every_type)
 
 
 def spec() -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(template())
     return found
+
+
+@functools.cache
+def linear(**env: str) -> str:
+    """A compiled pipeline of two tasks, of which the second has environment variables of the stub containers."""
+
+    def linear(text: str = "hello"):  # type: ignore[no-untyped-def]
+        first = count(text=text).set_display_name("first")
+        second = count(text=f"again {text}").after(first)
+        for name, value in env.items():
+            second.set_env_variable(name, value)
+
+    return _compiled(dsl.pipeline(name="linear")(linear))

@@ -46,7 +46,7 @@ class JobWorld:
 
     @property
     def states(self) -> list[str]:
-        return [job["state"].removeprefix("JOB_STATE_") for job in self.there]
+        return [job["state"].rpartition("_STATE_")[2] for job in self.there]
 
     def hold(self) -> None:
         """The next job runs until it is released."""

@@ -352,7 +352,7 @@ class JobType(ResourceType):
             "startTime": job.get("startTime", ""),
             "endTime": job.get("endTime", ""),
             "outputDirectory": directory,
-            **self.results(job, directory),
+            **self.results({**job, "name": name}, directory),
             **as_output(claim),
         }
 
