@@ -11,12 +11,12 @@ import yaml
 from kfp import compiler, dsl
 
 
-@dsl.container_component
+@dsl.container_component  # type: ignore[untyped-decorator]
 def count(text: str, counted: dsl.OutputPath(int)):  # type: ignore[no-untyped-def, valid-type]
     return dsl.ContainerSpec(image="busybox", command=["sh", "-c"], args=[f'mkdir -p "$(dirname {counted})"', text])
 
 
-@dsl.pipeline(name="Count people", description="Every type of parameter, one of them required.")
+@dsl.pipeline(name="Count people")  # type: ignore[untyped-decorator]
 def every_type(
     folder: str,
     epochs: int = 3,

@@ -78,7 +78,7 @@ def test_a_pipeline_is_uploaded_found_by_tag_and_by_version_and_downloaded(
 
 def test_a_tag_moves_and_a_version_goes_with_its_last_tag(client: RegistryClient, compiled: Path) -> None:
     name, first = client.upload_pipeline(str(compiled), tags="latest")
-    compiled.write_text(compiled.read_text().replace("Every type", "Each type"))
+    compiled.write_text(compiled.read_text().replace("folder", "directory"))
     _, second = client.upload_pipeline(str(compiled))
     assert first != second
     assert client.get_tag(name, "latest")["version"].endswith(first)
@@ -111,13 +111,15 @@ def test_a_repository_takes_its_packages_along(
 ) -> None:
     client = RegistryClient(host=f"http://{repository.registry_uri}", auth=ApiAuth("sandbox"))
     name, version = client.upload_pipeline(str(compiled))
-    made: dict[str, Any] = {"parent": repository.name.partition("/repositories")[0], "repository_id": "pipelines"}
+    again: dict[str, Any] = {"parent": repository.name.partition("/repositories")[0], "repository_id": "pipelines"}
+    again["repository"] = Repository(format_=Repository.Format.KFP)
     with artifact_registry(stub_sandbox) as google:
         google.delete_repository(name=repository.name).result(timeout=60)
-        for call in (lambda: client.list_tags(name), lambda: client.upload_pipeline(str(compiled))):
-            with pytest.raises(requests.HTTPError, match="404"):
-                call()  # type: ignore[no-untyped-call] # a union with a lambda
-        google.create_repository(**made, repository=Repository(format_=Repository.Format.KFP)).result(timeout=60)
+        with pytest.raises(requests.HTTPError, match="404"):
+            client.list_tags(name)
+        with pytest.raises(requests.HTTPError, match="404"):
+            client.upload_pipeline(str(compiled))
+        google.create_repository(**again).result(timeout=60)
         assert client.list_packages() == {}
         with pytest.raises(requests.HTTPError, match="404"):
             client.download_pipeline(name, version=version)

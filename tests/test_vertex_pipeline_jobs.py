@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from helpers import eventually
 from kfp.registry.registry_client import ApiAuth, RegistryClient
@@ -15,7 +18,6 @@ from vertex_plugin import PARENT, PROJECT, CallFailed, Plugin, Plugins, Stack, W
 
 from sandbox.testing import RunningSandbox
 
-pytest.importorskip("sandbox.pipelines")
 pytestmark = pytest.mark.xdist_group("provider's pipelines")  # one sandbox, whose runs import kfp
 __all__ = ["options", "plugin", "sandbox"]  # fixtures
 
@@ -121,23 +123,27 @@ def test_a_lost_answer_starts_no_second_run(world: PipelineWorld) -> None:
 
 
 @pytest.mark.parametrize("where", ["bucket", "repository"])
-def test_a_template_is_read_from_a_bucket_or_a_repository(world: PipelineWorld, where: str, tmp_path: Any) -> None:
+def test_a_template_is_read_from_a_bucket_or_a_repository(world: PipelineWorld, where: str, tmp_path: Path) -> None:
     stack, wanted = world.stack(), world.inputs(wait=False)
     text = wanted.pop("template")
-    if where == "bucket":
-        wanted["templateUri"] = "gs://a-bucket/templates/linear of mine.yaml"
-        path = "upload/storage/v1/b/a-bucket/o?uploadType=media&name=templates/linear%20of%20mine.yaml"
-        upload = lambda: world.sandbox._http.post(f"{world.sandbox.url}/{path}", content=text)  # noqa: E731
+    file = tmp_path / "linear.yaml"
+    file.write_text(text)
+    client = RegistryClient(f"{world.sandbox.url}/kfp/europe-west4/{PROJECT}/templates", ApiAuth("sandbox"))
+
+    def upload() -> None:
+        if where == "repository":
+            client.upload_pipeline(str(file))  # type: ignore[no-untyped-call]
+        else:
+            path = "upload/storage/v1/b/a-bucket/o?uploadType=media&name=templates/linear%20of%20mine.yaml"
+            assert httpx.post(f"{world.sandbox.url}/{path}", content=text).status_code == 200
+
+    if where == "repository":
+        path = f"v1/{PARENT}/repositories?repositoryId=templates"
+        world.sandbox.ask_api("artifactregistry", "POST", path, {"format": "KFP"})
+        version = f"linear/sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        wanted["templateUri"] = f"https://europe-west4-kfp.pkg.dev/{PROJECT}/templates/{version}"
     else:
-        body = {"format": "KFP"}
-        world.sandbox.ask_api("artifactregistry", "POST", f"v1/{PARENT}/repositories?repositoryId=templates", body)
-        client = RegistryClient(f"{world.sandbox.url}/kfp/europe-west4/{PROJECT}/templates", ApiAuth("sandbox"))
-        file = tmp_path / "linear.yaml"
-        file.write_text(text)
-        name, version = client.upload_pipeline(str(file))
-        wanted["templateUri"] = f"https://europe-west4-kfp.pkg.dev/{PROJECT}/templates/{name}/{version}"
-        client.delete_package(name)
-        upload = lambda: client.upload_pipeline(str(file))  # noqa: E731
+        wanted["templateUri"] = "gs://a-bucket/templates/linear of mine.yaml"
     stack.up(world.plugin, wanted, preview=True)  # another resource may upload it in the same run
     with pytest.raises(CallFailed, match=f"There is no template at {wanted['templateUri']}"):
         stack.up(world.plugin, wanted)

@@ -281,7 +281,7 @@ def forget_repository(call: Call, name: str) -> None:
 
 def _done(call: Call) -> JSON:
     """An operation that is done: the client looks at this once."""
-    operation = {
+    operation: JSON = {
         "name": f"{call.location}/operations/{uuid.uuid4()}",
         "metadata": {"@type": "type.googleapis.com/google.devtools.artifactregistry.v1.OperationMetadata"},
         "done": True,
