@@ -1,4 +1,4 @@
-"""People counted on Vertex AI: a foundation, an image, and predictions from it."""
+"""People counted on Vertex AI: a foundation, an image, predictions from it, and what trains models."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import pulumi
 from infra import settings
 from infra.foundation import Foundation
 from infra.image import SERVING, Image
+from infra.pipelines import Pipelines
 from infra.prediction import MAX_REQUEST_BYTES, Prediction
 from infra.training import Training
 
@@ -21,6 +22,7 @@ foundation = Foundation(config)
 image = Image(config, foundation, SERVING, gpu=bool(config.accelerator)) if config.builds else None
 training = Training(config, foundation) if config.training else None
 prediction = Prediction(config, foundation, image, training)
+pipelines = Pipelines(config, config.pipeline, foundation, training, prediction) if config.pipeline else None
 
 pulumi.export("endpoint", prediction.endpoint.id)
 pulumi.export("url", prediction.url)
@@ -32,6 +34,9 @@ pulumi.export("modelBucket", foundation.model_bucket.url)
 if training:
     pulumi.export("trained", training.models)
     pulumi.export("tensorboard", training.tensorboard.id)
+if pipelines:
+    pulumi.export("pipelineTemplate", pipelines.template)
+    pulumi.export("pipelineModel", pipelines.model)
 pulumi.export("repository", foundation.repository.registry_uri)
 pulumi.export("vertexAgent", foundation.agent.email)
 lines = prediction.how_to_use()

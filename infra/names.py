@@ -24,6 +24,10 @@ class Names:
         #: The same kinds of names for training.
         self.training_account = f"hc-training-{_slug(stack, 18)}"
         self.training_role = f"{PROJECT}_training_{_slug(stack, 30).replace('-', '_')}"
+        #: The same kinds of names for the pipeline, and the model whose versions it registers.
+        self.pipeline_account = f"hc-pipeline-{_slug(stack, 18)}"
+        self.pipeline_role = f"{PROJECT}_pipeline_{_slug(stack, 30).replace('-', '_')}"
+        self.pipeline_model = f"{PROJECT}-pipeline-{_slug(stack, 40)}"
         #: Model, at most 63 of a-z, 0-9, - and _: REST reference of models.upload
         self.model = f"{PROJECT}-{_slug(stack, 50)}"
         #: Endpoint: digits without a leading zero, at most 10 for the google provider and 9 for Vertex AI's

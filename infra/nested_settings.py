@@ -1,6 +1,6 @@
-"""The settings that have settings of their own: a release, a training job, the request log."""
+"""The settings that have settings of their own: a release, a training job, the pipeline, the request log."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -89,6 +89,49 @@ class Job(BaseModel):
             examples=[True],
         ),
     ] = False
+
+
+class Pipeline(BaseModel):
+    """The pipeline that trains, evaluates and registers a model: when it runs, and on what."""
+
+    model_config = CONFIG
+
+    run: Annotated[
+        bool,
+        Field(description="runs it once, and again when its images, data or parameters change", examples=[True]),
+    ] = False
+    cron: Annotated[
+        str,
+        Field(
+            description="when it runs: minute, hour, day of the month, month, day of the week; empty for no schedule",
+            examples=["0 3 * * 1-5"],
+        ),
+    ] = ""
+    time_zone: Annotated[str, Field(description="time zone of cron", examples=["Europe/Amsterdam"])] = "UTC"
+    paused: Annotated[bool, Field(description="starts no runs by the schedule for now", examples=[True])] = False
+    max_concurrent_runs: Annotated[
+        int, Field(description="scheduled runs that may be under way at the same time", ge=1, examples=[1])
+    ] = 1
+    start_time: Annotated[
+        str, Field(description="when the schedule begins; empty for at once", examples=["2027-01-01T00:00:00Z"])
+    ] = ""
+    end_time: Annotated[
+        str, Field(description="when the schedule ends; empty for never", examples=["2027-12-31T00:00:00Z"])
+    ] = ""
+    max_run_count: Annotated[
+        int | None, Field(description="runs that the schedule starts in all", ge=1, examples=[10])
+    ] = None
+    data: Annotated[
+        str,
+        Field(
+            description="folder on this machine with files of the same names, instead of the published data",
+            examples=["my/table"],
+        ),
+    ] = ""
+    parameters: Annotated[
+        dict[str, Any],
+        Field(description="values of the pipeline's parameters", examples=['{"train_steps": 500}']),
+    ] = {}
 
 
 class RequestLog(BaseModel):

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from infra import BUILD
 from infra.names import PROJECT, Names
-from infra.nested_settings import CONFIG, Accelerator, Job, MachineType, Name, Release, RequestLog
+from infra.nested_settings import CONFIG, Accelerator, Job, MachineType, Name, Pipeline, Release, RequestLog
 
 _AT: Final = f"{PROJECT}:releases"
 Member = Annotated[str, Field(pattern=r"^(serviceAccount|user|group):[^@\s]+@[^@\s]+$")]
@@ -99,6 +99,13 @@ class Settings(BaseModel):
             examples=['{"main": {"image": "build", "traffic": 100}}'],
         ),
     ] = {"main": Release(image=BUILD, traffic=100)}
+    pipeline: Annotated[
+        Pipeline | None,
+        Field(
+            description="pipeline that trains and registers a model: whether it runs once, and when by a schedule",
+            examples=['{"cron": "0 3 * * 1-5", "timeZone": "Europe/Amsterdam"}'],
+        ),
+    ] = None
     paused: Annotated[
         bool,
         Field(description="undeploys everything and keeps the model versions: costs nothing", examples=[True]),
@@ -292,6 +299,25 @@ class Settings(BaseModel):
             raise PydanticCustomError("inconsistent", "", {"wrong": wrong})
         return releases
 
+    @field_validator("pipeline")
+    @classmethod
+    def _runnable(cls, pipeline: Pipeline | None, info: ValidationInfo) -> Pipeline | None:
+        wrong: list[tuple[str, str]] = []
+        if pipeline and info.data.get("production"):
+            said = "production builds and trains nothing: run the pipeline in another stack"
+            wrong.append((said, f"rm {PROJECT}:pipeline"))
+        if pipeline and info.data.get("releases") == {}:
+            said = "the models that the pipeline registers are served by the image of a release, and there is none"
+            wrong.append((said, f"set --path {_AT}.main.image {BUILD}"))
+        if pipeline and not pipeline.cron:
+            only = ("paused", "start_time", "end_time", "max_run_count", "max_concurrent_runs")
+            if given := [to_camel(name) for name in only if name in pipeline.model_fields_set]:
+                said = f"{' and '.join(given)} has no meaning without cron"
+                wrong.append((said, f"set --path {PROJECT}:pipeline.cron '0 3 * * *'"))
+        if wrong:
+            raise PydanticCustomError("inconsistent", "", {"wrong": wrong})
+        return pipeline
+
     @property
     def builds(self) -> bool:
         return any(release.image == BUILD for release in self.releases.values())
@@ -360,11 +386,12 @@ def _problem(error: ErrorDetails, stack: str) -> str:
     first = next((n for n, f in Settings.model_fields.items() if f.alias == steps[0]), "")
     # The steps beyond the name of the setting, and in a map beyond the name of the entry.
     maps: dict[str, type[BaseModel]] = {"releases": Release, "training": Job}
+    nested: dict[str, type[BaseModel]] = {"request_log": RequestLog, "pipeline": Pipeline}
     model: type[BaseModel] = Settings
     if first in maps and len(steps) > 2:
         model = maps[first]
-    elif first == "request_log" and len(steps) > 1:
-        model = RequestLog
+    elif first in nested and len(steps) > 1:
+        model = nested[first]
     # An entry of a map is described where the map is.
     names = steps[-1:] if model is not Settings else steps[:1]
     field = next((f for f in model.model_fields.values() if f.alias in names), None)

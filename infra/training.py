@@ -58,7 +58,8 @@ class Training(pulumi.ComponentResource):
         self._settings, self._bucket = settings, foundation.model_bucket
         self._parent = pulumi.ResourceOptions(parent=self)
         gpu = any(job.accelerator for job in settings.training.values())
-        image = Image(settings, foundation, TRAINING, gpu, self._parent)
+        #: What jobs run in, and the pipeline's steps.
+        self.image = image = Image(settings, foundation, TRAINING, gpu, self._parent)
         #: Shows the curves of all jobs, as `make tensorboard` does on a laptop.
         self.tensorboard = gcp.vertex.AiTensorboard(
             "tensorboard",

@@ -175,7 +175,7 @@ def test_pulumi_yaml_describes_the_settings_as_they_are() -> None:
     # Pulumi's schema has no maps, and a list or a limit that is not set has no useful default there.
     structured = {
         "training", "releases", "imageReaders", "predictors", "buildArgs", "autoscaling", "requestLog", "labels",
-        "vertexEndpoint", "machineTypes", "monthlyCostLimit",
+        "vertexEndpoint", "machineTypes", "monthlyCostLimit", "pipeline",
     }  # fmt: skip
     assert {k.removeprefix("headcount:") for k in schema} == set(fields) - structured
 
@@ -192,9 +192,10 @@ def test_names_fit_googles_limits(project: str, region: str, stack: str) -> None
         assert buckets.BUCKET.fullmatch(bucket)
         assert len(bucket) <= 63
     assert repositories.REPOSITORY_ID.fullmatch(names.repository)
-    for account in (names.service_account, names.training_account):
+    for account in (names.service_account, names.training_account, names.pipeline_account):
         assert iam.ACCOUNT_ID.fullmatch(account)
     assert vertex_models.MODEL_ID.fullmatch(names.model)
+    assert vertex_models.MODEL_ID.fullmatch(names.pipeline_model)
     assert vertex_endpoints.ENDPOINT_ID.fullmatch(names.endpoint)
     assert names.endpoint.isdigit()
     assert len(names.endpoint) <= 10
@@ -222,6 +223,9 @@ def test_names_stay_as_they_are() -> None:
         "predictor_role": "headcount_predictor_dev",
         "training_account": "hc-training-dev",
         "training_role": "headcount_training_dev",
+        "pipeline_account": "hc-pipeline-dev",
+        "pipeline_role": "headcount_pipeline_dev",
+        "pipeline_model": "headcount-pipeline-dev",
         "model": "headcount-dev",
         "endpoint": "817808147",
         "labels": {"project": "headcount", "stack": "dev"},
