@@ -291,7 +291,7 @@ def train(arguments: argparse.Namespace, run: common.Run) -> None:
         done = step + 1
         if done % 100 == 0:
             run.report(done, **{name: loss.item() for name, loss in losses.items()})
-        if done % arguments.eval_every == 0 or done == last:
+        if (done % arguments.eval_every == 0 or done == last) and run.is_chief:
             gan.draw(done)
         if done % arguments.checkpoint_every == 0 or done == last:
             run.save(done, {name: part.state_dict() for name, part in gan.parts.items()})
