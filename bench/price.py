@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from review.prices import COMPUTE, PREDICTION, load
+from review.prices import COMPUTE, PREDICTION, cost_per_thousand, load
 
 REGIONS = ("us-central1", "europe-west4")
 # No public record of a C3 in online prediction was found. Where both prices of a machine are on record, Vertex AI asks
 # 1.15 times as much as Compute Engine (n1-standard-4 in training: 0.21849885 and 0.19 USD).
 VERTEX_AI_PAGE = "https://cloud.google.com/vertex-ai/pricing"
-
-
-def cost_per_thousand(usd_per_hour: float, rate: float) -> float:
-    """USD for 1,000 pictures on a machine that counts rate pictures a second and is never idle."""
-    return usd_per_hour / 3600 / rate * 1000
 
 
 def cost_lines(machine_type: str, rates: dict[str, float], node_hour: float | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from headcount.batch_command import batch
+from headcount.compare_command import compare
 from headcount.count_command import count
 from headcount.deploy_command import deploy, plan
 from headcount.jobs_command import jobs, logs
@@ -25,6 +26,7 @@ from headcount.web_command import web
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command(no_args_is_help=True)(count)
 app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(compare)
 app.command(no_args_is_help=True)(predict)
 app.command(no_args_is_help=True)(register)
 app.command()(web)

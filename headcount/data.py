@@ -241,8 +241,12 @@ def fetch(name: str, folder: Path | None = None) -> Path:
 
 
 def labelled_people(picture: Path) -> int:
-    """The number of people in a picture of coco128 by its label, which has a line for each object, its class first."""
-    label = picture.parent.parent / "labels" / f"{picture.stem}.txt"
+    """The number of people in a picture of coco128 by its label."""
+    return people_of(picture.parent.parent / "labels" / f"{picture.stem}.txt")
+
+
+def people_of(label: Path) -> int:
+    """The number of people in a label file of YOLO, a line for each object, its class first; 0 if there is none."""
     return sum(line.startswith("0 ") for line in label.read_text().splitlines()) if label.exists() else 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from .prices import ANYWHERE, COMPUTE, PREDICTION, TABLE, TRAINING, Price, Prices, load, save
+from .prices import ANYWHERE, COMPUTE, PREDICTION, TABLE, TRAINING, VISION, Price, Prices, load, save
 
 CATALOGUE: Final = "https://cloudbilling.googleapis.com"
 SCOPE: Final = "https://www.googleapis.com/auth/cloud-billing.readonly"
@@ -26,6 +26,7 @@ NAMES: Final[Mapping[str, str]] = {
     "storage": "Cloud Storage",
     "registry": "Artifact Registry",
     "logging": "Cloud Logging",
+    VISION: "Cloud Vision API",
 }
 # How the descriptions of a service's machines begin.
 _MACHINES: Final = {
@@ -38,6 +39,7 @@ _ITEMS: Final = {
     ("storage", "standard"): (r"^Standard Storage ", "GiBy.mo"),
     ("registry", "storage"): (r"^Artifact Registry Storage", "GiBy.mo"),
     ("logging", "storage"): (r"^Log Storage cost", "GiBy"),
+    (VISION, "OBJECT_LOCALIZATION"): (r"^Object Localization", "count"),
 }
 
 

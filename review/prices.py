@@ -14,6 +14,7 @@ ANYWHERE: Final = "*"  # the region of a price that is the same in all regions
 PREDICTION: Final = "prediction"  # Vertex AI, online
 TRAINING: Final = "training"  # Vertex AI, jobs
 COMPUTE: Final = "compute"  # Compute Engine: a lower bound of what Vertex AI asks for the same machine
+VISION: Final = "vision"  # Cloud Vision, whose items are the features of its API
 # Memory of a machine for each vCPU, in GB: https://cloud.google.com/compute/docs/general-purpose-machines
 GB_PER_VCPU: Final[Mapping[tuple[str, str], float]] = {
     ("c3", "highcpu"): 2,
@@ -94,6 +95,11 @@ def shape(machine_type: str) -> list[tuple[str, float]]:
         return []
     family, vcpus = match[1].upper(), int(match[3])
     return [(f"{family} vCPU", vcpus), (f"{family} GB", vcpus * GB_PER_VCPU[match[1], match[2]])]
+
+
+def cost_per_thousand(usd_per_hour: float, rate: float) -> float:
+    """USD for 1,000 pictures on a machine that counts rate pictures a second and is never idle."""
+    return usd_per_hour / 3600 / rate * 1000
 
 
 def load(path: Path = TABLE) -> Prices:

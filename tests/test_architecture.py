@@ -11,9 +11,10 @@ import grimp
 import pytest
 from helpers import ROOT
 
-from headcount import stacks
+from headcount import compare, stacks
 from headcount.data import FILES
 from infra import names, prediction
+from infra.settings import Settings
 from serving import contract, logs
 from serving.front import FrontSettings
 
@@ -93,3 +94,4 @@ def test_facts_that_two_packages_state_are_the_same() -> None:
     assert FrontSettings.health_route == prediction.HEALTH_ROUTE
     assert FILES["bus.jpg"].home == logs.SAMPLE_URL
     assert stacks.PROJECT == names.PROJECT
+    assert Settings.model_fields["machine_type"].default == compare.MACHINE

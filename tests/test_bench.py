@@ -215,10 +215,6 @@ def test_the_figures_of_the_machine_are_told_too() -> None:
 # Cost
 
 
-def test_the_cost_is_the_price_of_the_time() -> None:
-    assert price.cost_per_thousand(usd_per_hour=3.6, rate=10) == pytest.approx(0.1)
-
-
 def test_a_price_is_dated_and_has_a_source_or_is_unknown() -> None:
     machine_type = Settings.model_fields["machine_type"].default
     lines = price.cost_lines(machine_type, {"bus.jpg": 50}, None)

@@ -86,6 +86,10 @@ def test_sums_add_up(replicas: list[tuple[int, int]]) -> None:
     assert sum((cost([one], REGION, KNOWN) for one in each), Cost()) == whole
 
 
+def test_the_cost_of_pictures_is_the_price_of_the_time() -> None:
+    assert prices.cost_per_thousand(usd_per_hour=3.6, rate=10) == pytest.approx(0.1)
+
+
 def test_the_table_has_each_price_with_its_source_or_marked_unknown(tmp_path: Path) -> None:
     table = prices.load()
     lines = prices.TABLE.read_text().splitlines()
