@@ -23,7 +23,7 @@ from headcount.pipeline_template import Template, TemplateError, read
 NAME: Final = re.compile(r"projects/([^/]+)/locations/([a-z0-9-]+)/pipelineJobs/[a-z][-a-z0-9]{0,127}")
 ID: Final = re.compile(r"[a-z][-a-z0-9]{0,127}")
 EXPERIMENT: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
-REGISTRY: Final = re.compile(r"https://[a-z0-9-]+-kfp\.pkg\.dev/.+")
+REGISTRY: Final = re.compile(r"https://([a-z0-9-]+)-kfp\.pkg\.dev/(.+)")
 FOLDER: Final = "pipelines"  # of a stack's bucket for models, where the stack has no root for pipelines
 LISTED: Final = "name,displayName,state,createTime,startTime,endTime,scheduleName,error"  # without the specification
 POLL_SECONDS = 5.0  # between two looks at a job
@@ -149,8 +149,9 @@ class Pipelines(Google):
         """The template at a gs:// address or in a KFP repository. Raises TemplateError, too."""
         if match := re.fullmatch(r"gs://([^/]+)/(.+)", source):
             return read(self.download(match[1], match[2]), source)
-        if REGISTRY.fullmatch(source):
-            return read(self.content(source), source, source)
+        if match := REGISTRY.fullmatch(source):
+            base = self.place.base  # the sandbox has Artifact Registry's hosts as paths of its own
+            return read(self.content(f"{base}/kfp/{match[1]}/{match[2]}" if base else source), source, source)
         raise TemplateError(f"{source} is no address of a template; give a file, gs://BUCKET/NAME, or {ADDRESSES}.")
 
     def download(self, bucket: str, name: str) -> bytes:
@@ -213,17 +214,16 @@ class Pipelines(Google):
         found = self.pages("GET", self._url(f"{self._parent}/schedules"), "schedules")
         return [one for one in found if "createPipelineJobRequest" in one]
 
-    def changes(self, job_id: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Each change of a task's state until the job has ended: its path, its state, and the job."""
+    def changes(self, job_id: str) -> Iterator[tuple[str, Node]]:
+        """Each change of a task's state until the job has ended: its path, and the task as it is then."""
         known: dict[str, str] = {}
         while True:
             job = self.get(job_id)
             for path, node in flat(graph(job)):
                 if node.state not in (known.get(path, "waiting"), "not run"):
                     known[path] = node.state
-                    yield path, node.state, job
+                    yield path, node
             if run_of(job).has_ended:
-                yield "", run_of(job).state, job
                 return
             time.sleep(POLL_SECONDS)
 

@@ -185,12 +185,13 @@ def _file(template: str) -> Any:
 
 def _follow(there: Pipelines, started: Run) -> None:
     from headcount.pipelines import run_of
+    from headcount.results import printable
 
-    for path, state, job in there.changes(started.id):
-        if path:
-            print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z {path}: {state}", flush=True)
-        else:
-            _end(run_of(job))
+    for path, node in there.changes(started.id):
+        print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z {path}: {node.state}", flush=True)
+        for line in node.error.splitlines():
+            print(f"  ! {printable(line)}", flush=True)
+    _end(run_of(there.get(started.id)))
 
 
 def _end(found: Run) -> None:
