@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from headcount.batch_plan import HOURS, Wish
 from headcount.counters import CountError
+from headcount.google import GoogleError
 from headcount.ledger import BatchError, Totals
+from headcount.stacks import StackError, outputs
 from serving.contract import Parameters, RequestError
 
 
@@ -32,21 +37,66 @@ def batch(
     detail: Annotated[
         str, typer.Option(metavar="fast|full|auto", help="How closely each picture is looked at.")
     ] = Parameters.detail,
+    machines: Annotated[
+        int | None, typer.Option(min=1, help="Machines of a bucket's job; else chosen by time.")
+    ] = None,
+    machine_type: Annotated[
+        str, typer.Option(metavar="TYPE", help="Their type; else that of the release that serves.")
+    ] = "",
+    within: Annotated[float, typer.Option(min=0.1, metavar="HOURS", help="The wanted time of a bucket's job.")] = HOURS,
+    limit_usd: Annotated[
+        float | None, typer.Option(min=0, metavar="USD", help="Start no job that costs more, and end one that does.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take up a bucket's batch by its name; needs --stack.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the estimate of a bucket's job only.")] = False,
 ) -> None:
     """Count the people in all pictures of a folder or of a bucket, and write one table: picture, count, error.
 
-    A run that was stopped or killed goes on where it was if the command is repeated. Exit code: 0 all pictures were
-    counted, 1 some or all were not, 2 the command was not understood.
+    A folder is counted on this machine, a bucket by a batch prediction job of Vertex AI with the release that the stack
+    serves. A run that was stopped or killed goes on where it was if the command is repeated. Exit code: 0 all pictures
+    were counted, 1 some or all were not, 2 the command was not understood.
     """
     try:
         parameters = Parameters.parse({"confidence": confidence, "detail": detail})
     except RequestError as error:
         raise typer.BadParameter(str(error)) from None
     try:
-        totals = _folder(source, stack, out, parameters)
-    except (BatchError, CountError) as error:
+        if resume or source.startswith("gs://"):
+            wish = Wish(source, out or "", parameters, machines, machine_type, within, limit_usd)
+            totals = _bucket(wish, stack, resume, dry=dry_run)
+        else:
+            totals = _folder(source, stack, out, parameters)
+    except (BatchError, CountError, GoogleError, StackError) as error:
         _fail(str(error))
     raise typer.Exit(1 if totals.failed else 0)
+
+
+def _bucket(wish: Wish, stack: str | None, resume: str | None, *, dry: bool) -> Totals:
+    from headcount.batch_job import Batch
+
+    if not stack:
+        raise typer.BadParameter("a bucket is counted by the release of a stack: name it with --stack")
+    if wish.out and not wish.out.startswith("gs://"):
+        raise typer.BadParameter(
+            f"--out {wish.out}: the results of a bucket go to a bucket, so write gs://BUCKET/FOLDER"
+        )
+    if resume and wish.source:
+        raise typer.BadParameter("--resume names a batch, which knows its pictures: leave the address out")
+    with contextlib.closing(Batch(stack, outputs(stack), wish)) as one:
+        if resume:
+            one.resume(resume)
+        else:
+            one.begin()
+        try:
+            totals = one.run(dry=dry)
+        except KeyboardInterrupt:
+            print(one.left_alone, file=sys.stderr)
+            raise typer.Exit(130) from None
+        if not dry:
+            print(f"{totals}, in {one.table}", file=sys.stderr)
+        return replace(totals, failed=0) if dry else totals
 
 
 def _folder(source: str, stack: str | None, out: str | None, parameters: Parameters) -> Totals:

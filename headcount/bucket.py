@@ -23,7 +23,7 @@ def copy(files: Mapping[str, Path], found: dict[str, Any], what: str) -> str:
 
     bucket = str(found["modelBucket"]).removeprefix("gs://")
     try:
-        client = _client(found)
+        client = client_of(found)
         try:
             for name, file in files.items():
                 blob = client.bucket(bucket).blob(name)
@@ -42,7 +42,9 @@ def copy(files: Mapping[str, Path], found: dict[str, Any], what: str) -> str:
     return f"gs://{bucket}"
 
 
-def _client(found: dict[str, Any]) -> Any:
+def client_of(found: dict[str, Any]) -> Any:
+    """Google's client of Cloud Storage for a stack with these outputs."""
+
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 

@@ -15,7 +15,7 @@ from headcount.stacks import outputs
 
 # https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.customJobs and
 # https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.hyperparameterTuningJobs
-KINDS: Final = {"customJobs": "custom", "hyperparameterTuningJobs": "tuning"}
+KINDS: Final = {"customJobs": "custom", "hyperparameterTuningJobs": "tuning", "batchPredictionJobs": "batch"}
 NAME: Final = re.compile(rf"projects/([^/]+)/locations/([a-z0-9-]+)/({'|'.join(KINDS)})/\d+")
 ENDED: Final = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "PARTIALLY_SUCCEEDED")
 TRIAL: Final = "ml.googleapis.com/trial_id"  # label of a tuning job's log entries
@@ -29,7 +29,7 @@ class JobError(GoogleError):
 
 @dataclass(frozen=True)
 class Job:
-    """name: full resource name. kind: custom or tuning. created, ended: RFC 3339, "" where not yet."""
+    """name: full resource name. kind: custom, tuning or batch. created, ended: RFC 3339, "" where not yet."""
 
     name: str
     kind: str

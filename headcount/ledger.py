@@ -97,6 +97,10 @@ class Ledger:
         with self._db:
             self._db.executemany("UPDATE pictures SET count = ?, error = ? WHERE name = ? AND count IS NULL", changes)
 
+    def give_up(self, why: str) -> None:
+        """Notes a reason for all pictures that nothing is known of."""
+        self._db.execute("UPDATE pictures SET error = ? WHERE count IS NULL AND error IS NULL", (why,))
+
     def left(self) -> Iterator[str]:
         """The pictures that nothing is known of yet. The ledger may change meanwhile."""
         return (name for name, _, _ in self._pages("AND count IS NULL AND error IS NULL"))

@@ -39,7 +39,7 @@ def read(table: Path) -> list[tuple[str, str, str]]:
 
 
 def drive(folder: Path, table: Path, point: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs a batch in a process of its own, because multiprocessing leaves one until its parent ends."""
+    """Runs a batch in a process of its own, because multiprocessing leaves a process until its parent ends."""
     arguments = [str(folder), str(table), *([point] if point else [])]
     return subprocess.run(
         [sys.executable, str(ROOT / "tests" / "batch_driver.py"), *arguments], capture_output=True, text=True

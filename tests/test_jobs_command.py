@@ -46,6 +46,7 @@ def cloud(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> HTTPServer
     )
     tuning = {"hyperparameterTuningJobs": [job(2, "FAILED", TUNING, "digits")]}
     httpserver.expect_request(f"/v1/{TUNING}").respond_with_json(tuning)
+    httpserver.expect_request(f"/v1/{PARENT}/batchPredictionJobs").respond_with_json({})
     return httpserver
 
 
