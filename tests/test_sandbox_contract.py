@@ -49,7 +49,7 @@ def test_paths_lead_to_methods(http: str, path: str, name: str) -> None:
     ("http", "path", "name"),
     [
         ("POST", "trainingPipelines", "aiplatform.projects.locations.trainingPipelines.create"),
-        ("GET", "pipelineJobs/7", "aiplatform.projects.locations.pipelineJobs.get"),
+        ("GET", "featurestores/7", "aiplatform.projects.locations.featurestores.get"),
         ("POST", "endpoints/1:explain", "aiplatform.projects.locations.endpoints.explain"),
         ("DELETE", "endpoints/1/operations/2", "aiplatform.projects.locations.endpoints.operations.delete"),
     ],
