@@ -124,16 +124,13 @@ def _count(
         for rows in Processes(partial(_work, folder, counter, parameters), processes).map(ledger.left()):
             known.extend(rows)
             if time.monotonic() > due:
-                _record(ledger, known, tell)
+                ledger.record(known)
+                totals = totals.with_rows(known)  # to ask the ledger would read all of it
+                known.clear()
+                tell(totals)
                 due = time.monotonic() + SECONDS
     finally:
-        _record(ledger, known, tell)
-
-
-def _record(ledger: Ledger, known: deque[Row], tell: Callable[[Totals], object]) -> None:
-    ledger.record(known)
-    known.clear()
-    tell(ledger.totals())
+        ledger.record(known)
 
 
 # ------------------------------------------------------------------------------------------------------- processes

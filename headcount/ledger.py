@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,12 @@ class Totals:
     @property
     def left(self) -> int:
         return self.pictures - self.counted - self.failed
+
+    def with_rows(self, rows: Collection[Row]) -> Totals:
+        """The totals after so many more rows were recorded, of pictures that were left."""
+        counts = [row.count for row in rows if row.count is not None]
+        failed = self.failed + len(rows) - len(counts)
+        return Totals(self.pictures, self.counted + len(counts), failed, self.people + sum(counts))
 
     def __str__(self) -> str:
         failed = f", {self.failed:,} not counted" if self.failed else ""
