@@ -11,12 +11,12 @@ import yaml
 from kfp import compiler, dsl
 
 
-@dsl.container_component  # type: ignore[untyped-decorator]
+@dsl.container_component
 def count(text: str, counted: dsl.OutputPath(int)):  # type: ignore[no-untyped-def, valid-type]
     return dsl.ContainerSpec(image="busybox", command=["sh", "-c"], args=[f'mkdir -p "$(dirname {counted})"', text])
 
 
-@dsl.pipeline(name="Count people")  # type: ignore[untyped-decorator]
+@dsl.pipeline(name="Count people")
 def every_type(
     folder: str,
     epochs: int = 3,
@@ -50,9 +50,9 @@ def spec() -> dict[str, Any]:
 
 @functools.cache
 def linear(**env: str) -> str:
-    """A compiled pipeline of two tasks, of which the second has environment variables of the stub containers."""
+    """A compiled pipeline of two tasks, of which the second has environment variables of the stub containers."""  # type: ignore[no-untyped-def]
 
-    def linear(text: str = "hello"):  # type: ignore[no-untyped-def]
+    def linear(text: str = "hello"):
         first = count(text=text).set_display_name("first")
         second = count(text=f"again {text}").after(first)
         for name, value in env.items():

@@ -69,7 +69,7 @@ def job(template: str, root: str, times: int = 1, job_id: str | None = None) -> 
 def test_the_life_of_a_pipeline_job(template: str, root: str, project: str) -> None:
     first = job(template, root, job_id="first-run")
     first.submit(service_account=f"runner@{project}.iam.gserviceaccount.com")
-    first.wait()
+    first.wait()  # type: ignore[no-untyped-call]
     assert first.state == STATE.PIPELINE_STATE_SUCCEEDED
     assert first.resource_name.endswith("/locations/europe-west4/pipelineJobs/first-run")
     details = {one.task_name: one for one in first.task_details}

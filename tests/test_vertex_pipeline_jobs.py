@@ -132,7 +132,7 @@ def test_a_template_is_read_from_a_bucket_or_a_repository(world: PipelineWorld, 
 
     def upload() -> None:
         if where == "repository":
-            client.upload_pipeline(str(file))  # type: ignore[no-untyped-call]
+            client.upload_pipeline(str(file))
         else:
             path = "upload/storage/v1/b/a-bucket/o?uploadType=media&name=templates/linear%20of%20mine.yaml"
             assert httpx.post(f"{world.sandbox.url}/{path}", content=text).status_code == 200
