@@ -50,9 +50,9 @@ def spec() -> dict[str, Any]:
 
 @functools.cache
 def linear(**env: str) -> str:
-    """A compiled pipeline of two tasks, of which the second has environment variables of the stub containers."""  # type: ignore[no-untyped-def]
+    """A compiled pipeline of two tasks, of which the second has environment variables of the stub containers."""
 
-    def linear(text: str = "hello"):
+    def linear(text: str = "hello"):  # type: ignore[no-untyped-def]
         first = count(text=text).set_display_name("first")
         second = count(text=f"again {text}").after(first)
         for name, value in env.items():
