@@ -3,12 +3,16 @@
 https://docs.cloud.google.com/vertex-ai/docs/pipelines/run-pipeline
 """
 
+import hashlib
 import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+
 from sandbox import clock
+from sandbox.artifact_registry import packages
 from sandbox.context import Call, Cloud
 from sandbox.conventions import check_encryption, check_labels, page
 from sandbox.errors import GoogleError, invalid, not_found, precondition
@@ -36,8 +40,6 @@ ORDERED = ("createTime", "updateTime", "startTime", "endTime", "displayName")
 
 def read_template(cloud: Cloud, uri: str) -> tuple[JSON, JSON]:
     """The PipelineSpec at a URI, and the templateMetadata of one in Artifact Registry. Raises where there is none."""
-    import yaml
-
     metadata: JSON = {}
     if found := re.fullmatch(r"gs://([^/]+)/(.+)", uri):
         item = live_object(cloud.store, found[1], found[2]) if cloud.store.get("bucket", found[1]) else None
@@ -45,10 +47,11 @@ def read_template(cloud: Cloud, uri: str) -> tuple[JSON, JSON]:
             raise not_found(f"The template {uri} is not found.")
         content = content_file(cloud.store, item["file"]).read_bytes()
     else:
-        raise invalid(f'Invalid template_uri "{uri}": gs://BUCKET/OBJECT or https://REGION-kfp.pkg.dev/… is expected.')
+        content = packages.fetch(cloud, uri)
+        metadata = {"version": f"sha256:{hashlib.sha256(content).hexdigest()}"}
     try:
         spec = next(iter(yaml.safe_load_all(content)), None)  # a second document is for Kubernetes
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise invalid(f"The template {uri} is no YAML: {error}") from None
     if not isinstance(spec, dict):
         raise invalid(f"The template {uri} is no pipeline; compile one with kfp.compiler.Compiler().compile().")

@@ -57,6 +57,8 @@ LONGEST = (
 GROUPS = dict.fromkeys(("test_container", "test_vertex_docker"), "image") | dict.fromkeys(
     ("test_server", "test_openapi", "test_page", "test_readme", "test_web", "test_client"), "server"
 )
+# Importing kfp takes seconds, in the tests' process and in that of the sandbox.
+GROUPS |= dict.fromkeys(("test_sandbox_pipeline_jobs", "test_sandbox_pipeline_clients"), "pipelines")
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no error
 hypothesis.settings.load_profile("tests")
 

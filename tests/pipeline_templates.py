@@ -180,3 +180,66 @@ def independent() -> Any:
     spec["root"]["dag"]["tasks"] = {names[name]: task for name, task in tasks.items()}
     spec["root"]["dag"]["tasks"]["after-first"]["dependentTasks"] = ["a-first"]
     return spec
+
+
+COUNT = """
+import pathlib, sys
+source, copy, lines = map(pathlib.Path, sys.argv[1:])
+text = source.read_text()
+if not text:
+    sys.exit("no lines")
+copy.parent.mkdir(parents=True, exist_ok=True)
+copy.write_text(text.upper())
+lines.write_text(str(len(text.splitlines())))
+"""
+REPORT = """
+import pathlib, sys, time
+lines, copy, go = sys.argv[1:]
+print("waiting", flush=True)
+while not pathlib.Path(go).exists():
+    time.sleep(0.1)
+print(lines, "lines:", *pathlib.Path(copy).read_text().split(), flush=True)
+"""
+
+
+def real(image: str, source: str, folder: str) -> Any:
+    """Programs of the standard library: count, report, and a loop of greetings where there is more than one line."""
+
+    @dsl.container_component
+    def count(source: dsl.Input[dsl.Dataset], copy: dsl.Output[dsl.Dataset], lines: dsl.OutputPath(int), text: str):  # type: ignore[no-untyped-def, valid-type]
+        return dsl.ContainerSpec(image=image, command=["python", "-c", COUNT], args=[source.path, copy.path, lines])
+
+    @dsl.container_component
+    def report(lines: int, copy: dsl.Input[dsl.Dataset]):  # type: ignore[no-untyped-def]
+        args = [lines, copy.path, f"{folder}/go"]
+        return dsl.ContainerSpec(image=image, command=["python", "-c", REPORT], args=args)
+
+    @dsl.container_component
+    def greet(name: str):  # type: ignore[no-untyped-def]
+        return dsl.ContainerSpec(image=image, command=["python", "-c", "import sys; print(sys.argv)"], args=[name])
+
+    def real(text: str = "hello"):  # type: ignore[no-untyped-def]
+        found = dsl.importer(artifact_uri=source, artifact_class=dsl.Dataset)
+        counted = count(source=found.output, text=text).set_cpu_limit("1")
+        report(lines=counted.outputs["lines"], copy=counted.outputs["copy"])
+        with dsl.If(counted.outputs["lines"] > 1), dsl.ParallelFor(["a", "b"]) as name:
+            greet(name=name)
+
+    return pipeline(real)
+
+
+PATIENT = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+time.sleep(600)
+"""
+
+
+def patient(image: str) -> Any:
+    """One task that ends when it is told to."""
+
+    @dsl.container_component
+    def patient():  # type: ignore[no-untyped-def]
+        return dsl.ContainerSpec(image=image, command=["python", "-c", PATIENT])
+
+    return compiled(patient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pipeline_templates as templates
 import pytest
@@ -11,16 +12,17 @@ from google.api_core.exceptions import BadRequest, Conflict, NotFound
 from google.cloud import aiplatform
 from google.cloud.aiplatform import gapic, pipeline_jobs
 from google.cloud.aiplatform.utils import resource_manager_utils
-from google_clients import anonymous, service, storage_client
+from google.cloud.artifactregistry_v1 import Repository
+from google_clients import anonymous, artifact_registry, service, storage_client
+from googleapiclient.errors import HttpError
 from helpers import eventually
+from kfp.registry.registry_client import ApiAuth, RegistryClient
 
 from sandbox.projects import project_number
 from sandbox.testing import RunningSandbox
 
-pytestmark = [
-    pytest.mark.xdist_group("pipelines"),
-    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning"),  # Google's client warns so
-]
+# Google's client warns so.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning")
 STATE = gapic.PipelineState
 TASK = gapic.PipelineTaskDetail.State
 
@@ -159,6 +161,28 @@ def test_the_life_of_a_schedule(template: str, root: str) -> None:
     assert made.list_jobs() == []
     made.delete()
     assert aiplatform.PipelineJobSchedule.list() == []
+
+
+def test_a_template_is_read_from_artifact_registry(
+    stub_sandbox: RunningSandbox, root: str, project: str, template: str
+) -> None:
+    parent = f"projects/{project}/locations/europe-west4"
+    with artifact_registry(stub_sandbox) as registry, service(stub_sandbox, "aiplatform", "v1") as vertex:
+        made = registry.create_repository(
+            parent=parent, repository_id="pipelines", repository=Repository(format_=Repository.Format.KFP)
+        ).result(timeout=60)
+        address = registry.get_repository(name=made.name).registry_uri
+        client = RegistryClient(host=f"http://{address}", auth=ApiAuth("sandbox"))
+        _, version = client.upload_pipeline(template, tags="latest")
+        jobs = vertex.projects().locations().pipelineJobs()
+        body: dict[str, Any] = {"runtimeConfig": {"gcsOutputDirectory": root, "parameterValues": {"times": 1}}}
+        body["templateUri"] = f"https://europe-west4-kfp.pkg.dev/{project}/pipelines/linear/latest"
+        made = jobs.create(parent=parent, body=body).execute()
+        body["templateUri"] = f"https://europe-west4-kfp.pkg.dev/{project}/pipelines/linear/another"
+        with pytest.raises(HttpError, match="No template is at"):
+            jobs.create(parent=parent, body=body).execute()
+    assert made["templateMetadata"] == {"version": version}
+    assert made["pipelineSpec"]["pipelineInfo"]["name"] == "linear"
 
 
 def test_a_template_is_read_from_a_bucket(stub_sandbox: RunningSandbox, root: str, project: str, template: str) -> None:

@@ -16,7 +16,6 @@ from sandbox.testing import RunningSandbox
 
 BUCKET = "a-bucket"
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
-pytestmark = pytest.mark.xdist_group("pipelines")  # one process imports kfp, and one sandbox's processes do
 
 
 @pytest.fixture
@@ -321,3 +320,16 @@ def test_a_process_that_ends_early_fails_its_job(sandbox: RunningSandbox) -> Non
     job = finished(sandbox, path)
     assert (job["state"], job["error"]["code"]) == ("PIPELINE_STATE_FAILED", 13)
     assert states(job)["use"] == "CANCELLED"
+
+
+def test_faults_hold_jobs_and_fail_them(sandbox: RunningSandbox) -> None:
+    spec = templates.linear()
+    sandbox.fault("pipelineJobs.create", "hold")
+    held = start(sandbox, spec, {"times": 1})
+    assert eventually(lambda: states_of(sandbox, held).get("make") == "RUNNING")
+    sandbox.release()
+    assert finished(sandbox, held)["state"] == "PIPELINE_STATE_SUCCEEDED"
+    sandbox.fault("pipelineJobs.create", "operation_error", message="No quota.", status="RESOURCE_EXHAUSTED")
+    job = run(sandbox, spec, {"times": 1})
+    assert (job["state"], job["error"]) == ("PIPELINE_STATE_FAILED", {"code": 8, "message": "No quota."})
+    assert states(job) == {}

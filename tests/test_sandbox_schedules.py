@@ -17,7 +17,6 @@ from sandbox.testing import RunningSandbox
 from sandbox.vertex_schedules import next_run, next_time
 
 HOUR = 3600.0
-pytestmark = pytest.mark.xdist_group("pipelines")
 
 
 def at(text: str) -> float:
