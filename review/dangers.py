@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
+from pulumi_vertex.pipelines import cron
 from pulumi_vertex.wire import UNKNOWN
 
 from .cost import Cost
@@ -25,6 +27,8 @@ ENDPOINT: Final = "gcp:vertex/aiEndpoint:AiEndpoint"
 ROLLOUT: Final = "vertex:index:Rollout"
 VERSION: Final = "vertex:index:ModelVersion"
 RELEASED_IMAGE: Final = "vertex:index:ReleasedImage"
+SCHEDULE: Final = "vertex:index:Schedule"
+HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 BUCKET: Final = "gcp:storage/bucket:Bucket"
 # What is lost with a resource of these types.
 DATA: Final[Mapping[str, str]] = {
@@ -263,6 +267,13 @@ def _idle_release(facts: Facts) -> Iterator[tuple[str, str]]:
             )
 
 
+def _frequent_runs(facts: Facts) -> Iterator[tuple[str, str]]:
+    for change in facts.preview.of_type(SCHEDULE):
+        old, new = (cron.shortest_pause(state.inputs if state else {}) for state in (change.old, change.new))
+        if new < min(old, HOUR):
+            yield change.name, f"{described(change)} starts a run {new // MINUTE} minutes after another one."
+
+
 # The order is that of the review.
 CHECKS: Final[Mapping[Rule, Check]] = {
     Rule(
@@ -319,6 +330,12 @@ CHECKS: Final[Mapping[Rule, Check]] = {
         "the cost with all replicas exceeds `monthlyCostLimit`",
         "Replicas are added under load without anybody being asked, so the limit has to hold for the most of them.",
     ): _over_the_limit,
+    Rule(
+        "frequent-runs",
+        "frequent runs of a pipeline",
+        "a schedule starts a run of a pipeline more often than once an hour",
+        "Each run costs its machines, and a schedule goes on while nobody looks.",
+    ): _frequent_runs,
     Rule(
         "unproven-traffic-elsewhere",
         "a version that never served",

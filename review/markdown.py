@@ -82,10 +82,10 @@ def _traffic(found: Review) -> list[str]:
 
 
 def _cost(found: Review) -> list[str]:
-    if not found.traffic.before and not found.traffic.after and not found.jobs:
+    if not found.traffic.before and not found.traffic.after and not (found.jobs or found.runs):
         return []
     bound = " ".join(words.cost_bound(found))
-    if (stays := words.cost_stays(found)) and not found.jobs:
+    if (stays := words.cost_stays(found)) and not (found.jobs or found.runs):
         return [f"{stays} {bound}".rstrip(), ""]
     said = [stays] if stays else _table(words.cost_table(found))
     remarks = " ".join([*words.cost_bound(found), *words.cost_remarks(found)])

@@ -104,7 +104,7 @@ def _share(share: int | None) -> str:
 
 
 def _cost(found: Review) -> list[str]:
-    if not found.traffic.before and not found.traffic.after and not found.jobs:
+    if not found.traffic.before and not found.traffic.after and not (found.jobs or found.runs):
         return []
     stays = words.cost_stays(found)
     said = f"<p>{_text(stays)}</p>" if stays else _table(words.cost_table(found))

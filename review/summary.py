@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pulumi_vertex.jobs.specification import TIMEOUT_SECONDS
+from pulumi_vertex.pipelines import cron
 from pulumi_vertex.wire import UNKNOWN
 
 from . import dangers
@@ -18,6 +19,7 @@ from .prices import TRAINING, Price, Prices
 from .traffic import Traffic, traffic
 
 IMAGE: Final = "docker-build:index:Image"
+PIPELINE_JOB: Final = "vertex:index:PipelineJob"
 JOBS: Final = {"vertex:index:CustomJob": "custom job", "vertex:index:TuningJob": "tuning job"}
 
 # What else costs, by the type of the resource: the price's service and item, and the words for it.
@@ -59,6 +61,16 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Runs of a pipeline that the change leads to. times: in words, empty for a single run. paused: none for now."""
+
+    name: str
+    kind: str
+    times: str = ""
+    paused: bool = False
+
+
+@dataclass(frozen=True)
 class Usage:
     """What is paid by use, and is in no sum because the use is not known."""
 
@@ -82,6 +94,7 @@ class Review:
     messages: tuple[Message, ...]
     resources: tuple[Changed, ...]
     jobs: tuple[Job, ...] = ()
+    runs: tuple[Run, ...] = ()
     usage: tuple[Usage, ...] = ()
     limit: float | None = None
     verified: str = ""
@@ -136,6 +149,7 @@ def review(preview: Preview, prices: Prices, served: Collection[str] = ()) -> Re
             for c in sorted(changed, key=_gravity)
         ),
         jobs=tuple(_jobs(preview, region, prices)),
+        runs=tuple(_runs(preview)),
         usage=tuple(_usage(preview, region, prices)),
         limit=dangers.monthly_limit(preview),
     )
@@ -313,6 +327,21 @@ def _jobs(preview: Preview, region: str, prices: Prices) -> list[Job]:
                 change.name, JOBS[change.type], str(machines), None if hour is None else hour * replicas, seconds / 3600
             )
         )
+    return found
+
+
+def _runs(preview: Preview) -> list[Run]:
+    found = [
+        Run(change.name, "pipeline job")
+        for change in preview.of_type(PIPELINE_JOB)
+        if change.operation in ("create", "replace") and change.new
+    ]
+    for change in preview.of_type(dangers.SCHEDULE):
+        if change.operation not in ("create", "replace", "update") or not change.new:
+            continue
+        times, zone = str(change.new.inputs.get("cron", "")), change.new.inputs.get("timeZone") or cron.DEFAULT_ZONE
+        said = f"{times} ({zone})" if times == UNKNOWN or cron.problem(times) else f"{cron.in_words(times)} ({zone})"
+        found.append(Run(change.name, "schedule", said, bool(change.new.inputs.get("paused"))))
     return found
 
 

@@ -8,7 +8,7 @@ from .cost import HOURS_PER_MONTH, Cost
 from .dangers import Finding, Rule, kind
 from .events import PolicyFinding
 from .prices import COMPUTE, PREDICTION
-from .summary import Job, Review, Usage
+from .summary import Job, Review, Run, Usage
 from .traffic import Serving
 
 Table = tuple[list[str], list[list[str]]]  # the heads of the columns, and the rows
@@ -106,6 +106,7 @@ def cost_remarks(found: Review) -> list[str]:
     if found.usage:
         remarks.append(f"Paid by use, and in no sum: {'; '.join(map(_usage, found.usage))}.")
     remarks += map(_job, found.jobs)
+    remarks += map(_run, found.runs)
     sources = dict.fromkeys(
         f"{SERVICES.get(price.service, price.service)} on {price.day}"
         for price in (*found.cost_before.sources, *found.cost_after.sources)
@@ -214,6 +215,16 @@ def _job(job: Job) -> str:
         f"The {job.kind} `{plain(job.name)}` runs once on {job.machines}: {costs} an hour, and how long it takes is "
         f"not known, at most {job.most_hours:g} hours."
     )
+
+
+def _run(run: Run) -> str:
+    unknown = "the machines of its steps, whose price is not known"
+    if not run.times:
+        return f"The {run.kind} `{plain(run.name)}` runs once and costs {unknown}."
+    words = run.times[0].lower() + run.times[1:]
+    if run.paused:
+        return f"The {run.kind} `{plain(run.name)}` is paused; resumed, it would start a run {words}."
+    return f"The {run.kind} `{plain(run.name)}` starts a run {words}. Each run costs {unknown}."
 
 
 def _few(paths: list[str]) -> str:

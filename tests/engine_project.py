@@ -23,11 +23,11 @@ from sandbox.testing import RunningSandbox
 class EngineProject:
     """A copy of the checkout with a tiny image, a state of its own, and a sandbox."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, runner: str = "docker") -> None:
         self.folder = folder / "project"
         self.registry_port = free_port()
         delays = ("--api-delay", "2", "--account-delay", "6")
-        self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), *delays, runner="docker")
+        self.sandbox = RunningSandbox("--registry-port", str(self.registry_port), *delays, runner=runner)
         for name in ("infra", "pulumi_vertex"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("Pulumi.yaml", "Pulumi.local.yaml", "Pulumi.dev.yaml", "Pulumi.prod.yaml"):

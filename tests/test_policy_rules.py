@@ -82,6 +82,7 @@ KEPT: dict[str, list[Resource]] = {
         bucket(),
         bucket(labels=UNKNOWN),
         resource(rules.MODEL_VERSION, labels=LABELS | {"more": "x"}),
+        *(resource(pipeline, labels=LABELS) for pipeline in rules.PIPELINES),
         grant(),
     ],
     "retention": [
@@ -149,7 +150,11 @@ BROKEN: dict[str, list[tuple[Resource, str]]] = {
         (resource(rules.RELEASED_IMAGE, repository="127.0.0.1:5000/my-project/x", digest=DIGEST), "imageSource"),
         (resource(rules.JOBS[0], image="europe-west4-docker.pkg.dev/other/x/y:1"), "not named by its digest"),
     ],
-    "labelled": [(bucket(labels={"project": "headcount"}), "stack. Set labels"), (bucket(labels=None), "Set labels")],
+    "labelled": [
+        (bucket(labels={"project": "headcount"}), "stack. Set labels"),
+        (bucket(labels=None), "Set labels"),
+        *((resource(pipeline, labels={}), "Set labels") for pipeline in rules.PIPELINES),
+    ],
     "retention": [
         (bucket(lifecycleRules=[]), "Add a lifecycle rule Delete with an age"),
         (bucket(softDeletePolicy=None), "Set soft_delete_policy"),

@@ -14,13 +14,14 @@ from googleapiclient import discovery_cache
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
+from review_previews import a_change
 from werkzeug import Request, Response
 
 from infra.settings import Settings
-from review import catalogue, events, prices, words
+from review import catalogue, events, markdown, page, prices, words
 from review.cost import HOURS_PER_MONTH, Cost, Machines, Unknown, cost
 from review.prices import COMPUTE, PREDICTION, TRAINING, Price, Prices
-from review.summary import review
+from review.summary import as_json, review
 
 REGION = "europe-west4"
 
@@ -140,6 +141,20 @@ def test_a_job_has_a_price_an_hour_and_no_sum() -> None:
         assert "not known, at most 2 hours" in said
         unknown = review(events.read("dev", map(json.dumps, log)), Prices([]))
         assert "an unknown price an hour" in " ".join(words.cost_remarks(unknown))
+
+
+def test_runs_of_a_pipeline_are_named_with_their_times_and_without_a_price() -> None:
+    nightly = {"cron": "0 3 * * *", "timeZone": "Europe/Amsterdam"}
+    for type_, inputs, said in (
+        ("PipelineJob", {}, "The pipeline job `train` runs once and costs the machines of its steps"),
+        ("Schedule", nightly, "starts a run at 03:00 every day (Europe/Amsterdam). Each run costs the machines of its"),
+        ("Schedule", nightly | {"paused": True}, "is paused; resumed, it would start a run at 03:00 every day"),
+    ):
+        urn = f"urn:pulumi:dev::headcount::vertex:index:{type_}::train"
+        found = review(a_change(None, inputs, urn=urn, type=f"vertex:index:{type_}"), KNOWN)
+        assert said in markdown.render(found)
+        assert "whose price is not known" in page.render(found) or "resumed" in said
+        assert as_json(found)["runs"][0]["name"] == "train"
 
 
 # ------------------------------------------------------------------------------------------------ the catalogue

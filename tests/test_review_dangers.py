@@ -28,6 +28,8 @@ def of(type_: str, old: dict[str, Any] | None, new: dict[str, Any] | None, **mor
 
 
 BUCKET = dangers.BUCKET
+NIGHTLY = {"cron": "0 3 * * *", "timeZone": "Europe/Amsterdam"}
+OFTEN = NIGHTLY | {"cron": "*/20 * * * *"}
 MEMBER = "gcp:storage/bucketIAMMember:BucketIAMMember"
 GRANT = {"bucket": "b", "role": "roles/viewer", "member": "user:a@example.com"}
 DANGERS: list[tuple[str, Preview, Preview]] = [  # the rule, a change that it finds, and one that it does not
@@ -59,6 +61,16 @@ DANGERS: list[tuple[str, Preview, Preview]] = [  # the rule, a change that it fi
         of("gcp:storage/bucketACL:BucketACL", None, {"predefinedAcl": "publicRead"}),
         of("gcp:storage/bucketACL:BucketACL", None, {"predefinedAcl": "private", "roleEntities": ["OWNER:user-a"]}),
     ),
+    ("frequent-runs", of(dangers.SCHEDULE, None, OFTEN), of(dangers.SCHEDULE, None, NIGHTLY)),
+    (
+        "frequent-runs",
+        of(dangers.SCHEDULE, NIGHTLY, OFTEN),
+        of(dangers.SCHEDULE, OFTEN, OFTEN | {"labels": {"a": "b"}}),
+    ),
+    ("frequent-runs", of(dangers.SCHEDULE, OFTEN | {"paused": True}, OFTEN), of(dangers.SCHEDULE, OFTEN, None)),
+    ("frequent-runs", of(dangers.SCHEDULE, None, OFTEN), of(dangers.SCHEDULE, None, OFTEN | {"paused": True})),
+    ("frequent-runs", of(dangers.SCHEDULE, None, OFTEN), of(dangers.SCHEDULE, None, OFTEN | {"cron": UNKNOWN})),
+    ("frequent-runs", of(dangers.SCHEDULE, None, OFTEN), of(dangers.SCHEDULE, None, OFTEN | {"cron": "* * 31 2 *"})),
 ]
 
 

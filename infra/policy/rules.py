@@ -35,6 +35,7 @@ MODEL_VERSION: Final = "vertex:index:ModelVersion"
 RELEASED_IMAGE: Final = "vertex:index:ReleasedImage"
 ROLLOUT: Final = "vertex:index:Rollout"
 JOBS: Final = ("vertex:index:CustomJob", "vertex:index:TuningJob")
+PIPELINES: Final = ("vertex:index:PipelineJob", "vertex:index:Schedule")
 VERTEX_PROVIDER: Final = "pulumi:providers:vertex"
 
 #: The most traffic, in percent, that production may give to versions which this very update uploads: a fault shows
@@ -167,7 +168,7 @@ def _own_registry(repository: str, settings: Settings) -> bool:
 
 
 def labelled(resource: Resource, settings: Settings) -> Iterator[str]:
-    if resource.type not in (BUCKET, REPOSITORY, ENDPOINT, MODEL_VERSION, *JOBS):
+    if resource.type not in (BUCKET, REPOSITORY, ENDPOINT, MODEL_VERSION, *JOBS, *PIPELINES):
         return
     labels = resource.properties.get("labels") or {}
     if labels is UNKNOWN:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import islice, pairwise
 from typing import Any, Final
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -70,6 +71,20 @@ def zone_problem(name: str) -> str:
 def fires(cron: str, zone: str, after: datetime) -> Iterator[datetime]:
     """The times of a schedule after a moment, in its zone. after: with a time zone."""
     return iter(CronSim(cron, after.astimezone(ZoneInfo(zone))))
+
+
+def in_words(cron: str) -> str:
+    """A right expression in words, such as "At 03:00 every day"."""
+    return CronSim(cron, datetime(2000, 1, 1)).explain()
+
+
+def shortest_pause(inputs: Wire) -> timedelta:
+    """The shortest time between two runs of a schedule; timedelta.max where it starts none, or that is not known."""
+    if inputs.get("paused") or not _readable(inputs) or check_times(inputs):
+        return timedelta.max
+    times = fires(inputs["cron"], inputs.get("timeZone") or DEFAULT_ZONE, datetime.now(UTC))
+    moments = [moment.astimezone(UTC) for moment in islice(times, 100)]
+    return min((later - earlier for earlier, later in pairwise(moments)), default=timedelta.max)
 
 
 def zoned(cron: str, zone: str) -> str:
