@@ -1,7 +1,7 @@
 """A stack with a pipeline that runs once and by a schedule: up, changed, again, destroyed.
 
-The real engine with the google and docker-build providers, against the sandbox. Tiny images stand in for both images, and
-stub containers for their steps. The tests are in the order of a stack's life.
+The real engine with the google and docker-build providers, against the sandbox. Tiny images stand in for both images,
+and stub containers for their steps. The tests are in the order of a stack's life.
 """
 
 from __future__ import annotations

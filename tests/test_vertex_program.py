@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,13 @@ from pulumi_vertex.provider import RESOURCES
 from pulumi_vertex.wire import unwrapped
 from sandbox.testing import RunningSandbox
 
+TEMPLATE = json.dumps(
+    {
+        "pipelineInfo": {"name": "digits"},
+        "schemaVersion": "2.1.0",
+        "root": {"inputDefinitions": {"parameters": {"epochs": {"parameterType": "NUMBER_INTEGER"}}}},
+    }
+)
 README = Path(vertex.__file__).parent / "README.md"
 
 
@@ -48,7 +56,9 @@ def mocks() -> Iterator[RecordingMocks]:
 def run_readme_s(number: int) -> None:
     """Runs one of the README's programs in Python."""
     program = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
-    pulumi.runtime.set_all_config({"digits:image": IMAGE, "digits:trainingImage": OTHER_IMAGE})
+    pulumi.runtime.set_all_config(
+        {"digits:image": IMAGE, "digits:trainingImage": OTHER_IMAGE, "digits:template": TEMPLATE}
+    )
 
     @pulumi.runtime.test  # type: ignore[untyped-decorator]
     def run() -> None:
@@ -65,6 +75,14 @@ def test_the_readme_s_jobs_pass_the_checks_of_a_preview(mocks: RecordingMocks, n
     assert RESOURCES[token].check(inputs) == []
     if token.endswith("TuningJob"):
         assert inputs["parameters"]["learning-rate"]["scaleType"] == "UNIT_LOG_SCALE"
+
+
+def test_the_readme_s_pipeline_passes_the_checks_of_a_preview(mocks: RecordingMocks) -> None:
+    run_readme_s(3)
+    for token in ("vertex:index:PipelineJob", "vertex:index:Schedule"):
+        inputs = unwrapped(mocks.made[token].inputs)
+        assert inputs["parameters"] == {"epochs": 3}
+        assert RESOURCES[token].check(RESOURCES[token].resolve(inputs)) == []
 
 
 def test_the_readme_s_program_registers_what_it_says(mocks: RecordingMocks) -> None:
