@@ -278,3 +278,13 @@ def test_the_real_server_predicts_over_grpc(server: Server) -> None:
         body = json.dumps({"instances": [GOOD]}).encode()
         answer = call(PredictionsRequest(model_name="weather", input={"data": body}), timeout=60)
     assert json.loads(answer.prediction) == {"predictions": [predicted(1, 2, 10)]}
+
+
+def test_an_image_for_cpus_leaves_a_gpu_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADCOUNT_RUN_FOLDER", str(RunFolder.create(tmp_path).path))
+    monkeypatch.setenv("HEADCOUNT_MODEL", str(model))
+    monkeypatch.setenv("HEADCOUNT_ACCELERATOR", "cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    one = ExportedHandler()
+    one.initialize(Context(model))
+    assert one.run_folder.worker_facts() == {"device": "cpu"}

@@ -293,6 +293,23 @@ def test_a_failure_of_the_network_is_told_and_does_not_last(
     assert json.loads(handler.handle([{"data": bus}], context)[0])["count"] == 4
 
 
+@pytest.mark.parametrize("over_grpc", [True, False])
+def test_a_worker_is_marked_while_it_answers_what_the_front_does_not_know(
+    over_grpc: bool, quick: PeopleHandler, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked, predict = list[bool](), quick.predict
+
+    def look(states: Any) -> None:
+        marked.append(quick.run_folder.answers_grpc())
+        predict(states)
+
+    monkeypatch.setattr(quick, "predict", look)
+    body = THREE if over_grpc else json.dumps({"instances": [instance(THREE)]}).encode()
+    quick.handle([{"data" if over_grpc else "body": body}], context)
+    assert marked == [over_grpc]
+    assert not quick.run_folder.answers_grpc()
+
+
 def test_no_file_outside_the_spool_is_read(handler: PeopleHandler, context: Any, data: Path) -> None:
     bus = (data / "people" / "bus.jpg").read_bytes()
     folder, good = handler.run_folder, "0123456789abcdef" * 2

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pulumi
 import pytest
 
 from infra import image
@@ -53,3 +54,8 @@ def test_a_change_of_the_same_size_has_another_hash_and_another_time(sources: Pa
     (sources / "serving/a.py").write_text("serving/b.py")
     assert image.stage(sources, tmp_path / "to", SERVING) != first
     assert to.stat().st_mtime != time
+
+
+def test_a_file_that_cannot_be_fetched_is_an_error_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(pulumi.RunError, match="nothing"):
+        image.fetch(tmp_path, "nothing")
