@@ -124,6 +124,7 @@ def test_a_container_has_its_buckets_and_its_surroundings(
     assert said["read"] == said["fetched"] == "rows"
     assert said["argv"] == [f"--model=gs://{BUCKET}/runs/1/model/"]
     assert said["cpus"] == 1
+    assert env["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"] == f"{env['STORAGE_EMULATOR_HOST']}/"  # all of Google
     assert env["NAME"] == env["CLOUD_ML_JOB_ID"] == job_id
     assert env["AIP_CHECKPOINT_DIR"] == f"gs://{BUCKET}/runs/1/checkpoints/"
     assert env["AIP_TENSORBOARD_LOG_DIR"] == f"gs://{BUCKET}/runs/1/logs/"

@@ -188,10 +188,8 @@ def _carry_out(
     with step.log.open("ab") as log:
         if why := execution.run(command, log):
             return {}, why
-    if (
-        any(EXECUTOR_MODULE in word for word in command.command)
-        and not Path(executor_input.outputs.output_file).exists()
-    ):
+    is_function = any(EXECUTOR_MODULE in word for word in command.command)
+    if is_function and not Path(executor_input.outputs.output_file).exists():
         return {}, "it ended without a result"
     try:
         outputs = executor_output_utils.get_outputs_for_task(executor_input, component_spec)
