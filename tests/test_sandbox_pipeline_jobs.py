@@ -332,4 +332,4 @@ def test_faults_hold_jobs_and_fail_them(sandbox: RunningSandbox) -> None:
     sandbox.fault("pipelineJobs.create", "operation_error", message="No quota.", status="RESOURCE_EXHAUSTED")
     job = run(sandbox, spec, {"times": 1})
     assert (job["state"], job["error"]) == ("PIPELINE_STATE_FAILED", {"code": 8, "message": "No quota."})
-    assert states(job) == {}
+    assert "jobDetail" not in job
