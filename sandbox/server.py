@@ -22,6 +22,7 @@ from sandbox import (
     resource_manager,
     service_usage,
     vertex_batch_jobs,
+    vertex_contexts,
     vertex_custom_jobs,
     vertex_deployments,
     vertex_endpoints,
@@ -71,6 +72,7 @@ METHODS: dict[str, Handler] = {
     **vertex_tensorboards.METHODS,
     **vertex_pipeline_jobs.METHODS,
     **vertex_schedules.METHODS,
+    **vertex_contexts.METHODS,
     **queries.METHODS,
     **buckets.METHODS,
     **objects.METHODS,
@@ -124,7 +126,7 @@ class SandboxServer:
             registry=registry,
         )
         training = (vertex_custom_jobs, vertex_tuning_jobs, vertex_tensorboards)
-        others = (vertex_batch_jobs, vertex_pipeline_jobs, vertex_schedules)
+        others = (vertex_batch_jobs, vertex_pipeline_jobs, vertex_schedules, vertex_contexts)
         for module in (vertex_models, vertex_endpoints, vertex_deployments, *training, *others):
             self.cloud.operations.kinds |= module.kinds(self.cloud)
         fleet.changed = lambda name: vertex_endpoints.replicas_changed(self.cloud, name)
@@ -354,7 +356,7 @@ def _renamed(value: Any, change: Callable[[str], str]) -> Any:
         k: change(v)
         if k in NAMES and isinstance(v, str)
         else [change(name) for name in v]
-        if k == "failedMainJobs"
+        if k in ("failedMainJobs", "parentContexts")
         else v
         if k in TEXTS
         else _renamed(v, change)

@@ -9,7 +9,16 @@ from sandbox.errors import invalid
 from sandbox.store import JSON
 
 # What operations may be listed and read under.
-OWNERS = ("models", "endpoints", "customJobs", "hyperparameterTuningJobs", "tensorboards", "pipelineJobs", "schedules")
+OWNERS = (
+    "models",
+    "endpoints",
+    "customJobs",
+    "hyperparameterTuningJobs",
+    "tensorboards",
+    "pipelineJobs",
+    "schedules",
+    "metadataStores",
+)
 
 
 async def get(call: Call) -> JSON:

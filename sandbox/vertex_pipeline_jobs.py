@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sandbox import clock
+from sandbox import clock, vertex_contexts
 from sandbox.artifact_registry import packages
 from sandbox.context import Call, Cloud
 from sandbox.conventions import check_encryption, check_labels, page
@@ -146,7 +146,7 @@ async def get(call: Call) -> JSON:
     document = find(call.cloud, call.name)
     resource: JSON = document["resource"]
     if details := task_details(document, call.cloud.jobs.find):
-        return {**resource, "jobDetail": {"taskDetails": details}}
+        return {**resource, "jobDetail": {"taskDetails": details, **vertex_contexts.of_job(call.cloud, resource)}}
     return resource
 
 
