@@ -12,9 +12,10 @@ from review.cost import Cost, Machines, cost
 from review.prices import Prices
 from serving.contract import Parameters
 
-# Pictures a second for each vCPU, as docs/batch.md measured them with room to spare; a job's own rate is told while it
-# runs. `auto` and `full` depend on the pictures: these are photographs of a few megapixels.
-RATE: Final = {"fast": 40.0, "auto": 25.0, "full": 4.0}
+# Pictures a second for each vCPU of a machine, with room to spare: `make bench` measured 58 a second for pictures of
+# 810×1080 pixels and 39 for 12 megapixels with `fast`, on a machine that is taken for a c3-highcpu-4 (bench/README.md).
+# `auto` and `full` depend on the pictures; these are for photographs of up to 12 megapixels.
+RATE: Final = {"fast": 10.0, "auto": 7.0, "full": 0.4}
 # Pictures of a request. The closer looks of a request share a budget, which must suffice for each picture as if it were
 # alone: HEADCOUNT_MAX_LOOKS (256) over the 64 of `auto`, and the 212 of `full`.
 TOGETHER: Final = {"fast": 64, "auto": 4, "full": 1}

@@ -253,7 +253,7 @@ def test_the_machines_follow_from_the_pictures_the_time_and_the_limit() -> None:
     def planned(pictures: int, **more: Any) -> Plan:
         return plan(pictures, "fast", C3, "europe-west4", load(), **more)
 
-    assert (planned(10).machines, planned(1_000_000).machines, planned(1_000_000, hours=0.5).machines) == (1, 2, 5)
+    assert (planned(10).machines, planned(1_000_000).machines, planned(1_000_000, hours=0.5).machines) == (1, 8, 17)
     assert planned(1_000_000, machines=20).machines == 20
     few, many = planned(1_000_000, machines=1), planned(1_000_000, machines=20)
     assert few.hours > many.hours
@@ -266,7 +266,7 @@ def test_the_machines_follow_from_the_pictures_the_time_and_the_limit() -> None:
     with pytest.raises(BatchError, match="on 20 × c3-highcpu-4"):
         planned(1_000_000, machines=20, limit=few.usd)
     known = [Price(PREDICTION, item, "*", "hour", 0.05, "2026-01-01", "") for item in ("C3 vCPU", "C3 GB")]
-    assert "0.6 hours, 0.36 USD (Vertex AI's price, of 2026-01-01)" in str(
+    assert "0.8 hours, 1.40 USD (Vertex AI's price, of 2026-01-01)" in str(
         plan(300_000, "fast", C3, "europe-west4", Prices(known))
     )
     assert (vcpus("c3-highcpu-22"), vcpus("a2-highgpu-1g"), vcpus("odd")) == (22, 1, 1)

@@ -23,7 +23,7 @@ from sandbox_jobs import create, job, pool, stubbed
 from typer.testing import CliRunner
 from werkzeug import Request, Response
 
-from headcount import endpoint, jobs, register_command
+from headcount import batch_command, endpoint, jobs, register_command
 from headcount.cli import app
 from sandbox.testing import RunningSandbox
 
@@ -88,19 +88,34 @@ def dev(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run
         credentials = AnonymousCredentials()  # type: ignore[no-untyped-call]
         client = storage.Client("a-project", credentials, client_options={"api_endpoint": sandbox.url})
         client.create_bucket("a-project-hc-models-dev", location="europe-west4")
+        photos = client.create_bucket("my-photos", location="europe-west4")
+        photos.blob("1.jpg").upload_from_string(b"x", content_type="image/jpeg")
         client.close()
+        serve(sandbox)
         create(sandbox, job(pool(stubbed(STUB_LOG="accuracy 0.85", STUB_SECONDS="1000")), name="JOB"))
         here = {
             "url": f"{sandbox.url}/v1/{sandbox.location}/endpoints/1", "endpoint": f"{sandbox.location}/endpoints/1",
             "modelBucket": "gs://a-project-hc-models-dev", "images": {"main": "host/people@sha256:" + "a" * 64},
         }  # fmt: skip
-        for module in (jobs, register_command):
+        for module in (batch_command, jobs, register_command):
             monkeypatch.setattr(module, "outputs", lambda _: here)
         monkeypatch.setattr("headcount.release_command.outputs", lambda _: here)
         served = {"url": httpserver.url_for("/v1/e/1"), "maxRequestBytes": 10**6}
         monkeypatch.setattr(endpoint, "outputs", lambda _: served)
         monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
+        monkeypatch.setattr("headcount.batch_job.POLL_SECONDS", 0.05)
         yield sandbox
+
+
+def serve(sandbox: RunningSandbox) -> None:
+    """Deploys a stub of a release on the sandbox's endpoint 1."""
+    container = {"imageUri": "image@sha256:" + "0" * 64, "predictRoute": "/predict", "healthRoute": "/ping"}
+    model = {"displayName": "people", "containerSpec": container}
+    uploaded = sandbox.do("POST", "models:upload", {"modelId": "people", "model": model})["response"]
+    sandbox.do("POST", "endpoints", {"displayName": "people"}, endpointId=1)
+    machines = {"minReplicaCount": 1, "machineSpec": {"machineType": "c3-highcpu-4"}}
+    deployed = {"model": uploaded["model"], "dedicatedResources": machines}
+    sandbox.do("POST", "endpoints/1:deployModel", {"deployedModel": deployed, "trafficSplit": {"0": 100}})
 
 
 def test_lines_of_headcount_do_what_the_guide_s_did(checkout: Path, dev: RunningSandbox) -> None:
@@ -110,6 +125,9 @@ def test_lines_of_headcount_do_what_the_guide_s_did(checkout: Path, dev: Running
     for line in sorted(lines, key=lambda line: "logs" in line):
         done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
         assert done.exit_code == ("logs" in line), (line, done.output)
+        if line.startswith("headcount batch"):
+            assert "1 pictures, 4 people, in gs://a-project-hc-models-dev/batch/" in done.stderr
+            continue
         said[line.removeprefix("headcount ").removesuffix(" --stack dev")] = done.stdout
     assert re.search(r"picture\.jpg\s+4\b", said.pop("count --stack dev picture.jpg"))
     for place in ("--model DIR", "--stack dev"):
