@@ -9,7 +9,6 @@ which it differs from Vertex AI; each replacement gives its reason.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -35,9 +34,9 @@ from kfp.local.orchestrator import enhanced_dag_orchestrator as dags
 from kfp.local.orchestrator import orchestrator_utils, task_spec_utils
 from kfp.pipeline_spec import pipeline_spec_pb2 as messages
 
+from sandbox.pipelines.connection import JSON, Outputs, Sandbox
 from sandbox.pipelines.templates import task_id
 
-JSON = dict[str, Any]
 FAILURE: tuple[JSON, status.Status] = ({}, status.Status.FAILURE)
 ALWAYS = messages.PipelineTaskSpec.TriggerPolicy.TriggerStrategy.ALL_UPSTREAM_TASKS_COMPLETED
 DOUBLE = messages.ParameterType.ParameterTypeEnum.NUMBER_DOUBLE
@@ -51,56 +50,6 @@ STUBBED = {
     "LIST": "[]",
     "STRUCT": "{}",
 }
-
-
-class Sandbox:
-    """The other end of the connection. Several threads may ask at once."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-        self._answers: dict[int, JSON] = {}
-        self._arrived = threading.Condition()
-        self._last = 0
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                answer = json.loads(self._connection.recv_bytes())
-            except (EOFError, OSError):
-                os._exit(1)  # the sandbox has ended
-            with self._arrived:
-                self._answers[answer["id"]] = answer
-                self._arrived.notify_all()
-
-    def tell(self, kind: str, **fields: Any) -> None:
-        with self._lock:
-            self._connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
-
-    def ask(self, kind: str, **fields: Any) -> JSON:
-        with self._lock:
-            self._last += 1
-            number = self._last
-        self.tell(kind, id=number, **fields)
-        with self._arrived:
-            self._arrived.wait_for(lambda: number in self._answers)
-            return self._answers.pop(number)
-
-
-class Outputs(cache.LocalCache):  # type: ignore[misc]
-    """KFP's cache, with its keys, in the sandbox's state: a folder would outlive `--fresh`."""
-
-    def __init__(self, sandbox: Sandbox, here: threading.local) -> None:
-        self._sandbox = sandbox
-        self._here = here
-
-    def get(self, key: str) -> JSON | None:
-        found = self._sandbox.ask("cached", key=key, task=self._here.task.unique)["outputs"]
-        return None if found is None else self._deserialize_outputs(found)
-
-    def put(self, key: str, outputs: JSON) -> None:
-        self._sandbox.tell("cache", key=key, outputs=self._serialize_outputs(outputs))
 
 
 @dataclass

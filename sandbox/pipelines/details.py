@@ -131,7 +131,7 @@ def _artifacts(value: Any) -> list[JSON]:
 
 
 def _artifact(store: str, key: str, artifact: JSON, task: JSON) -> JSON:
-    """The Artifact of Vertex ML Metadata, a service that the sandbox lacks; its name is the same for the same URI."""
+    """The Artifact of Vertex ML Metadata, of which the sandbox has contexts only. The same URI has the same name."""
     time = task.get("endTime", task["createTime"])
     shown: JSON = {
         "name": f"{store}/artifacts/{_number(artifact['uri'])}",
