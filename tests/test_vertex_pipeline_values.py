@@ -11,6 +11,7 @@ import pytest
 from google.cloud import aiplatform_v1
 from google.protobuf import json_format
 from parameter_template import spec, template
+from pulumi.runtime import rpc
 from vertex_pipelines import EVERYTHING, JOB, JOBS, ROOT, SCHEDULE, SCHEDULES, URN, VERSION, run, schedule
 from vertex_plugin import PARENT, Wire
 
@@ -22,7 +23,7 @@ from pulumi_vertex.pipelines import PipelineJobType
 from pulumi_vertex.pipelines.specification import resolved
 from pulumi_vertex.resource import State
 from pulumi_vertex.vertex_api import VertexApi
-from pulumi_vertex.wire import UNKNOWN
+from pulumi_vertex.wire import UNKNOWN, unwrapped
 
 # --- templates and parameters
 
@@ -63,7 +64,7 @@ def test_every_type_of_parameter_is_taken_and_what_a_preview_does_not_know_is_le
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [1\nb", "it is not YAML, see its line 2"),
+        ("a: 1\nb: c: d\n", "it is not YAML, see its line 2"),
         ("a: 1\nb: 2", "it has no pipelineInfo and no root and no schemaVersion"),
         ("- 1\n- 2", "is no pipeline that KFP 2 has compiled"),
         ('{"pipelineSpec": {}, "runtimeConfig": {}}', "is no pipeline that KFP 2 has compiled"),
@@ -117,6 +118,14 @@ def test_the_path_of_a_template_its_content_and_another_order_are_the_same_input
     turned = json.dumps(dict(reversed(spec().items())))
     assert run(template=str(path)) == run(template=template()) == run(template=turned)
     assert json.loads(run()["template"]) == spec()
+
+
+def test_a_template_that_is_a_secret_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(template())
+    found = resolved({"template": rpc.wrap_rpc_secret(str(path))})["template"]
+    assert rpc.is_rpc_secret(found)
+    assert unwrapped(found) == run()["template"]
 
 
 # --- requests, read back

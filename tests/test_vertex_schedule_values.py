@@ -79,7 +79,14 @@ def test_a_refresh_sees_another_pipeline() -> None:
     assert found["parameters"] == {"folder": "gs://y"}
 
 
-# --- times
+def test_a_refresh_compares_the_version_of_a_template_in_a_repository() -> None:
+    inputs = {name: value for name, value in schedule(templateUri=VERSION).items() if name != "template"}
+    there = message(schedule(templateUri=VERSION))
+    assert as_there(inputs, there, "nightly") == inputs
+    there[REQUEST]["pipelineJob"]["templateUri"] = VERSION[:-1] + "b"
+    assert as_there(inputs, there, "nightly")["templateUri"] == VERSION[:-1] + "b"
+    in_bucket = inputs | {"templateUri": "gs://b/x.yaml"}
+    assert as_there(in_bucket, message(schedule()), "nightly") == in_bucket
 
 
 @pytest.mark.parametrize(

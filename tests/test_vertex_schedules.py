@@ -138,6 +138,28 @@ def test_what_was_done_by_hand_is_seen_and_taken_back(world: ScheduleWorld) -> N
     stack.delete(world.plugin)
 
 
+def test_a_schedule_that_caught_up_by_hand_does_so_no_more(world: ScheduleWorld) -> None:
+    stack = world.stack()
+    stack.up(world.plugin, world.inputs())
+    path = f"schedules/{stack.id.rpartition('/')[2]}"
+    world.sandbox.do("POST", f"{path}:pause", {})
+    world.sandbox.do("POST", f"{path}:resume", {"catchUp": True})
+    assert world.one["catchUp"] is True
+    stack.up(world.plugin, world.inputs(paused=True))
+    stack.up(world.plugin, world.inputs())
+    assert world.one.get("catchUp", False) is False
+    stack.delete(world.plugin)
+
+
+def test_an_earlier_schedule_whose_state_was_lost_and_that_cannot_be_changed_is_removed(world: ScheduleWorld) -> None:
+    world.stack().up(world.plugin, world.inputs(maxRunCount=3))
+    old, stack = world.one["name"], world.stack()
+    assert stack.up(world.plugin, world.inputs()) == "create"
+    assert world.one["name"] != old
+    assert "__claim" not in stack.outputs
+    stack.delete(world.plugin)
+
+
 def test_a_limit_that_is_taken_away_makes_a_new_schedule(world: ScheduleWorld) -> None:
     stack = world.stack()
     stack.up(world.plugin, world.inputs(maxRunCount=3))

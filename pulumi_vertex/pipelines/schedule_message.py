@@ -173,10 +173,13 @@ def as_there(inputs: Wire, there: Wire, display_name: str) -> Wire:
 
 
 def _same_pipeline(inputs: Wire, there: Wire) -> bool:
-    """Whether a schedule runs the pipeline of the inputs; a template that they name by its address is not compared."""
+    """Whether a schedule runs the pipeline of the inputs. Of a template in a bucket only its address is known."""
     job = job_in(there)
     root = job.get("runtimeConfig", {}).get("gcsOutputDirectory", "")
     if "template" not in inputs:
+        uri = str(inputs.get("templateUri", ""))
+        if specification.REPOSITORY in uri and job.get("templateUri", uri) != uri:
+            return False
         return bool(inputs.get("pipelineRoot", root) == root)
     spec = template.whole(job.get("pipelineSpec"))
     return bool(specification.spec_of(inputs) == spec and specification.root_of(inputs) == root)

@@ -18,7 +18,7 @@ from ..errors import ProblemError
 from ..jobs.specification import known
 from ..patterns import EMAIL, EMAIL_HINT, FOLDER, FOLDER_HINT, KMS_KEY, KMS_KEY_HINT
 from ..vertex_api import VertexApi
-from ..wire import UNKNOWN, Wire
+from ..wire import UNKNOWN, Wire, unwrapped, wrapped_like
 from . import template
 
 POLICY: Final = "PIPELINE_FAILURE_POLICY_"
@@ -111,13 +111,14 @@ def replacing(properties: Iterable[Property], *names: str) -> tuple[Property, ..
 
 def resolved(inputs: Wire) -> Wire:
     """The inputs with the template as canonical JSON. What is no template stays, for `check_run` to say so."""
-    given = inputs.get("template")
+    given = unwrapped(inputs.get("template"))
     if not isinstance(given, str) or given == UNKNOWN:
         return inputs
     try:
-        return {**inputs, "template": template.canonical(template.parsed(template.content(given)))}
+        text = template.canonical(template.parsed(template.content(given)))
     except ProblemError:
         return inputs
+    return {**inputs, "template": wrapped_like(text, inputs["template"])}
 
 
 def check_run(inputs: Wire) -> Failures:
