@@ -101,12 +101,14 @@ def _inputs(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 # --- parameters -----------------------------------------------------------------------------------------------
 
 
-def values(template: Template, given: Sequence[str]) -> dict[str, Any]:
+def values(template: Template, given: Sequence[str], preset: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The values of parameters that are written as NAME=VALUE, of the types that the template gives them.
 
-    Raises TemplateError: for an unknown, missing or repeated name, and for a value of another type.
+    preset: values of those that are not given. Raises TemplateError for an unknown, missing or repeated name, and for a
+    value of another type.
     """
-    known, found = template.parameters, {}
+    known = template.parameters
+    found: dict[str, Any] = {}
     for one in given:
         name, separator, text = one.partition("=")
         if not separator:
@@ -116,6 +118,7 @@ def values(template: Template, given: Sequence[str]) -> dict[str, Any]:
         if name not in known:
             raise TemplateError(f"{template.name} has no parameter {name}.{_suggestion(name, known)}")
         found[name] = _value(name, text, known[name])
+    found = {name: value for name, value in (preset or {}).items() if name in known} | found
     required = [n for n, one in known.items() if "defaultValue" not in one and not one.get("isOptional")]
     if missing := [name for name in required if name not in found]:
         said = " ".join(f"--param {name}={_EXAMPLES.get(_kind(known[name]), '…')}" for name in missing)

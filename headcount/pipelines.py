@@ -25,6 +25,7 @@ ID: Final = re.compile(r"[a-z][-a-z0-9]{0,127}")
 EXPERIMENT: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
 REGISTRY: Final = re.compile(r"https://([a-z0-9-]+)-kfp\.pkg\.dev/(.+)")
 FOLDER: Final = "pipelines"  # of a stack's bucket for models, where the stack has no root for pipelines
+TEMPLATES: Final = "templates"  # of the same bucket; infra/pipelines.py keeps the steps from writing to it
 LISTED: Final = "name,displayName,state,createTime,startTime,endTime,scheduleName,error"  # without the specification
 POLL_SECONDS = 5.0  # between two looks at a job
 PAUSES = (1.0, 4.0)  # seconds before each further try of a request whose answer was lost
@@ -80,6 +81,13 @@ def target(found: dict[str, Any]) -> Target:
     return Target(place, root, str(found.get("pipelineAccount") or ""))
 
 
+def of_stack(found: dict[str, Any]) -> str:
+    """The address of the template that a stack with these outputs has. Raises PipelineError."""
+    if not found.get("pipelineTemplate"):
+        raise PipelineError("The stack has no pipeline: name a template, or put `pipeline` into the stack's file.")
+    return str(found["pipelineTemplate"])
+
+
 def run_of(found: dict[str, Any]) -> Run:
     """A pipeline job as Vertex AI describes it."""
     return Run(
@@ -130,7 +138,7 @@ def console(run: Run, place: Place) -> str:
 def stored_name(template: Template, content: bytes) -> str:
     """The name of a template's object in a bucket: the same content has the same name."""
     word = re.sub(r"[^a-z0-9]+", "-", template.name.lower()).strip("-")
-    return f"{FOLDER}/templates/{word}-{hashlib.sha256(content).hexdigest()[:16]}.yaml"
+    return f"{TEMPLATES}/{word}-{hashlib.sha256(content).hexdigest()[:16]}.yaml"
 
 
 class Pipelines(Google):

@@ -23,7 +23,8 @@ OfStack = Annotated[str, typer.Option("-s", "--stack", metavar="NAME", help="Of 
 Compiled = Annotated[
     str,
     typer.Argument(
-        metavar="TEMPLATE", help="A YAML file of kfp's compiler, its gs:// address, or that in a KFP repository."
+        metavar="[TEMPLATE]",
+        help="A YAML file of kfp's compiler, its gs:// address, or that in a KFP repository; else the stack's.",
     ),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Id, full name, or display name (the newest job counts).")]
@@ -34,8 +35,8 @@ pipelines = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Run, 
 
 @pipelines.command(no_args_is_help=True)
 def run(
-    template: Compiled,
     stack: OfStack,
+    template: Compiled = "",
     param: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A parameter of the pipeline, as often as needed."),
@@ -59,13 +60,14 @@ def run(
     if experiment and not pipelines.EXPERIMENT.fullmatch(experiment):
         raise typer.BadParameter(f"{experiment!r} is no name of an experiment: a-z, 0-9 and -, at most 128 of them")
     with _refusals():
-        local = None if "://" in template else _file(template)
+        local = None if not template or "://" in template else _file(template)
         given = pipeline_template.values(local, param or []) if local else {}
     with _opened(stack) as (there, found), _refusals():
         to = pipelines.target(found)
         if local is None:
-            local = there.template(template)
-            given = pipeline_template.values(local, param or [])
+            preset = {} if template else found.get("pipelineParameters", {})
+            local = there.template(template or pipelines.of_stack(found))
+            given = pipeline_template.values(local, param or [], preset)
         if no_cache:
             local = local.uncached()
         context = there.experiment(experiment) if experiment else ""

@@ -37,6 +37,9 @@ if training:
 if pipelines:
     pulumi.export("pipelineTemplate", pipelines.template)
     pulumi.export("pipelineModel", pipelines.model)
+    pulumi.export("pipelineRoot", pipelines.root)
+    pulumi.export("pipelineAccount", pipelines.account)
+    pulumi.export("pipelineParameters", pipelines.parameters)
 pulumi.export("repository", foundation.repository.registry_uri)
 pulumi.export("vertexAgent", foundation.agent.email)
 lines = prediction.how_to_use()

@@ -81,12 +81,15 @@ class Pipelines(pulumi.ComponentResource):
         self.model = f"projects/{settings.project}/locations/{settings.region}/models/{settings.names.pipeline_model}"
         account, grants = self._account(foundation)
         data, objects = self._data(pipeline)
+        #: The account of the steps, the folder of what they write, and the parameters that the program gives.
+        self.account, self.root = account.email, pulumi.Output.concat(self._bucket.url, f"/{RUNS}")
+        self.parameters = {"data": data, "registry": self.model, **pipeline.parameters}
         run: dict[str, Any] = {
             "display_name": settings.names.pipeline_model,
             "template_uri": self.template,
-            "parameters": {"data": data, "registry": self.model, **pipeline.parameters},
-            "pipeline_root": pulumi.Output.concat(self._bucket.url, f"/{RUNS}"),
-            "service_account": account.email,
+            "parameters": self.parameters,
+            "pipeline_root": self.root,
+            "service_account": self.account,
             "encryption_key": settings.kms_key or None,
             "labels": settings.all_labels,
         }

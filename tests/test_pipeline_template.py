@@ -36,6 +36,8 @@ def test_parameters_have_the_types_of_the_template(template: Template) -> None:
         "note": "",
     }  # fmt: skip
     assert values(template, ["source=a"]) == {"source": "a"}  # the defaults are in the template
+    preset = {"source": "gs://b/data", "steps": 7, "unknown": 1}  # as a stack has them
+    assert values(template, ["steps=8"], preset) == {"source": "gs://b/data", "steps": 8}
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ def test_a_template_is_uploaded_once_and_runs_from_its_address(
     done = run("upload", template, "--stack", "dev")
     assert done.exit_code == 0, done.output
     address = done.stdout.strip()
-    assert address.startswith("gs://a-templates-bucket/pipelines/templates/digits-weekly-")
+    assert address.startswith("gs://a-templates-bucket/templates/digits-weekly-")
     (blob,) = client.list_blobs(bucket)
     assert run("upload", template, "--stack", "dev").stdout.strip() == address
     (again,) = client.list_blobs(bucket)
@@ -372,6 +372,13 @@ def test_a_template_is_uploaded_once_and_runs_from_its_address(
     unknown = run("run", address, "--stack", "dev", "--param", "stpes=1")
     assert unknown.exit_code == 2
     assert "Do you mean steps?" in unknown.stderr
+    own = run("run", "--stack", "dev")
+    assert own.exit_code == 1
+    assert "The stack has no pipeline: name a template" in own.stderr
+    outputs |= {"pipelineTemplate": address, "pipelineParameters": {"source": "gs://b/data", "steps": 7, "other": 1}}
+    posted = run("run", "--stack", "dev", "--param", "steps=8")
+    assert posted.exit_code == 1  # the sandbox has no bucket of that project, and was asked
+    assert "a-templates-bucket" in posted.stderr
     missing = run("run", address + "x", "--stack", "dev")
     assert missing.exit_code == 1
     assert "answers 404" in missing.stderr
