@@ -66,6 +66,8 @@ def batch(
         if resume or source.startswith("gs://"):
             wish = Wish(source, out or "", parameters, machines, machine_type, within, limit_usd)
             totals = _bucket(wish, stack, resume, dry=dry_run)
+        elif machines or machine_type or limit_usd is not None or dry_run:
+            raise typer.BadParameter("machines, a limit in USD and a dry run are for a bucket: gs://BUCKET/PREFIX")
         else:
             totals = _folder(source, stack, out, parameters)
     except (BatchError, CountError, GoogleError, StackError) as error:

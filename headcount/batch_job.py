@@ -42,11 +42,15 @@ TELL_SECONDS: Final = 60.0
 
 @dataclass(frozen=True)
 class Release:
-    """The release that serves. model: with its version. machine: a MachineSpec. buckets: those that it may read."""
+    """The release that serves. model: with its version. machine: a MachineSpec. buckets: those that it may read.
+
+    key: of Cloud KMS, or "".
+    """
 
     model: str
     machine: dict[str, Any]
     account: str
+    key: str
     buckets: frozenset[str]
 
 
@@ -59,6 +63,7 @@ class Manifest:
     model: str
     machine: dict[str, Any]
     account: str
+    kms_key: str
     parameters: dict[str, Any]
     listed: bool  # the instances are a list of files, which Vertex AI reads
     files: list[str] = field(default_factory=list)
@@ -89,12 +94,14 @@ class Vertex(Google):
             raise BatchError(f"Stack {stack} has no release that serves: `pulumi up -s {stack}` first.")
         name, _, number = str(deployed["model"]).partition("@")
         model = f"{name}@{deployed.get('modelVersionId') or number}"
-        spec = self.ask("GET", f"{self.place.vertex}/v1/{model}").get("containerSpec", {})
-        env = {one["name"]: one.get("value", "") for one in spec.get("env", [])}
+        described = self.ask("GET", f"{self.place.vertex}/v1/{model}")
+        variables = described.get("containerSpec", {}).get("env", [])
+        env = {one["name"]: one.get("value", "") for one in variables}
         return Release(
             model,
             deployed["dedicatedResources"]["machineSpec"],
             str(deployed.get("serviceAccount", "")),
+            str(described.get("encryptionSpec", {}).get("kmsKeyName", "")),
             frozenset(filter(None, env.get("HEADCOUNT_BUCKETS", "").split(","))),
         )
 
@@ -148,6 +155,7 @@ def job_body(manifest: Manifest, number: int, files: list[str], planned: Plan, f
         "manualBatchTuningParameters": {"batchSize": together if number == 0 else max(1, together // 8)},
         "labels": {"headcount-batch": manifest.name},
         **({"serviceAccount": manifest.account} if manifest.account else {}),
+        **({"encryptionSpec": {"kmsKeyName": manifest.kms_key}} if manifest.kms_key else {}),
     }
 
 
@@ -188,6 +196,7 @@ class Batch:
             model=release.model,
             machine=machine_of(release.machine, self._wish.machine_type),
             account=release.account,
+            kms_key=release.key,
             parameters=self._wish.parameters.as_json(),
             listed=bucket not in release.buckets,
         )

@@ -161,6 +161,21 @@ def test_a_batch_is_left_and_taken_up_again(stack: Stack, monkeypatch: pytest.Mo
     assert len(stack.jobs()) == 1
 
 
+def test_a_job_that_costs_more_than_the_limit_is_cancelled(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack.release()
+    stack.put("photos/1.jpg")
+    stack.sandbox.fault("batchPredictionJobs.create", "hold")
+    ask = batch_job.Vertex.job
+    spent = {"resourcesConsumed": {"replicaHours": 10}}
+    monkeypatch.setattr(batch_job.Vertex, "job", lambda self, name: ask(self, name) | spent)
+    done = stack.batch(f"gs://{stack.project}/photos/", "--limit-usd", "1.5")
+    assert done.exit_code == 1
+    assert "at least 1.79 USD so far" in done.stderr
+    assert "the limit of 1.5 USD is reached: the job is cancelled" in done.stderr
+    assert "ended as CANCELLED" in done.stderr
+    assert "go on with: headcount batch --resume batch-" in done.stderr
+
+
 def test_a_cancelled_batch_begins_a_new_job(stack: Stack) -> None:
     stack.release()
     stack.put("photos/1.jpg")

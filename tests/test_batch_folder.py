@@ -144,5 +144,6 @@ def test_the_command_counts_a_folder(data: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "people.csv") == [("bus.jpg", "4", ""), ("zidane.jpg", "2", "")]
     again = run()
     assert (again.returncode, "people.csv exists" in again.stderr) == (1, True)
-    wrong = run("--out", "table.parquet")
-    assert (wrong.returncode, "ends with .csv" in wrong.stderr) == (2, True)
+    for option, value, reason in (("--out", "table.parquet", "ends with .csv"), ("--machines", "2", "for a bucket")):
+        wrong = run(option, value)
+        assert (wrong.returncode, reason in wrong.stderr) == (2, True), wrong.stderr
