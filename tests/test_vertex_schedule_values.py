@@ -89,6 +89,9 @@ def test_a_refresh_compares_the_version_of_a_template_in_a_repository() -> None:
     assert as_there(in_bucket, message(schedule()), "nightly") == in_bucket
 
 
+# --- times
+
+
 @pytest.mark.parametrize(
     ("expression", "words"),
     [
