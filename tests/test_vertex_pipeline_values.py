@@ -17,7 +17,7 @@ from vertex_plugin import PARENT, Wire
 
 from pulumi_vertex.access import Access
 from pulumi_vertex.engine_call import EngineCall
-from pulumi_vertex.errors import ProblemError
+from pulumi_vertex.errors import PassingError, ProblemError, RefusedError
 from pulumi_vertex.ownership import mark_of
 from pulumi_vertex.pipelines import PipelineJobType
 from pulumi_vertex.pipelines.specification import resolved
@@ -240,12 +240,38 @@ def test_the_progress_of_a_run_names_the_tasks_that_run() -> None:
     assert JOBS.progress({}) == "0 of 0 tasks"
 
 
-def test_a_run_is_named_after_its_pipeline_the_time_and_its_mark() -> None:
-    chosen = JOBS.chosen_id(run(), "0123456789abcdef")["pipelineJobId"]
-    name, time, mark_ = chosen.rsplit("-", 2)
-    assert (name, len(time), mark_) == ("count-people", 14, "01234567")
+def test_a_run_is_named_after_its_pipeline_and_the_time() -> None:
+    chosen = JOBS.chosen_id(run())["pipelineJobId"]
+    name, time, number = chosen.rsplit("-", 2)
+    assert (name, len(time), len(number)) == ("count-people", 14, 8)
+    assert JOBS.chosen_id(run())["pipelineJobId"] != chosen
     odd = spec() | {"pipelineInfo": {"name": "7. Größe"}}
-    assert JOBS.chosen_id(run(template=json.dumps(odd)), "m" * 16)["pipelineJobId"].startswith("run-7-gr-e-2")
+    assert JOBS.chosen_id(run(template=json.dumps(odd)))["pipelineJobId"].startswith("run-7-gr-e-2")
+
+
+class Forgetful(VertexApi):
+    """Starts a run and loses the answer; its list does not have the run yet."""
+
+    def __init__(self) -> None:
+        super().__init__(Access("some-project", "europe-west4"))
+        self.ids: list[str] = []
+
+    def listed(self, call: EngineCall, path: str, field_name: str, **query: str) -> list[Wire]:
+        return []
+
+    def find(self, call: EngineCall, path: str, *, version: str = "v1") -> Wire:
+        return {"name": path, "state": "PIPELINE_STATE_PENDING"}
+
+    def change(self, http: str, path: str, body: Wire | None = None, *, version: str = "v1", **query: str) -> Wire:
+        self.ids.append(query["pipelineJobId"])
+        raise RefusedError("ALREADY_EXISTS", "it exists") if len(self.ids) > 1 else PassingError("The answer got lost.")
+
+
+def test_a_run_whose_answer_got_lost_is_known_by_its_name() -> None:
+    vertex_ai = Forgetful()
+    made = JOBS.create(EngineCall(URN, 30, threading.Event()), vertex_ai, run(wait=False))
+    assert made.id == f"{PARENT}/pipelineJobs/{vertex_ai.ids[0]}"
+    assert len(set(vertex_ai.ids)) == 1
 
 
 # --- what a preview reads

@@ -160,13 +160,18 @@ def test_an_earlier_schedule_whose_state_was_lost_and_that_cannot_be_changed_is_
     stack.delete(world.plugin)
 
 
-def test_a_limit_that_is_taken_away_makes_a_new_schedule(world: ScheduleWorld) -> None:
+@pytest.mark.parametrize(
+    "limit",
+    [{"maxRunCount": 3}, {"endTime": "2090-01-01T00:00:00Z"}, {"startTime": "2090-01-01T00:00:00Z"}],
+    ids=lambda limit: next(iter(limit)),
+)
+def test_a_limit_that_is_taken_away_makes_a_new_schedule(world: ScheduleWorld, limit: Wire) -> None:
     stack = world.stack()
-    stack.up(world.plugin, world.inputs(maxRunCount=3))
+    stack.up(world.plugin, world.inputs(**limit))
     old = stack.id
     assert stack.up(world.plugin, world.inputs()) == "replace"
     assert stack.id != old
-    assert "maxRunCount" not in world.one
+    assert not limit.items() & world.one.items()
     assert any("counts its runs from 0" in line for line in world.plugin.lines())
     stack.delete(world.plugin)
 

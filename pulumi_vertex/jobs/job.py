@@ -107,8 +107,8 @@ class JobType(ResourceType):
     def body(self, inputs: Wire, mark: str) -> Wire:
         """The job that is sent, without its name and labels."""
 
-    def chosen_id(self, inputs: Wire, mark: str) -> dict[str, str]:
-        """The query parameter with the id of a job, {} where Vertex AI chooses it."""
+    def chosen_id(self, inputs: Wire) -> dict[str, str]:
+        """The query parameter with an id that no other job has, {} where Vertex AI chooses it."""
         return {}
 
     @abstractmethod
@@ -220,7 +220,7 @@ class JobType(ResourceType):
             **self.body(inputs, mark),
             **({"encryptionSpec": {"kmsKeyName": inputs["encryptionKey"]}} if inputs.get("encryptionKey") else {}),
         }
-        chosen = self.chosen_id(inputs, mark)  # the same for all tries of this create
+        chosen = self.chosen_id(inputs)  # the same for all tries of this create
         name, sent, delays = "", False, pauses()
 
         def step() -> bool:
@@ -239,7 +239,13 @@ class JobType(ResourceType):
                 call.pause(next(delays))
                 return False
             sent = True
-            name = self._named(api, api.change("POST", f"{api.parent}/{self.collection}", body, **chosen))
+            try:
+                made = api.change("POST", f"{api.parent}/{self.collection}", body, **chosen)
+            except RefusedError as error:
+                if not chosen or error.status != "ALREADY_EXISTS":
+                    raise
+                made = {"name": next(iter(chosen.values()))}  # of this create, whose first answer got lost
+            name = self._named(api, made)
             return True
 
         try:

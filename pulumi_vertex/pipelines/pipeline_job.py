@@ -6,6 +6,7 @@ https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.pip
 # No `from __future__ import annotations` here: a TypedDict would then not know which of its keys are required.
 
 import re
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Final, TypedDict, Unpack
@@ -146,11 +147,11 @@ class PipelineJobType(JobType):
     def body(self, inputs: Wire, mark: str) -> Wire:
         return specification.job_of(inputs)
 
-    def chosen_id(self, inputs: Wire, mark: str) -> dict[str, str]:
-        """The pipeline's name, the time and a part of the mark: what people look for in a list of runs."""
+    def chosen_id(self, inputs: Wire) -> dict[str, str]:
+        """The pipeline's name and the time, which people look for in a list of runs, and a random number."""
         name = re.sub(r"[^a-z0-9]+", "-", template.name_of(specification.spec_of(inputs)).lower()).strip("-")
         name = name if name[:1].isalpha() else f"run-{name}".rstrip("-")
-        return {"pipelineJobId": f"{name[:90]}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{mark[:8]}"}
+        return {"pipelineJobId": f"{name[:90]}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"}
 
     def imported(self, job: Wire) -> Wire:
         labels = {key: value for key, value in job.get("labels", {}).items() if key in _own_labels(job)}

@@ -7,6 +7,7 @@ https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.sch
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Required
 
 import pulumi
@@ -194,8 +195,11 @@ def _plain(name: str, value: Any) -> Any:
 
 def changeable(there: Wire, inputs: Wire) -> bool:
     """Whether a schedule that exists can be brought to the inputs: it has not ended, and loses no limit."""
-    unset = [name for name in ("endTime", "maxRunCount") if there.get(name) and not inputs.get(name)]
-    return there.get("state") in (ACTIVE, PAUSED) and not unset
+    unset = any(there.get(name) and not inputs.get(name) for name in ("endTime", "maxRunCount"))
+    # Vertex AI gives each schedule a start time. Only one to come is a limit.
+    starts = there.get("startTime")
+    waits = bool(starts) and not inputs.get("startTime") and cron.moment(str(starts)) > datetime.now(UTC)
+    return there.get("state") in (ACTIVE, PAUSED) and not unset and not waits
 
 
 def job_in(there: Wire) -> Wire:
