@@ -1,6 +1,7 @@
 """The pipeline under Pulumi's mocks: its template, data and rights, its run and its schedule."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,8 @@ def test_the_program_compiles_the_census_pipeline_the_same_way_each_time() -> No
     assert yaml.safe_load(text)["root"]["inputDefinitions"]["parameters"]["serving_image"]["defaultValue"] == images[1]
 
 
-def test_a_pipeline_that_is_not_compiled_says_why() -> None:
-    with pytest.raises(pulumi.RunError, match=r"(?s)The pipeline was not compiled:.*--training-image"):
-        pipelines.compiled("--no-image", "b")
+def test_a_pipeline_that_is_not_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 2, "", "pipelines: there is no kfp\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(pulumi.RunError, match=r"The pipeline was not compiled:\npipelines: there is no kfp$"):
+        pipelines.compiled("a", "b")
