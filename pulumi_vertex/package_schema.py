@@ -31,7 +31,8 @@ def package_schema(resources: Sequence[Definition], settings: Sequence[Property]
     def described(prop: Property) -> dict[str, Any]:
         said = {"description": prop.field.doc, **type_of(prop.kind)}
         if prop.field.default is not None and prop.kind.name in ("string", "integer", "boolean"):
-            said["description"] += f" Default: {str(prop.field.default).lower()}."
+            default = prop.field.default
+            said["description"] += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
         if prop.field.replaces:
             said["willReplaceOnChanges"] = True
         if prop.field.secret:

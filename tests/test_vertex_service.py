@@ -46,6 +46,9 @@ def test_the_schema_is_complete(plugin: Plugin) -> None:
     deployed = schema["types"]["vertex:index:Deployed"]
     assert deployed["required"] == ["model", "traffic", "machineType"]
     assert deployed["properties"]["minReplicas"]["type"] == "integer"
+    schedule = schema["resources"]["vertex:index:Schedule"]["inputProperties"]
+    assert schedule["timeZone"]["description"].endswith(" Default: UTC.")
+    assert schedule["paused"]["description"].endswith(" Default: false.")
     version = schema["resources"]["vertex:index:ModelVersion"]
     assert version["inputProperties"]["image"]["willReplaceOnChanges"]
 
