@@ -118,6 +118,22 @@ def loops() -> Any:
     return pipeline(loops)
 
 
+def loops_in_loops() -> Any:
+    """Loops over a part of an item, over nothing, and over a task that a condition chooses; all of it collected."""
+
+    def loops_in_loops(groups: list = [{"parts": [1, 2]}, {"parts": [3]}], none: list = []):  # type: ignore[no-untyped-def, type-arg]  # noqa: B006
+        with dsl.ParallelFor(groups) as group, dsl.ParallelFor(group.parts) as part:
+            say(text=f"part {part}")
+        with dsl.ParallelFor(none) as item:
+            never = make(text=item)
+        gather(counts=dsl.Collected(never.outputs["count"])).set_display_name("nothing")
+        with dsl.ParallelFor([1, 2, 3]) as number, dsl.If(number > 1):
+            some = make(text=f"{number}")
+        gather(counts=dsl.Collected(some.outputs["count"]))
+
+    return pipeline(loops_in_loops)
+
+
 def nested() -> Any:
     """A pipeline in a pipeline that takes an artifact only, an importer, and two tasks of one component."""
 
@@ -136,10 +152,40 @@ def nested() -> Any:
 
 
 def optional() -> Any:
-    def optional(text: Optional[str] = None, number: Optional[int] = 4):  # type: ignore[no-untyped-def]  # noqa: UP045
+    def optional(text: Optional[str] = None, number: Optional[int] = None):  # type: ignore[no-untyped-def]  # noqa: UP045
         perhaps(text=text, number=number)
 
     return pipeline(optional)
+
+
+def chosen_artifact() -> Any:
+    """dsl.OneOf of artifacts."""
+
+    def chosen_artifact(left: bool = True):  # type: ignore[no-untyped-def]
+        with dsl.If(left == True):  # noqa: E712
+            one = make(text="left")
+        with dsl.Else():
+            other = make(text="right")
+        use(n=1, data=dsl.OneOf(one.outputs["data"], other.outputs["data"]))
+
+    return pipeline(chosen_artifact)
+
+
+def workspace() -> Any:
+    """A task that uses a workspace, which KFP has on Kubernetes."""
+    spec = linear()
+    spec["deploymentSpec"]["executors"]["exec-make"]["container"]["args"].append(dsl.WORKSPACE_PATH_PLACEHOLDER)
+    return spec
+
+
+def limited_by_a_task() -> Any:
+    """A task whose limit is the output of another one, on which it depends by nothing else."""
+
+    def limited_by_a_task():  # type: ignore[no-untyped-def]
+        limit = choose().set_env_variable("STUB_OUTPUTS", '{"best": "8"}')
+        say(text="limited").set_cpu_limit(limit.outputs["best"])
+
+    return pipeline(limited_by_a_task)
 
 
 def exit_handled(fail: str) -> Any:

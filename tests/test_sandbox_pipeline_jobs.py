@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def test_loops_run_once_for_each_item(sandbox: RunningSandbox) -> None:
     assert sorted(said) == ["number 1", "number 2"]
 
 
+def test_loops_nest_and_may_have_no_items(sandbox: RunningSandbox) -> None:
+    job = run(sandbox, templates.loops_in_loops())
+    assert job["state"] == "PIPELINE_STATE_SUCCEEDED", job
+    said = [command(sandbox, one)[1] for one in tasks(job).values() if one["taskName"] == "say"]
+    assert sorted(said) == ["part 1", "part 2", "part 3"]
+    gathered = {command(sandbox, one)[1] for one in tasks(job).values() if one["taskName"].startswith("gather")}
+    assert gathered == {"[]", "[1, 1]"}
+
+
 def test_pipelines_nest_and_import(sandbox: RunningSandbox) -> None:
     job = run(sandbox, templates.nested(), {"uri": "gs://elsewhere/data.csv"})
     assert job["state"] == "PIPELINE_STATE_SUCCEEDED", job
@@ -221,6 +231,20 @@ def test_limits_choose_the_machine(sandbox: RunningSandbox) -> None:
     custom = sandbox.do("GET", f"customJobs/{name}")
     assert custom["jobSpec"]["workerPoolSpecs"][0]["machineSpec"] == {"machineType": "e2-standard-8"}
     assert custom["labels"] == job["labels"]
+
+
+def test_a_limit_may_be_the_output_of_a_task(sandbox: RunningSandbox) -> None:
+    job = run(sandbox, templates.limited_by_a_task())
+    name = tasks(job)["say"]["executorDetail"]["containerDetail"]["mainJob"].rpartition("/")[2]
+    pools = sandbox.do("GET", f"customJobs/{name}")["jobSpec"]["workerPoolSpecs"]
+    assert pools[0]["machineSpec"]["machineType"] == "e2-standard-8"
+
+
+@pytest.mark.parametrize("spec", [templates.chosen_artifact, templates.workspace])
+def test_what_is_not_implemented_says_its_name(sandbox: RunningSandbox, spec: Callable[[], Any]) -> None:
+    status, answer = sandbox.ask("POST", "pipelineJobs", body(sandbox, spec()))
+    assert (status, answer["error"]["status"]) == (501, "UNIMPLEMENTED")
+    assert any(name in answer["error"]["message"] for name in ("dsl.OneOf of artifacts", "workspaces"))
 
 
 def test_a_cancelled_job_ends_its_container(sandbox: RunningSandbox) -> None:

@@ -9,11 +9,11 @@ which it differs from Vertex AI; each replacement gives its reason.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
 import threading
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,6 +25,7 @@ from kfp.local import (
     docker_task_handler,
     executor_input_utils,
     executor_output_utils,
+    graph_utils,
     io,
     placeholder_utils,
     status,
@@ -34,54 +35,15 @@ from kfp.local.orchestrator import enhanced_dag_orchestrator as dags
 from kfp.local.orchestrator import orchestrator_utils, task_spec_utils
 from kfp.pipeline_spec import pipeline_spec_pb2 as messages
 
-from sandbox.pipelines.connection import JSON, Outputs, Sandbox
+from sandbox.pipelines.connection import Outputs, Sandbox
 from sandbox.pipelines.templates import task_id
+from sandbox.pipelines.values import JSON, STUBBED, Task, mounted, whole_numbers
 
 FAILURE: tuple[JSON, status.Status] = ({}, status.Status.FAILURE)
 ALWAYS = messages.PipelineTaskSpec.TriggerPolicy.TriggerStrategy.ALL_UPSTREAM_TASKS_COMPLETED
 DOUBLE = messages.ParameterType.ParameterTypeEnum.NUMBER_DOUBLE
 # Between the command and the arguments of a container, because the runner hands them over as one list.
 ARGUMENTS = "\0arguments"
-# What a stub writes into the file of an output parameter.
-STUBBED = {
-    "NUMBER_INTEGER": "1",
-    "NUMBER_DOUBLE": "0.5",
-    "BOOLEAN": "true",
-    "LIST": "[]",
-    "STRUCT": "{}",
-}
-
-
-@dataclass
-class Task:
-    path: tuple[str, ...]
-    kind: str  # container, importer or dag
-    id: str
-    spec: Any
-    executor: Any = None
-    attempts: int = 0  # containers that were started
-    error: JSON | None = None
-    arguments: JSON = field(default_factory=dict)
-    inputs: JSON = field(default_factory=dict)  # the ExecutorInput, as a dictionary
-    expected: dict[str, str] = field(default_factory=dict)  # the files of its outputs, with a stub's text
-
-    @property
-    def unique(self) -> str:
-        return ".".join(self.path)
-
-
-def mounted(uri: str) -> str:
-    """The path under which containers have a gs:// object."""
-    return "/gcs/" + uri.removeprefix("gs://") if uri.startswith("gs://") else uri
-
-
-def whole_numbers(value: Any) -> Any:
-    """A JSON value whose numbers have no point where they need none."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [whole_numbers(item) for item in value]
-    return {key: whole_numbers(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def run(connection: Connection, order: JSON) -> None:
@@ -97,6 +59,13 @@ def run(connection: Connection, order: JSON) -> None:
     except Exception as problem:
         error = {"code": 9, "message": f"The pipeline can not be carried out: {problem}"}
     sandbox.tell("end", error=error)
+
+
+def _add_dependencies(task: Any) -> None:
+    """Makes a task wait for those whose outputs it takes: the compiler forgets those that set its limits."""
+    wanted = [one.task_output_parameter.producer_task for one in task.inputs.parameters.values()]
+    wanted += [one.task_output_artifact.producer_task for one in task.inputs.artifacts.values()]
+    task.dependent_tasks.extend({name for name in wanted if name} - set(task.dependent_tasks))
 
 
 class Pipeline:
@@ -118,6 +87,9 @@ class Pipeline:
         for one in executors.values():
             if one.WhichOneof("spec") == "container":
                 one.container.command.append(ARGUMENTS)
+        for component in (spec.root, *spec.components.values()):
+            for task in component.dag.tasks.values():
+                _add_dependencies(task)
         runner = config.DockerRunner()
         # No workspace: Vertex AI has none.
         config.LocalExecutionConfig(runner, self.order["root"], "", raise_on_error=False, enable_caching=True)
@@ -159,12 +131,15 @@ class Pipeline:
         io.IOStore = Store
         docker_task_handler.DockerTaskHandler = Handler
         cache.get_local_cache = lambda: outputs
+        # The order of a protocol buffer's map differs from run to run, and with it that of tasks.
+        graph_utils.build_dependency_map = lambda tasks: {name: tasks[name].dependent_tasks for name in sorted(tasks)}
         executor_input_utils.construct_local_task_root = lambda **_: self.task_root()
         for owner, name, ours in (
             (dags, "run_enhanced_dag", self.run_dag),
             (dags, "execute_task", self.execute_task),
             (dags, "_run_parallel_for_task", self.run_loop),
             (dags.ConditionEvaluator, "evaluate_condition", staticmethod(self.holds)),
+            (utilities, "get_dag_outputs", staticmethod(self.dag_outputs)),
             (utilities, "make_task_arguments", staticmethod(self.make_arguments)),
             (utilities, "join_user_inputs_and_defaults", staticmethod(self.join_defaults)),
             (task_spec_utils, "build_nested_dag_arguments", self.nested_arguments),
@@ -179,6 +154,10 @@ class Pipeline:
     # --------------------------------------------------------------------------------------------- tasks and DAGs
 
     def say(self, task: Task, state: str, outputs: JSON | None = None) -> None:
+        # A container's parameters have their placeholders replaced, and those that only served for that are left out.
+        values = task.inputs.get("inputs", {}).get("parameterValues", {})
+        shown = {key: one for key, one in task.arguments.items() if not values or key not in values}
+        shown |= {key: one for key, one in values.items() if not key.startswith("pipelinechannel--")}
         self.sandbox.tell(
             "task",
             unique=task.unique,
@@ -187,7 +166,7 @@ class Pipeline:
             id=task.id,
             type=task.kind,
             state=state,
-            inputs=Outputs._serialize_outputs(task.arguments),
+            inputs=whole_numbers(Outputs._serialize_outputs(shown)),
             outputs=Outputs._serialize_outputs(outputs or {}),
             error=task.error,
         )
@@ -239,12 +218,31 @@ class Pipeline:
         self.say(task, "FAILED")
 
     def run_loop(self, **given: Any) -> bool:
-        name, spec = given["task_name"], given["task_spec"]
-        task = self.begin((*given["io_store"].path, name), spec, given["components"][spec.component_ref.name])
-        self.say(task, "RUNNING")
+        """Says how a loop stands.
+
+        The runner guesses what the items are from the name of the input, has no outputs for a loop without items, and
+        None for each item whose task was not triggered.
+        """
+        name, io_store, spec = given["task_name"], given["io_store"], messages.PipelineTaskSpec()
+        spec.CopyFrom(given["task_spec"])
+        component = given["components"][spec.component_ref.name]
+        task = self.here.task = self.begin((*io_store.path, name), spec, component)
         failed = True
         try:
-            failed = self.originals["_run_parallel_for_task"](**given)
+            given_items = self.make_arguments(spec.inputs, io_store).get(spec.parameter_iterator.items.input_parameter)
+            self.say(task, "RUNNING")
+            if given_items is not None:
+                text = given_items if isinstance(given_items, str) else json.dumps(given_items)
+                spec.parameter_iterator.items.raw = text
+            outputs = (*component.output_definitions.parameters, *component.output_definitions.artifacts)
+            for key in outputs:
+                io_store.put_task_output(name, key, [])
+            failed = self.originals["_run_parallel_for_task"](**{**given, "task_spec": spec})
+            for key in outputs:
+                found = [one for one in io_store.get_task_output(name, key) if one is not None]
+                if key in component.output_definitions.artifacts:  # a loop in a loop makes one list
+                    found = [one for part in found for one in (part if isinstance(part, list) else [part])]
+                io_store.put_task_output(name, key, found)
         except Exception as error:
             task.error = {"code": 9, "message": str(error)}
         self.finish(task, status.Status.FAILURE if failed else status.Status.SUCCESS, {})
@@ -261,6 +259,20 @@ class Pipeline:
                     task = self.begin((*path, name), spec, given["components"][spec.component_ref.name])
                     self.say(task, "NOT_TRIGGERED")
         return result
+
+    def dag_outputs(self, dag_outputs_spec: Any, io_store: Any) -> JSON:
+        """Leaves outputs of tasks out that were not triggered, where the runner fails."""
+        there = messages.DagOutputsSpec()
+        there.CopyFrom(dag_outputs_spec)
+        for name, output in dag_outputs_spec.parameters.items():
+            producer = (*io_store.path, output.value_from_parameter.producer_subtask)
+            if output.HasField("value_from_parameter") and producer not in self.tasks:
+                del there.parameters[name]
+        for name, output in dag_outputs_spec.artifacts.items():
+            if (*io_store.path, output.artifact_selectors[0].producer_subtask) not in self.tasks:
+                del there.artifacts[name]
+        found: JSON = self.originals["get_dag_outputs"](there, io_store)
+        return found
 
     # ----------------------------------------------------------------------------------- conditions and arguments
 
@@ -281,12 +293,12 @@ class Pipeline:
     def make_arguments(self, task_inputs_spec: Any, io_store: Any) -> JSON:
         """Leaves inputs without a value out, which the runner cannot encode, and corrects the status of exit tasks.
 
-        The compiler gives a condition the item of the loop inside it, which is not there yet.
+        The compiler gives a condition or a loop the item of the loop inside it, which is not there yet.
         """
         there = messages.TaskInputsSpec()
         there.CopyFrom(task_inputs_spec)
         for name, spec in task_inputs_spec.parameters.items():
-            if spec.component_input_parameter.startswith("loop-item-param-"):
+            if "loop-item" in spec.component_input_parameter:
                 try:
                     io_store.get_parent_input(spec.component_input_parameter)
                 except ValueError:
@@ -335,6 +347,8 @@ class Pipeline:
         made = self.originals["construct_executor_input"](**given)
         task, defined = self.here.task, given["component_spec"].output_definitions
         task.expected = {}
+        for name in [name for name, value in made.inputs.parameter_values.items() if not value.WhichOneof("kind")]:
+            del made.inputs.parameter_values[name]
         made.outputs.output_file = mounted(made.outputs.output_file)
         for name, parameter in made.outputs.parameters.items():
             parameter.output_file = mounted(parameter.output_file)
@@ -365,11 +379,11 @@ class Pipeline:
         ):
             element = element.replace("{{$." + name + "}}", value)
 
-        def path(match: re.Match[str]) -> str:
-            artifacts = executor_input_dict.get(match[1], {}).get("artifacts", {})
-            return mounted(artifacts[match[2]]["artifacts"][0]["uri"]) if match[2] in artifacts else ""
+        def artifact(match: re.Match[str]) -> str:
+            found = executor_input_dict.get(match[1], {}).get("artifacts", {}).get(match[2], {}).get("artifacts", [])
+            return json.dumps(found) if not match[3] else mounted(found[0]["uri"]) if found else ""
 
-        element = re.sub(r"\{\{\$\.(inputs|outputs)\.artifacts\['([^']+)'\]\.path\}\}", path, element)
+        element = re.sub(r"\{\{\$\.(inputs|outputs)\.artifacts\['([^']+)'\](\.path)?\}\}", artifact, element)
         mine = {"task_resource_name": task.path[-1], "pipeline_task_id": task.id}
         return self.originals["resolve_individual_placeholder"](element, executor_input_dict, **{**given, **mine})
 

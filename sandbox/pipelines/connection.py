@@ -8,7 +8,7 @@ from typing import Any
 
 from kfp.local import cache
 
-JSON = dict[str, Any]
+from sandbox.pipelines.values import JSON
 
 
 class Sandbox:

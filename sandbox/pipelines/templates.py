@@ -7,6 +7,7 @@ https://github.com/kubeflow/pipelines/blob/master/api/v2alpha1/pipeline_spec.pro
 import functools
 import hashlib
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -75,6 +76,8 @@ def check_template(spec: JSON) -> None:
             raise _wrong(f"component {label} has no dag, and no executor in deploymentSpec")
     for label, executor in executors.items():
         _check_executor(label, executor)
+    if "{{$.workspace_path}}" in json.dumps(spec):
+        raise unimplemented("workspaces, which Vertex AI lacks, too")
 
 
 def _check_dag(component: JSON, label: str, components: JSON) -> None:
@@ -101,8 +104,11 @@ def _check_executor(label: str, executor: JSON) -> None:
         raise _wrong(f"executor {label} has no image")
     if "preCachingCheck" in container.get("lifecycle", {}):
         raise unimplemented(f"lifecycle.preCachingCheck, as in the executor {label}")
-    if any("json_escape" in text for part in ("command", "args") for text in container.get(part, [])):
+    texts = [*container.get("command", []), *container.get("args", [])]
+    if any("json_escape" in text for text in texts):
         raise unimplemented(f"the placeholder json_escape, as in the executor {label}")
+    if executor.get("importer", {}).get("downloadToWorkspace"):
+        raise unimplemented(f"importers with download_to_workspace, as {label}")
 
 
 def check_arguments(spec: JSON, given: JSON) -> JSON:
