@@ -261,7 +261,7 @@ class Pipeline:
         return result
 
     def dag_outputs(self, dag_outputs_spec: Any, io_store: Any) -> JSON:
-        """Leaves outputs of tasks out that were not triggered, where the runner fails."""
+        """Leaves outputs of tasks out that were not triggered, where the runner fails. dsl.OneOf is made so."""
         there = messages.DagOutputsSpec()
         there.CopyFrom(dag_outputs_spec)
         for name, output in dag_outputs_spec.parameters.items():
@@ -269,7 +269,10 @@ class Pipeline:
             if output.HasField("value_from_parameter") and producer not in self.tasks:
                 del there.parameters[name]
         for name, output in dag_outputs_spec.artifacts.items():
-            if (*io_store.path, output.artifact_selectors[0].producer_subtask) not in self.tasks:
+            made = [one for one in output.artifact_selectors if (*io_store.path, one.producer_subtask) in self.tasks]
+            del there.artifacts[name].artifact_selectors[:]
+            there.artifacts[name].artifact_selectors.extend(made)
+            if not made:
                 del there.artifacts[name]
         found: JSON = self.originals["get_dag_outputs"](there, io_store)
         return found

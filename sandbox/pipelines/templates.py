@@ -90,9 +90,6 @@ def _check_dag(component: JSON, label: str, components: JSON) -> None:
             raise _wrong(f"task {name} names the component {wanted}, which is not there")
         if missing := set(task.get("dependentTasks", [])) - tasks.keys():
             raise _wrong(f"task {name} depends on {', '.join(sorted(missing))}, which {label} lacks")
-    for key, output in component["dag"].get("outputs", {}).get("artifacts", {}).items():
-        if len(output.get("artifactSelectors", [])) != 1:  # KFP's local runner chooses between parameters only
-            raise unimplemented(f"dsl.OneOf of artifacts, as in the output {key} of {label}")
 
 
 def _check_executor(label: str, executor: JSON) -> None:
