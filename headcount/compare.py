@@ -20,7 +20,7 @@ MACHINE: Final = "c3-highcpu-4"  # the default of the stacks, infra/settings.py
 REGION: Final = "europe-west4"
 CORES: Final = 2  # of that machine, whose four vCPUs are threads of two cores
 CLOUD_VISION: Final = "Cloud Vision"
-SAME: Final = 1.05  # prices whose ratio is below it are the same, because the CPU time of a picture varies
+SAME: Final = 1.1  # prices whose ratio is below it are the same, because the CPU time of a picture varies
 WORTH: Final = 0.05  # people a picture: a smaller difference of errors is worth no money
 
 
@@ -240,6 +240,10 @@ def table_text(outcomes: Sequence[Outcome]) -> str:
     )
 
 
+def counted_pictures(number: int) -> str:
+    return f"{number} picture{'' if number == 1 else 's'}"
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
@@ -289,14 +293,14 @@ def plot(file: Path, outcomes: Sequence[Outcome], pictures: int, machine: str) -
         colour = COLOURS[number % len(COLOURS)]
         axes.plot([one.usd for one in own], [height(one) for one in own], color=colour, linewidth=1, alpha=0.5)
         for one in own:
-            axes.plot(one.usd, height(one), MARKERS[one.detail], color=colour, markersize=9)
+            axes.plot(one.usd, height(one), MARKERS[one.detail], color=colour, markersize=9, clip_on=False)
         for group in _together(own, height, 0.03 * highest):
             first = group[0]
             said = ", ".join(one.detail or model for one in group)
             axes.annotate(
                 said,
                 (first.usd, height(first)),
-                (0, -18 if number % 2 else 9),
+                (0, -18 if number % 2 and height(first) > 0.1 * highest else 9),  # above and below by turns
                 textcoords="offset points",
                 ha="center",
                 fontsize=9,
@@ -311,7 +315,7 @@ def plot(file: Path, outcomes: Sequence[Outcome], pictures: int, machine: str) -
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"USD for 1,000 pictures on a {machine} that is never idle")
     axes.set_ylabel("mean absolute count error, people a picture" if labelled else "people found")
-    axes.set_title(f"{pictures} pictures; {'lower' if labelled else 'higher'} and further left is better")
+    axes.set_title(f"{counted_pictures(pictures)}; {'lower' if labelled else 'higher'} and further left is better")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=120)

@@ -93,7 +93,7 @@ def compare(
         facts = {"pictures": len(pictures), "labelled": labelled, "machine": machine, "hour": of.origin}
         print(judging.json_text(outcomes, said, facts), end="")
     else:
-        print(f"{len(pictures)} pictures, {labelled} with a label; {machine}: {of.origin}")
+        print(f"{judging.counted_pictures(len(pictures))}, {labelled} with a label; {machine}: {of.origin}")
         print(judging.table_text(outcomes), end="")
         print(said)
     if out is not None:
@@ -131,9 +131,10 @@ def _counted(names: Sequence[str], weights: Sequence[str]) -> tuple[list[judging
         with contextlib.suppress(CountError, OSError):
             counters[model].count(Path(names[0]).read_bytes(), Parameters())
     with _progress(len(names)) as done:
-        for start in range(0, len(names), 4 * parallel):
+        for turn, start in enumerate(range(0, len(names), 4 * parallel)):
             some = names[start : start + 4 * parallel]
-            for way in ways:
+            first = turn % len(ways)  # each turn begins with another way, because the first one finds cold caches
+            for way in ways[first:] + ways[:first]:
                 count = _timed(counters[way[0]], way[1])
                 for name, (answer, spent, error) in zip(some, in_order(count, some, parallel), strict=True):
                     if answer is None:

@@ -5,6 +5,7 @@ What needs Google, Docker or Pulumi's engine runs in the tests that ELSEWHERE na
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import exported_models
+import pipeline_templates
 import pytest
+import yaml
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from helpers import ROOT
@@ -55,11 +58,17 @@ def test_every_command_is_typed_by_a_test() -> None:
     [
         "gsutil mb", "curl -O", "gsutil cp adult.data", "gsutil ls -r", "local train", "tensorboard --logdir",
         "local predict --model-dir", "--scale-tier=BASIC_GPU", "jobs stream-logs", "models create", "versions create",
+        "Upload pipeline", "Create run", "Create experiment", "list_runs", "compiler",
         "versions delete", "predict --json-instances", "--config hptuning_config.yaml", "dsl-compile",
     ],
 )  # fmt: skip
 def test_the_table_has_each_step_of_the_guides(said: str) -> None:
     assert [line for line in TABLE.splitlines() if said in line]
+
+
+@functools.cache
+def pipeline() -> str:
+    return yaml.safe_dump(pipeline_templates.optional())
 
 
 @pytest.fixture
@@ -68,6 +77,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8picture")
     (tmp_path / "instances.json").write_text('{"a": 1, "b": 2, "day": "mon"}\n')
+    (tmp_path / "pipeline.yaml").write_text(pipeline())
     exported_models.weather(tmp_path / "DIR")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -88,6 +98,8 @@ def dev(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run
         credentials = AnonymousCredentials()  # type: ignore[no-untyped-call]
         client = storage.Client("a-project", credentials, client_options={"api_endpoint": sandbox.url})
         client.create_bucket("a-project-hc-models-dev", location="europe-west4")
+        stored = client.bucket("a-project-hc-models-dev").blob("templates/census.yaml")
+        stored.upload_from_string(pipeline())
         photos = client.create_bucket("my-photos", location="europe-west4")
         photos.blob("1.jpg").upload_from_string(b"x", content_type="image/jpeg")
         client.close()
@@ -96,10 +108,14 @@ def dev(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run
         here = {
             "url": f"{sandbox.url}/v1/{sandbox.location}/endpoints/1", "endpoint": f"{sandbox.location}/endpoints/1",
             "modelBucket": "gs://a-project-hc-models-dev", "images": {"main": "host/people@sha256:" + "a" * 64},
+            "pipelineTemplate": "gs://a-project-hc-models-dev/templates/census.yaml",
+            "pipelineParameters": {"text": "a"},
         }  # fmt: skip
         for module in (batch_command, jobs, register_command):
             monkeypatch.setattr(module, "outputs", lambda _: here)
-        monkeypatch.setattr("headcount.release_command.outputs", lambda _: here)
+        for name in ("headcount.release_command.outputs", "headcount.stacks.outputs"):
+            monkeypatch.setattr(name, lambda _: here)
+        monkeypatch.setattr("headcount.pipelines.POLL_SECONDS", 0.05)
         served = {"url": httpserver.url_for("/v1/e/1"), "maxRequestBytes": 10**6}
         monkeypatch.setattr(endpoint, "outputs", lambda _: served)
         monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
@@ -124,7 +140,7 @@ def test_lines_of_headcount_do_what_the_guide_s_did(checkout: Path, dev: Running
     # A log is followed until its job has ended, and that of a cancelled job ends with 1.
     for line in sorted(lines, key=lambda line: "logs" in line):
         done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
-        assert done.exit_code == ("logs" in line), (line, done.output)
+        assert done.exit_code == (line == "headcount logs JOB --stack dev -f"), (line, done.output)
         if line.startswith("headcount batch"):
             assert "1 pictures, 4 people, in gs://a-project-hc-models-dev/batch/" in done.stderr
             continue
@@ -138,6 +154,12 @@ def test_lines_of_headcount_do_what_the_guide_s_did(checkout: Path, dev: Running
     assert re.search(r"custom +(RUNNING|PENDING) .*JOB", said.pop("jobs"))
     assert "cancelling" in said.pop("jobs --stack dev cancel JOB")
     assert "accuracy 0.85" in said.pop("logs JOB --stack dev -f")
+    assert said.pop("pipelines upload pipeline.yaml").startswith("gs://a-project-hc-models-dev/templates/optional-")
+    assert "/pipelineJobs/optional-" in said.pop("pipelines run")
+    assert "/pipelineJobs/run-" in said.pop("pipelines run pipeline.yaml --stack dev --experiment weekly --name RUN")
+    assert said.pop("pipelines list").count("optional-") == 1
+    assert re.search(r"^perhaps +\w+", said.pop("pipelines show RUN"), re.MULTILINE)
+    assert "perhaps: " in said.pop("pipelines logs RUN --stack dev -f")
     assert all(line.startswith("release ") for line in said)
     assert len(said) >= 3
 
