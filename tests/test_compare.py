@@ -313,7 +313,9 @@ def test_cloud_vision_is_asked_only_if_wanted_and_its_price_is_said_first(
         return Response(json.dumps(localized("Person")))
 
     httpserver.expect_request("/vision/v1/images:annotate").respond_with_handler(answer)
-    assert "Cloud Vision" not in run(pictures).stdout
+    without = run(pictures)
+    assert without.exit_code == 0, without.output
+    assert "Cloud Vision" not in without.stdout
     assert httpserver.log == []
     done = run(pictures, "--vision")
     assert done.exit_code == 0, done.output

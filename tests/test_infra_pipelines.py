@@ -61,6 +61,9 @@ def test_a_schedule_runs_the_template_on_data_of_the_bucket_and_registers_in_a_m
     assert schedule["parameters"] == {"data": f"{MODELS}/{folder}", "registry": model, "train_steps": 5}
     assert program.outputs["pipelineModel"] == model
     assert schedule["templateUri"] == program.outputs["pipelineTemplate"]
+    assert schedule["parameters"] == program.outputs["pipelineParameters"]
+    assert schedule["serviceAccount"] == program.outputs["pipelineAccount"]
+    assert schedule["pipelineRoot"] == program.outputs["pipelineRoot"]
     assert schedule["pipelineRoot"] == f"{MODELS}/pipelines"
     assert schedule["serviceAccount"] == ACCOUNT.partition(":")[2]
     assert schedule["labels"] == {"project": "headcount", "stack": "dev"}

@@ -145,8 +145,9 @@ def check(whole: Box) -> None:
             apart = one.x + one.width < other.x or other.x + other.width < one.x
             assert apart or one.y + one.height < other.y or other.y + other.height < one.y
     for points in whole.edges:
-        for (x, y), (_, end) in pairwise(points):
+        for (x, y), (next_x, end) in pairwise(points):
             # Upright pieces pass no box; the curves between them stay between two rows.
+            assert x == next_x or not [b for b in boxes if b.y < end - 1 and b.y + b.height > y + 1]
             assert not [b for b in boxes if b.x < x < b.x + b.width and y < b.y + b.height - 1 and end > b.y + 1]
             assert end >= y
 
@@ -157,6 +158,7 @@ def test_the_page_loads_nothing_and_takes_no_text_for_html() -> None:
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "no &lt;memory&gt;" in page
+    assert "no <memory>" not in page
     assert not re.search(r"""(src|href)=|url\((?!#)|@import|https?://""", page)
     assert "The job has no tasks" in render({"name": "a/b", "state": "PIPELINE_STATE_PENDING"}, NOW)
 

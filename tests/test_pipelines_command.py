@@ -134,6 +134,18 @@ def test_a_refused_run_says_why(service: Service, template: str, outputs: dict[s
     assert len(service.asked) == 1
 
 
+def test_an_interrupt_ends_the_reading_and_not_the_run(
+    service: Service, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(there: pipelines.Pipelines, job_id: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipelines.Pipelines, "changes", interrupted)
+    done = run("run", template, "--stack", "dev", "--param", "source=a", "-f")
+    assert done.exit_code == 130
+    assert "goes on: `headcount pipelines show digits-weekly-20260101030000-0a1b -s dev`" in done.stderr
+
+
 @pytest.mark.parametrize(("end", "status"), [("SUCCEEDED", 0), ("FAILED", 1)])
 def test_a_run_is_followed_to_its_end(
     service: Service, template: str, httpserver: HTTPServer, end: str, status: int
