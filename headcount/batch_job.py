@@ -28,7 +28,7 @@ from headcount.batch_bucket import (
 )
 from headcount.batch_plan import Plan, Wish, plan, request_size, split
 from headcount.bucket import client_of
-from headcount.google import Google, Place, place_of
+from headcount.google import Google, GoogleError, Place, place_of
 from headcount.ledger import BatchError, Ledger, Totals
 from headcount.releases import endpoint_url
 from review.prices import load
@@ -38,6 +38,7 @@ ENDED: Final = ("SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPI
 ROUNDS: Final = 3  # jobs of a run: all pictures, then twice those that failed
 POLL_SECONDS = 15.0
 TELL_SECONDS: Final = 60.0
+LOOKS: Final = 20  # in a row that may fail
 
 
 @dataclass(frozen=True)
@@ -283,12 +284,18 @@ class Batch:
 
         return write_instances(write, ledger.left(), f"{self.folder}/instances/{number}", self.manifest.listed)
 
-    def _plan(self, pictures: int) -> Plan:
+    def _plan(self, pictures: int, spent: float = 0.0) -> Plan:
+        """The next job. spent: machine hours, which the limit of costs has to pay for, too."""
         wish, manifest = self._wish, self.manifest
+        limit = None if wish.usd is None else max(0.0, wish.usd - (self._price().at(spent) or 0))
         return plan(
             pictures, manifest.detail, manifest.machine, self.place.region, load(),
-            hours=wish.hours, limit=wish.usd, machines=wish.machines,
+            hours=wish.hours, limit=limit, machines=wish.machines,
         )  # fmt: skip
+
+    def _price(self) -> Plan:
+        """A plan of one picture, for its price only."""
+        return plan(1, self.manifest.detail, self.manifest.machine, self.place.region, load())
 
     def _count(self, ledger: Ledger) -> Counter[str]:
         """Runs jobs until no picture is left, or no job helps. Returns the reasons of the failures of the last."""
@@ -300,7 +307,7 @@ class Batch:
             left = ledger.totals().left
             if not left:
                 break
-            name = self._start(ledger, left, again=round_ > 0)
+            name = self._start(ledger, left, spent, again=round_ > 0)
             why, hours = self._follow(name, ledger, spent)
             spent += hours
             totals, state = ledger.totals(), self._state(name)
@@ -315,10 +322,10 @@ class Batch:
                 break
         return why
 
-    def _start(self, ledger: Ledger, left: int, *, again: bool) -> str:
+    def _start(self, ledger: Ledger, left: int, spent: float, *, again: bool) -> str:
         """Starts the next job for all pictures that are left, unless it was started already. Returns its name."""
         manifest, number = self.manifest, len(self.manifest.jobs)
-        planned = self._plan(left)
+        planned = self._plan(left, spent)
         files = manifest.files if number == 0 else self._write(ledger, number)[0]
         body = job_body(manifest, number, files, planned, self.folder)
         job = self._vertex.started(body["displayName"])
@@ -351,11 +358,11 @@ class Batch:
     def _follow(self, name: str, ledger: Ledger, spent: float) -> tuple[Counter[str], float]:
         """Waits for the end of a job and records its results. Returns the reasons of failures, and its machine hours.
 
-        spent: machine hours of the batch's jobs before. Raises BatchError where the limit of costs is reached.
+        spent: machine hours of the batch's jobs before. A job whose costs reach the limit is cancelled.
         """
-        planned, told, due = replace(self._plan_of_price(), pictures=ledger.totals().left), "", 0.0
+        planned, told, due = replace(self._price(), pictures=ledger.totals().left), "", 0.0
         while True:
-            job = self._vertex.job(name)
+            job = self._look(name)
             state = str(job.get("state", "")).removeprefix("JOB_STATE_")
             hours = float(job.get("resourcesConsumed", {}).get("replicaHours", 0))
             if state != told or time.monotonic() > due:
@@ -373,9 +380,17 @@ class Batch:
             why = collect(self._buckets, folder, ledger)
         return why, hours
 
-    def _plan_of_price(self) -> Plan:
-        """A plan for its prices only."""
-        return plan(1, self.manifest.detail, self.manifest.machine, self.place.region, load())
+    def _look(self, name: str) -> dict[str, Any]:
+        """The job as it is now; a network that fails for some minutes does not end the command."""
+        for _ in range(LOOKS):
+            try:
+                return self._vertex.job(name)
+            except GoogleError as error:
+                if error.status not in (0, 429) and error.status < 500:
+                    raise
+                say(f"{error}; trying again")
+                time.sleep(POLL_SECONDS)
+        return self._vertex.job(name)
 
 
 def machine_of(served: dict[str, Any], wanted: str) -> dict[str, Any]:

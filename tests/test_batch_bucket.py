@@ -176,6 +176,31 @@ def test_a_job_that_costs_more_than_the_limit_is_cancelled(stack: Stack, monkeyp
     assert "go on with: headcount batch --resume batch-" in done.stderr
 
 
+def test_a_network_that_fails_for_a_while_does_not_end_the_command(stack: Stack) -> None:
+    stack.release()
+    stack.put("photos/1.jpg")
+    stack.sandbox.fault("batchPredictionJobs.get", "status", code=503, count=3)
+    done = stack.batch(f"gs://{stack.project}/photos/")
+    assert (done.exit_code, done.stderr.count("trying again")) == (0, 3), done.output
+    stack.sandbox.fault("batchPredictionJobs.get", "status", code=403)
+    refused = stack.batch(f"gs://{stack.project}/photos/")
+    assert refused.exit_code == 1
+    assert "answers 403" in refused.stderr
+    assert "its job goes on. Take it up again: headcount batch --resume" in refused.stderr
+
+
+def test_the_limit_pays_for_all_jobs_of_a_batch(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack.release(STUB_CROWD="1.jpg")
+    stack.put("photos/1.jpg", "photos/2.jpg", *(f"photos/a{n}.jpg" for n in range(4)))
+    ask = batch_job.Vertex.job
+    spent = {"resourcesConsumed": {"replicaHours": 1}}
+    monkeypatch.setattr(batch_job.Vertex, "job", lambda self, name: ask(self, name) | spent)
+    done = stack.batch(f"gs://{stack.project}/photos/", "--limit-usd", "0.18")
+    assert done.exit_code == 1
+    assert "That is more than the limit of 0.00139" in done.stderr  # after an hour of a machine for 0.1786 USD
+    assert len(stack.jobs()) == 1
+
+
 def test_a_cancelled_batch_begins_a_new_job(stack: Stack) -> None:
     stack.release()
     stack.put("photos/1.jpg")
