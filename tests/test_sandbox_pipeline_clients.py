@@ -108,9 +108,9 @@ def test_a_failure_and_a_cancellation_reach_the_client(root: str, tmp_path: Path
     path = tmp_path / "failing.yaml"
     path.write_text(yaml.safe_dump(templates.linear(fail="3")))
     with pytest.raises(RuntimeError, match=r"The failed tasks are: \[use\]"):
-        job(str(path), root).run()
+        job(str(path), root, job_id="failing").run()
     path.write_text(yaml.safe_dump(templates.linear(seconds="600")))
-    slow = job(str(path), root)
+    slow = job(str(path), root, job_id="slow")  # the client's own ids are times in seconds
     slow.submit()
     assert eventually(lambda: slow.task_details)
     with pytest.raises(BadRequest, match="cancel it"):
