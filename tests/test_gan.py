@@ -355,6 +355,7 @@ def test_the_evaluation_is_a_table_of_generators_and_real_digits(
     scores = json.loads(out.read_text())
     assert list(scores) == [gan_evaluation.REAL, model]
     assert 0 < 3 * scores[gan_evaluation.REAL]["frechet_distance"] < scores[model]["frechet_distance"]
+    assert all(0 <= one["recognised"] <= 1 and one["entropy"] <= one["class_entropy"] + 1e-6 for one in scores.values())
     printed = capsys.readouterr().out
     assert f"| {model} | {scores[model]['frechet_distance']:.2f} |" in printed
     gan_evaluation.main([model, *options])  # the classifier is there

@@ -9,6 +9,7 @@ many digits of the training set, which is the best that a generator can reach:
 - the Fréchet distance between the features of samples and of the test set, after Heusel et al., 2017,
   https://arxiv.org/abs/1706.08500, with the classifier's last hidden layer instead of Inception's: 0 for the same
   distribution;
+- the share of samples that the classifier recognises as some digit, with a probability above 0.9;
 - the mean entropy of the classes that the classifier sees in one sample: near 0 if each sample is surely some digit;
 - the entropy of the classes of all samples together: log 10 = 2.303 nats if all digits are equally frequent. The
   exponential of the difference of these two is the score of Salimans et al., 2016, https://arxiv.org/abs/1606.03498.
@@ -35,6 +36,7 @@ from training import common, digits
 from training.gan import scaled
 
 BATCH = 500  # pictures at once
+SURE = 0.9  # the probability above which a digit counts as recognised
 REAL = "real digits"  # the row of the training set
 CLASSIFIER_OPTIONS = ("--model", "cnn", "--batch-norm", "--train-steps", "600")
 
@@ -43,9 +45,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures of one set of pictures. entropy, class_entropy: in nats."""
+    """The figures of one set of pictures. recognised: a share. entropy, class_entropy: in nats."""
 
     frechet_distance: float
+    recognised: float
     entropy: float
     class_entropy: float
 
@@ -152,7 +155,8 @@ def evaluate(
             seen = [reduced((scaled(some, size)[:, 0] + 1) / 2) for some in test.split(BATCH)]
             references[size] = classifier(torch.cat(seen))[0]
         features, probabilities = classifier(pictures)
-        return Scores(frechet_distance(features, references[size]), *entropies(probabilities))
+        recognised = float((probabilities.max(1) > SURE).mean())
+        return Scores(frechet_distance(features, references[size]), recognised, *entropies(probabilities))
 
     chosen = np.random.default_rng([seed, 8]).permutation(len(train))[:count]
     found = {REAL: scores(train[chosen], 32)}
@@ -164,9 +168,10 @@ def evaluate(
 
 def table(found: dict[str, Scores]) -> str:
     """Returns the scores as a Markdown table."""
-    rows = ["| pictures | Fréchet distance | entropy of one | entropy of all |", "|---|---|---|---|"]
+    rows = ["| pictures | Fréchet distance | recognised | entropy of one | entropy of all |", "|---" * 5 + "|"]
     for name, one in found.items():
-        rows.append(f"| {name} | {one.frechet_distance:.2f} | {one.entropy:.3f} | {one.class_entropy:.3f} |")
+        figures = f"{one.frechet_distance:.2f} | {one.recognised:.1%} | {one.entropy:.3f} | {one.class_entropy:.3f}"
+        rows.append(f"| {name} | {figures} |")
     return "\n".join(rows)
 
 
