@@ -136,7 +136,7 @@ def _suggestion(name: str, known: Mapping[str, Any]) -> str:
         return " It has none."
     if near := difflib.get_close_matches(name, known, 1):
         return f" Do you mean {near[0]}?"
-    return f" It has: {', '.join(known)}."
+    return f" It has: {', '.join(sorted(known))}."
 
 
 def _kind(definition: Mapping[str, Any]) -> str:

@@ -311,13 +311,13 @@ def test_a_template_with_a_field_that_kfp_lacks_is_refused(compiled: Path, tmp_p
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("train_step=5", "no parameter train_step; did you mean train_steps"),
-        ("colour=red", "no parameter colour; it has data, max_dropped"),
+        ("train_step=5", "no parameter train_step. Do you mean train_steps"),
+        ("colour=red", "no parameter colour. It has: data, max_dropped"),
         ("train_steps", "write --param NAME=VALUE"),
-        ("train_steps=five", "'five'; it must be a whole number"),
-        ("train_steps=1.5", "must be a whole number"),
-        ("train_steps=true", "must be a whole number"),
-        ("max_dropped=much", "must be a number"),
+        ("train_steps=five", "'five', and has to be an integer"),
+        ("train_steps=1.5", "has to be an integer"),
+        ("train_steps=true", "has to be an integer"),
+        ("max_dropped=much", "has to be a number"),
     ],
 )
 def test_a_wrong_parameter_is_named(compiled: Path, given: str, says: str) -> None:
@@ -338,7 +338,7 @@ def test_bad_input_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.pipelines", "run", "--root", str(tmp_path), "--param", "train_step=5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("pipelines: the pipeline has no parameter train_step; did you mean train_steps?")
+    assert done.stderr.startswith("pipelines: census has no parameter train_step. Do you mean train_steps?")
     assert done.stderr.count("\n") == 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from google.protobuf import json_format
 from kfp import compiler
 from kfp.pipeline_spec import pipeline_spec_pb2 as spec_pb2
 
+from headcount.pipeline_template import Template, TemplateError, values
 from training.files import UsageError
 from training.pipelines.components import census_pipeline
 
@@ -82,50 +81,11 @@ def tasks(spec: Any) -> Iterator[str]:
 
 
 def arguments(spec: Any, given: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of a pipeline's parameters from texts NAME=VALUE, converted to the parameters' types.
+    """Returns the values of a pipeline's parameters from texts NAME=VALUE, as `headcount pipelines run` reads them.
 
-    Lists and structs are written as JSON. Raises UsageError for an unknown, malformed or missing parameter.
+    Raises UsageError for an unknown, malformed or missing parameter.
     """
-    parameters = spec.root.input_definitions.parameters
-    values = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--param {text} has no value; write --param NAME=VALUE")
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(parameters))}"
-            raise UsageError(f"the pipeline has no parameter {name}; {hint}")
-        if name in values:
-            raise UsageError(f"the parameter {name} is given twice")
-        kind = spec_pb2.ParameterType.ParameterTypeEnum.Name(parameters[name].parameter_type)
-        values[name] = _value(name, value, kind)
-        allowed = [json_format.MessageToDict(one) for one in parameters[name].literals]
-        if allowed and values[name] not in allowed:
-            raise UsageError(f"the parameter {name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-    if missing := [
-        name for name, one in parameters.items() if name not in values and not one.HasField("default_value")
-        and not one.is_optional
-    ]:  # fmt: skip
-        raise UsageError(f"the pipeline needs a value of {missing[0]}: --param {missing[0]}=VALUE")
-    return values
-
-
-def _value(name: str, text: str, kind: str) -> Any:
-    wanted: dict[str, tuple[Any, str]] = {
-        "NUMBER_INTEGER": (int, "a whole number"),
-        "NUMBER_DOUBLE": ((int, float), "a number"),
-        "BOOLEAN": (bool, "true or false"),
-        "LIST": (list, "a list in JSON"),
-        "STRUCT": (dict, "an object in JSON"),
-    }
-    if kind not in wanted:
-        return text
-    types, words = wanted[kind]
     try:
-        value = json.loads(text.lower() if kind == "BOOLEAN" else text)
-    except ValueError:
-        value = None
-    if not isinstance(value, types) or (isinstance(value, bool) and kind != "BOOLEAN") or value == float("inf"):
-        raise UsageError(f"the parameter {name} is {text!r}; it must be {words}")
-    return value
+        return values(Template(json_format.MessageToDict(spec)), given)
+    except TemplateError as error:
+        raise UsageError(str(error)) from None
