@@ -23,7 +23,7 @@ OfStack = Annotated[str, typer.Option("-s", "--stack", metavar="NAME", help="Of 
 Compiled = Annotated[
     str,
     typer.Argument(
-        metavar="[TEMPLATE]",
+        metavar="TEMPLATE",
         help="A YAML file of kfp's compiler, its gs:// address, or that in a KFP repository; else the stack's.",
     ),
 ]
@@ -138,7 +138,7 @@ _LONG: Final = ("pipelineSpec", "jobDetail")  # of a job, whose content is in it
 @pipelines.command(no_args_is_help=True)
 def logs(
     job: JobName,
-    task: Annotated[str, typer.Argument(metavar="[TASK]", help="A task of `show`, or all of them.")] = "",
+    task: Annotated[str, typer.Argument(metavar="TASK", help="A task of `show`, or all of them.")] = "",
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")] = False,
     stack: Stack = None,
     project: Project = None,
