@@ -8,6 +8,9 @@ from typing import Any
 import pipeline_templates as templates
 import pytest
 import yaml
+from google.cloud.artifactregistry_v1 import Repository
+from google_clients import artifact_registry
+from kfp.registry.registry_client import ApiAuth, RegistryClient
 from typer.testing import CliRunner, Result
 
 from headcount import jobs, pipelines
@@ -82,7 +85,21 @@ def test_loops_conditions_and_failures_are_drawn(sandbox: RunningSandbox, tmp_pa
     assert "2 attempts" in run("show", "linear").stdout
 
 
-def test_a_template_of_a_repository_runs_by_its_address(sandbox: RunningSandbox, tmp_path: Path) -> None:
-    missing = run("run", "https://europe-west4-kfp.pkg.dev/p/pipelines/linear/v1")
+def test_a_template_of_a_repository_runs_by_its_address(sandbox: RunningSandbox, project: str, tmp_path: Path) -> None:
+    """KFP's own client uploads it. The sandbox answers the address that it would have on Google."""
+    with artifact_registry(sandbox) as client:
+        made = client.create_repository(
+            parent=f"projects/{project}/locations/europe-west4",
+            repository_id="pipelines",
+            repository=Repository(format_=Repository.Format.KFP),
+        ).result(timeout=60)
+        host = f"http://{client.get_repository(name=made.name).registry_uri}"
+    template = written(tmp_path, templates.optional())
+    RegistryClient(host=host, auth=ApiAuth("sandbox")).upload_pipeline(template, tags=["v1"])
+    address = f"https://europe-west4-kfp.pkg.dev/{project}/pipelines/optional/v1"
+    done = run("run", address, "--param", "text=here")
+    assert done.exit_code == 0, done.output
+    assert sandbox.do("GET", f"pipelineJobs/{done.stdout.split()[0].rpartition('/')[2]}")["templateUri"] == address
+    missing = run("run", address.replace("v1", "v2"))
     assert missing.exit_code == 1
-    assert "/kfp/europe-west4/p/pipelines/linear/v1 answers 404" in missing.stderr
+    assert f"/kfp/europe-west4/{project}/pipelines/optional/v2 answers 404" in missing.stderr
