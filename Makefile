@@ -22,8 +22,8 @@ COMPILED := $(HOME_FOLDER)/compiled/$(WEIGHTS)
 ARCHIVE := $(HOME_FOLDER)/archive/$(WEIGHTS)
 SAMPLE = $$(ls $(HOME_FOLDER)/people/bus*.jpg 2>/dev/null | head -n 1)
 
-# Three at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
-TESTS = $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
+# Four at a time, because most tests wait for other processes. Which run in one process: tests/conftest.py.
+TESTS = $(BIN)/pytest -n 4 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help train pipeline pipeline-compile tensorboard tune plots serve test review prices picture check coverage lint samples install policy test-engine bench compile sandbox up deploy down live image scan drift-issue lock format clean
 
