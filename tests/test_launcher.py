@@ -403,7 +403,7 @@ def test_ctrl_c_has_no_grace_and_the_second_waits_for_nothing(start: Callable[..
         wait(lambda: busy.in_flight() == 1)
         busy.process.send_signal(signal.SIGINT)
         busy.line("leaving")
-        assert busy.post(b"late").status_code == 503
+        wait(lambda: busy.post(b"late").status_code == 503)  # the line comes before the front is told
         assert busy.end(signal.SIGINT) == 0
         assert waiting.result().status_code == 503, "try again"
 
