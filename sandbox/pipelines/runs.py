@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -119,6 +120,10 @@ class Pipelines:
         await asyncio.gather(*tasks, return_exceptions=True)
         # It would end by itself a moment after this process.
         await asyncio.to_thread(forkserver._forkserver._stop)  # type: ignore[attr-defined]
+        # The folder of its socket goes at a normal end only, and uvicorn ends by the signal that it got.
+        config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+        if folder := config.pop("tempdir", None):
+            shutil.rmtree(folder, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------- one job
 
