@@ -11,6 +11,7 @@ import pulumi
 import pulumi_gcp as gcp
 
 import pulumi_vertex as vertex
+from infra.accounts import job_account
 from infra.foundation import Foundation, vertex_provider
 from infra.image import ROOT, TRAINING, Image
 from infra.nested_settings import Job, Pipeline
@@ -59,7 +60,7 @@ class Pipelines(pulumi.ComponentResource):
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         super().__init__("headcount:index:Pipelines", settings.stack, None, opts)
-        self._settings, self._bucket = settings, foundation.model_bucket
+        self._bucket = foundation.model_bucket
         self._parent = pulumi.ResourceOptions(parent=self)
         image = training.image if training else Image(settings, foundation, TRAINING, False, self._parent)
         serves = max(settings.releases, key=lambda name: settings.releases[name].traffic)
@@ -79,7 +80,10 @@ class Pipelines(pulumi.ComponentResource):
         self.template = pulumi.Output.concat(self._bucket.url, "/", template.name)
         #: The model whose versions the pipeline registers.
         self.model = f"projects/{settings.project}/locations/{settings.region}/models/{settings.names.pipeline_model}"
-        account, grants = self._account(foundation)
+        account, grants = job_account(
+            "pipeline", settings.names.pipeline_account, settings.names.pipeline_role, RUNS, PERMISSIONS,
+            settings, foundation, self._parent,
+        )  # fmt: skip
         data, objects = self._data(pipeline)
         #: The account of the steps, the folder of what they write, and the parameters that the program gives.
         self.account, self.root = account.email, pulumi.Output.concat(self._bucket.url, f"/{RUNS}")
@@ -117,43 +121,6 @@ class Pipelines(pulumi.ComponentResource):
                 max_concurrent_runs=pipeline.max_concurrent_runs,
             )
         self.register_outputs({})
-
-    def _account(self, foundation: Foundation) -> tuple[gcp.serviceaccount.Account, list[pulumi.Resource]]:
-        """The account that the steps run as, and its rights: to read the bucket, write below RUNS, and PERMISSIONS."""
-        settings = self._settings
-        iam = pulumi.ResourceOptions.merge(self._parent, foundation.after("iam.googleapis.com"))
-        title = f"Headcount pipeline, stack {settings.stack}"[:100]
-        account = gcp.serviceaccount.Account(
-            "pipeline", account_id=settings.names.pipeline_account, display_name=title, opts=iam
-        )
-        role = gcp.projects.IAMCustomRole(
-            "pipeline", role_id=settings.names.pipeline_role, title=title, permissions=PERMISSIONS, opts=iam
-        )
-        below = pulumi.Output.concat("projects/_/buckets/", self._bucket.name, f"/objects/{RUNS}/")
-        return account, [
-            gcp.storage.BucketIAMMember(
-                "pipeline-reads-bucket",
-                bucket=self._bucket.name,
-                role="roles/storage.objectViewer",
-                member=account.member,
-                opts=self._parent,
-            ),
-            gcp.storage.BucketIAMMember(
-                "pipeline-writes-runs",
-                bucket=self._bucket.name,
-                role="roles/storage.objectUser",
-                member=account.member,
-                condition={"title": "runs", "expression": below.apply(lambda p: f'resource.name.startsWith("{p}")')},
-                opts=self._parent,
-            ),
-            gcp.projects.IAMMember(
-                "pipeline-works",
-                project=settings.project,
-                role=role.name,
-                member=account.member,
-                opts=self._parent,
-            ),
-        ]
 
     def _data(self, pipeline: Pipeline) -> tuple[pulumi.Output[str], list[pulumi.Resource]]:
         """Uploads the census table into a folder named after its content; returns the folder and its objects."""

@@ -10,6 +10,7 @@ import pulumi_gcp as gcp
 import yaml
 
 import pulumi_vertex as vertex
+from infra.accounts import job_account
 from infra.foundation import Foundation, vertex_provider
 from infra.image import ROOT, TRAINING, Image, fetch
 from infra.nested_settings import Job
@@ -55,7 +56,7 @@ class Training(pulumi.ComponentResource):
 
     def __init__(self, settings: Settings, foundation: Foundation, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("headcount:index:Training", settings.stack, None, opts)
-        self._settings, self._bucket = settings, foundation.model_bucket
+        self._bucket = foundation.model_bucket
         self._parent = pulumi.ResourceOptions(parent=self)
         gpu = any(job.accelerator for job in settings.training.values())
         #: What jobs run in, and the pipeline's steps.
@@ -69,7 +70,10 @@ class Training(pulumi.ComponentResource):
             labels=settings.all_labels,
             opts=pulumi.ResourceOptions.merge(self._parent, foundation.after("aiplatform.googleapis.com")),
         )
-        account, grants = self._account(foundation)
+        account, grants = job_account(
+            "training", settings.names.training_account, settings.names.training_role, OUTPUTS, REPORTING,
+            settings, foundation, self._parent,
+        )  # fmt: skip
         provider = vertex_provider(settings, self)
         self._objects: dict[str, gcp.storage.BucketObject] = {}  # by name
         #: The gs:// folder of each job's model.
@@ -99,43 +103,6 @@ class Training(pulumi.ComponentResource):
             )
             self.models[name] = trained.artifact_uri
         self.register_outputs({})
-
-    def _account(self, foundation: Foundation) -> tuple[gcp.serviceaccount.Account, list[pulumi.Resource]]:
-        """The account that jobs run as, and its rights: to read the bucket, write below OUTPUTS, and report."""
-        settings = self._settings
-        iam = pulumi.ResourceOptions.merge(self._parent, foundation.after("iam.googleapis.com"))
-        title = f"Headcount training, stack {settings.stack}"[:100]
-        account = gcp.serviceaccount.Account(
-            "training", account_id=settings.names.training_account, display_name=title, opts=iam
-        )
-        role = gcp.projects.IAMCustomRole(
-            "training", role_id=settings.names.training_role, title=title, permissions=REPORTING, opts=iam
-        )
-        below = pulumi.Output.concat("projects/_/buckets/", self._bucket.name, f"/objects/{OUTPUTS}/")
-        return account, [
-            gcp.storage.BucketIAMMember(
-                "training-reads-bucket",
-                bucket=self._bucket.name,
-                role="roles/storage.objectViewer",
-                member=account.member,
-                opts=self._parent,
-            ),
-            gcp.storage.BucketIAMMember(
-                "training-writes-outputs",
-                bucket=self._bucket.name,
-                role="roles/storage.objectUser",
-                member=account.member,
-                condition={"title": "outputs", "expression": below.apply(lambda p: f'resource.name.startsWith("{p}")')},
-                opts=self._parent,
-            ),
-            gcp.projects.IAMMember(
-                "training-reports",
-                project=settings.project,
-                role=role.name,
-                member=account.member,
-                opts=self._parent,
-            ),
-        ]
 
     def _data(self, job: Job) -> list[pulumi.Output[str]]:
         """Uploads a job's data into a folder named after its content; returns the options that name it."""

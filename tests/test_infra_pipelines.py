@@ -79,7 +79,7 @@ def test_one_run_waits_for_all_that_it_needs(run: Run) -> None:
     assert job["encryptionKey"] == KEY
     assert program.recorder.inputs("index:Schedule") == []
     needed = program.request("index:PipelineJob").dependencies
-    for name in ("pipeline-reads-bucket", "pipeline-writes-runs", "pipeline-works", "images-agent", "template"):
+    for name in ("pipeline-reads-bucket", "pipeline-writes-outputs", "pipeline-reports", "images-agent", "template"):
         assert any(urn.endswith(f"::{name}") for urn in needed), name
 
 
