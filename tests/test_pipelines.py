@@ -367,3 +367,9 @@ def test_make_runs_and_compiles_the_pipeline() -> None:
         "training.pipelines", "run", "--root", "runs/pipelines", "--param", "seed=1",
     ]  # fmt: skip
     assert typed_by_make("pipeline-compile") == ["training.pipelines", "compile"]
+
+
+def test_tasks_are_named_in_the_order_of_their_work(tmp_path: Path) -> None:
+    template.compile_census("training", "serving", tmp_path / "census.yaml")
+    names = list(template.tasks(template.load(tmp_path / "census.yaml")))
+    assert names == ["download", "clean", "train", "evaluate", "infer", "compare", "register"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def images(spec: Any) -> list[str]:
 
 
 def tasks(spec: Any) -> Iterator[str]:
-    """Yields the names of the tasks that run a container, those of inner graphs included, in no order."""
+    """Yields the names of the tasks that run a container, those of inner graphs included, each after those it needs."""
 
     def inside(component: Any) -> Iterator[str]:
-        for name, task in component.dag.tasks.items():
+        graph = {name: sorted(component.dag.tasks[name].dependent_tasks) for name in sorted(component.dag.tasks)}
+        for name in TopologicalSorter(graph).static_order():
+            task = component.dag.tasks[name]
             called = spec.components[task.component_ref.name]
             if called.WhichOneof("implementation") == "dag":
                 yield from inside(called)
