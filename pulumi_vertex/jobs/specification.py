@@ -22,6 +22,8 @@ from ..patterns import (
     FOLDER_HINT,
     KMS_KEY,
     KMS_KEY_HINT,
+    LABEL_KEY,
+    LABEL_KEY_HINT,
     MACHINE_TYPE,
     MACHINE_TYPE_HINT,
 )
@@ -200,8 +202,8 @@ class JobInputs(TypedDict, total=False):
         pulumi.Input[Mapping[str, pulumi.Input[str]]],
         Field(
             "Labels of the job. Vertex AI cannot change them: other ones take effect when the job runs anew.",
-            pattern=rf"(?!{LABEL}$)[a-z][a-z0-9_-]{{0,62}}",
-            hint=f"1 to 63 of a-z, 0-9, _ and -, beginning with a letter, and not {LABEL}",
+            pattern=rf"(?!{LABEL}$){LABEL_KEY}",
+            hint=f"{LABEL_KEY_HINT}, and not {LABEL}",
             high=63,
         ),
     ]

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Required, TypedDict, Unpack
 import pulumi
 
 from ..definition import PACKAGE, Definition, Field, outputs_of, properties_of
-from ..patterns import EMAIL, EMAIL_HINT, FOLDER, FOLDER_HINT, KMS_KEY, KMS_KEY_HINT
+from ..patterns import EMAIL, EMAIL_HINT, FOLDER, FOLDER_HINT, KMS_KEY, KMS_KEY_HINT, LABEL_KEY, LABEL_KEY_HINT
 from ..resource import Resource
 from .container_spec import Probe, Texts
 
@@ -148,8 +148,8 @@ class ModelVersionInputs(TypedDict, total=False):
         pulumi.Input[Mapping[str, pulumi.Input[str]]],
         Field(
             "Labels of this version; labels of the model itself are left alone.",
-            pattern=r"[a-z][a-z0-9_-]{0,62}",
-            hint="1 to 63 of a-z, 0-9, _ and -, beginning with a letter",
+            pattern=LABEL_KEY,
+            hint=LABEL_KEY_HINT,
             high=64,
         ),
     ]
