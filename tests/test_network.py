@@ -54,22 +54,26 @@ def one_thread() -> Iterator[None]:
 def test_count_error_on_coco128(checkpoint: Path, coco128: Path) -> None:
     """Mean absolute error at most 0.55 people, bfloat16 within 0.02 of float32.
 
-    So is what a GPU does, here without one: float16, pictures of one shape together.
+    A GPU computes in float16, pictures of one shape together. Here that takes a CPU ten times as long as bfloat16, so a
+    quarter of the pictures has to do, and one of them may have a person more or less.
     """
     pictures = sorted((coco128 / "images").iterdir())
     detector = Detector(checkpoint)
     boxes = [detector.prepare(picture.read_bytes(), Limits()) for picture in pictures]
     truth = np.array([labelled_people(picture) for picture in pictures])
-    errors = {}
-    for precision in (torch.float32, torch.bfloat16, torch.float16):
-        detector.batches = precision == torch.float16
+
+    def counts(precision: torch.dtype, some: int) -> np.ndarray:
         network = load_network(checkpoint)
         network.keep_only("person")
         detector._forward = FromPictures(network.on(torch.device("cpu"), precision)).eval()
-        counts = detector.count(boxes, [Parameters()] * len(boxes))
-        errors[precision] = np.abs(np.array([len(c.people) for c in counts]) - truth).mean()
-    assert max(errors.values()) <= 0.55
-    assert max(errors.values()) - min(errors.values()) <= 0.02
+        return np.array([len(one.people) for one in detector.count(boxes[:some], [Parameters()] * some)])
+
+    single, half = (counts(precision, len(boxes)) for precision in (torch.float32, torch.bfloat16))
+    errors = [np.abs(found - truth).mean() for found in (single, half)]
+    assert max(errors) <= 0.55
+    assert abs(errors[0] - errors[1]) <= 0.02
+    detector.batches = True
+    assert np.abs(counts(torch.float16, 32) - single[:32]).sum() <= 1
 
 
 @pytest.mark.parametrize("era", ["v6.0", "v7.0"])
