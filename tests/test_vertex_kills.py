@@ -11,20 +11,21 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from vertex_harness import Cloud, Proxy, plugin, release, rollout_inputs, sandbox, version_inputs
+from vertex_harness import Cloud, Proxy, release, rollout_inputs, sandbox, version_inputs
 from vertex_plugin import IMAGE, OTHER_IMAGE, ROLLOUT_URN, VERSION_URN, CallFailed, Plugin, Plugins, Stack, Wire
 
 from pulumi_vertex.ownership import without_claims
 from sandbox.testing import RunningSandbox
 
-__all__ = ["plugin", "sandbox"]  # fixtures
+__all__ = ["sandbox"]  # a fixture
+FIRST_PAUSE = 0.02  # seconds; an operation takes 0.05
 
 names = (f"k{number}" for number in itertools.count())
 
 
 @pytest.fixture(scope="module")
 def options() -> tuple[str, ...]:
-    return ("--operation-seconds", "0.1")  # so that a kill also meets operations that still run
+    return ("--operation-seconds", "0.05")  # so that a kill also meets operations that still run
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,16 @@ def proxy(sandbox: RunningSandbox) -> Iterator[Proxy]:
     proxy.close()
 
 
+@pytest.fixture(scope="module")
+def plugin(sandbox: RunningSandbox) -> Iterator[Plugin]:
+    with Plugin(sandbox.url, first_pause=FIRST_PAUSE) as running:
+        yield running
+
+
 @pytest.fixture
 def plugins(proxy: Proxy) -> Iterator[Plugins]:
     """Processes to be killed, which reach the sandbox through the proxy."""
-    with Plugins(proxy.url) as plugins:
+    with Plugins(proxy.url, FIRST_PAUSE) as plugins:
         yield plugins
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import google.auth.credentials
 import pytest
 from google.api_core.exceptions import NotFound
+from google.api_core.future.polling import DEFAULT_POLLING
 from google.cloud import aiplatform_v1
 from vertex_plugin import (
     IMAGE,
@@ -27,6 +28,8 @@ from vertex_plugin import (
 )
 
 from sandbox.testing import RunningSandbox
+
+OFTEN = DEFAULT_POLLING.with_delay(initial=0.02, maximum=0.5)  # the sandbox's operations take no second
 
 
 class Cloud:
@@ -57,7 +60,7 @@ class Cloud:
         request = aiplatform_v1.CreateEndpointRequest(
             parent=PARENT, endpoint=aiplatform_v1.Endpoint(display_name=name, **more), endpoint_id=name
         )
-        self.endpoints.create_endpoint(request=request).result(timeout=60)
+        self.endpoints.create_endpoint(request=request).result(timeout=60, polling=OFTEN)
         return f"{PARENT}/endpoints/{name}"
 
     def look(self, endpoint: str) -> Any:

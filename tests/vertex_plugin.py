@@ -65,10 +65,13 @@ class _Engine(engine_pb2_grpc.EngineServicer):
 class Plugin:
     """The provider as a process of its own, started as the engine starts it. One for each `up`, as there.
 
-    The process starts at once; the first call waits until it answers and configures it.
+    The process starts at once; the first call waits until it answers and configures it. first_pause: the seconds that
+    it waits before it looks at an operation again, where many runs would only wait for each other's 0.2 s.
     """
 
-    def __init__(self, url: str, *, configure: bool = True, settings: Wire | None = None) -> None:
+    def __init__(
+        self, url: str, *, configure: bool = True, settings: Wire | None = None, first_pause: float | None = None
+    ) -> None:
         self.engine = _Engine()
         self._settings = {"project": PROJECT, "location": LOCATION, "endpoint": url, **(settings or {})}
         self._configure = configure
@@ -76,8 +79,12 @@ class Plugin:
         engine_pb2_grpc.add_EngineServicer_to_server(self.engine, self._server)
         self._address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
+        program = [str(PLUGIN)]
+        if first_pause:
+            impatient = f"retries.FIRST_PAUSE = {first_pause}"
+            program = ["-c", f"from pulumi_vertex import provider, retries; {impatient}; provider.main()"]
         self.process = subprocess.Popen(
-            [sys.executable, str(PLUGIN), self._address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, *program, self._address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self._channel: grpc.Channel | None = None
         self._lock = threading.Lock()
@@ -132,12 +139,12 @@ class Plugin:
 class Plugins:
     """Processes of the provider for tests that kill them. The next one starts while the current one is used."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._started = [Plugin(url)]
+    def __init__(self, url: str, first_pause: float | None = None) -> None:
+        self.url, self.first_pause = url, first_pause
+        self._started = [Plugin(url, first_pause=first_pause)]
 
     def take(self) -> Plugin:
-        self._started.append(Plugin(self.url))
+        self._started.append(Plugin(self.url, first_pause=self.first_pause))
         return self._started[-2]
 
     def close(self) -> None:
