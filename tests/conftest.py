@@ -48,13 +48,10 @@ os.environ |= {
     "CLOUDSDK_CONFIG": os.devnull,  # no credentials of the user
     "HEADCOUNT_TEST_RUN": RUN,  # in the environment of all that a test starts: see pytest_sessionfinish
 }
-LONGEST = (
-    "image",
-    "server",
-    "test_training_runs",
-    "test_infra_without_engine",
-    "test_network",
-)  # groups of tests, see GroupScheduling
+# Groups of tests, see GroupScheduling. Those that mostly wait come after those that compute.
+LONGEST = ("image", "server", "test_training_runs", "test_infra_without_engine", "test_network", "test_local_compile",
+           "test_sandbox_jobs_docker", "test_sandbox_docker", "test_vertex_jobs", "test_vertex_program",
+           "test_sandbox_restarts")  # fmt: skip
 GROUPS = dict.fromkeys(("test_container", "test_vertex_docker"), "image") | dict.fromkeys(
     ("test_server", "test_openapi", "test_page", "test_readme", "test_web", "test_client"), "server"
 )
