@@ -19,7 +19,7 @@ from helpers import eventually
 from sandbox_jobs import state
 from typer.testing import CliRunner
 
-from headcount import batch_command, batch_job
+from headcount import batch_bucket, batch_command, batch_job
 from headcount.batch_bucket import Found, fill, row_of, write_instances
 from headcount.batch_plan import Plan, in_region, plan, request_size, vcpus
 from headcount.cli import app
@@ -343,6 +343,20 @@ def test_what_a_line_of_results_says() -> None:
     assert said({"score": [1]}) == Row(
         "gs://a/b", error="the answer has no count: does the stack's release count people?"
     )
+
+
+@pytest.mark.parametrize(("listed", "ending"), [(True, "txt"), (False, "jsonl")])
+def test_instances_are_written_in_files_of_so_many_lines(
+    monkeypatch: pytest.MonkeyPatch, listed: bool, ending: str
+) -> None:
+    monkeypatch.setattr(batch_bucket, "SHARD", 2)
+    uris = [f"gs://a/{i}.jpg" for i in range(5)]
+    written: dict[str, str] = {}
+    files, number = write_instances(written.__setitem__, uris, "gs://b/job", listed)
+    assert (files, number) == ([f"gs://b/job-0000{i}.{ending}" for i in range(3)], 5)
+    lines = [line for file in files for line in written[file].splitlines()]
+    assert [batch_bucket.picture_of(line if listed else json.loads(line)) for line in lines] == uris
+    assert [written[file].count("\n") for file in files] == [2, 2, 1]
 
 
 def test_a_million_names_are_never_in_memory(tmp_path: Path) -> None:

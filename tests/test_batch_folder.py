@@ -9,14 +9,16 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from batch_driver import FileCounter
 from helpers import ROOT
 
+from headcount import batch_command
 from headcount.batch_folder import count_folder
-from headcount.ledger import BatchError, Ledger, Row
+from headcount.ledger import BatchError, Ledger, Row, Totals
 from serving.contract import Parameters
 
 
@@ -147,3 +149,17 @@ def test_the_command_counts_a_folder(data: Path, tmp_path: Path) -> None:
     for option, value, reason in (("--out", "table.parquet", "ends with .csv"), ("--machines", "2", "for a bucket")):
         wrong = run(option, value)
         assert (wrong.returncode, reason in wrong.stderr) == (2, True), wrong.stderr
+
+
+def test_progress_tells_what_an_earlier_run_has_counted_and_how_long_the_rest_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([100.0, 100.0, 105.0, 120.0, 125.0, 140.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = batch_command.Progress()
+    for counted in (900, 910, 1000, 1100, 2000):
+        progress.tell(Totals(2000, counted - 50, 50, 0))
+    assert capsys.readouterr().err.splitlines() == [
+        "going on after 900 of 2,000 pictures",
+        "1,000 of 2,000 pictures, 5.0 a second, 3 min left",
+    ]

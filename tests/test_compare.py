@@ -212,6 +212,11 @@ def test_cloud_vision_is_asked_as_its_document_says(httpserver: HTTPServer) -> N
     httpserver.expect_oneshot_request(path).respond_with_json(bad)
     with pytest.raises(CountError, match=r"Cloud Vision: Bad image data\."):
         there.count(b"picture")
+    none: list[dict[str, Any]] = [{}, {"responses": []}]
+    for strange in none:
+        httpserver.expect_oneshot_request(path).respond_with_json(strange)
+        with pytest.raises(CountError, match="has not one response for the picture"):
+            there.count(b"picture")
     httpserver.expect_oneshot_request(path).respond_with_json({"error": {"message": "Enable it."}}, 403)
     with pytest.raises(CountError, match=r"answers 403: Enable it\."):
         there.count(b"picture")

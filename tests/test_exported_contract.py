@@ -213,7 +213,22 @@ def test_another_program_is_refused(folder: Path) -> None:
     [
         ({"inputs": [{"name": "a", "kind": "number"}]}, "it has the unknown column 'b'"),
         ({"outputs": [{"name": "score", "kind": "values", "shape": [1]}]}, "it has 2 outputs; the contract has 1"),
+        (
+            {"outputs": [{"name": name, "kind": "values", "dtype": "int64", "shape": [1]} for name in ("id", "score")]},
+            "score is float32 of the shape [1]",
+        ),
         ({"examples": [{"instance": exported_models.INSTANCES[0], "prediction": predicted(0, 0)}]}, "is predicted as"),
+        (
+            {
+                "examples": [
+                    {
+                        "instance": exported_models.INSTANCES[0],
+                        "prediction": predicted(1, 2, 10) | {"classes": ["wind"]},
+                    }
+                ]
+            },
+            "is predicted as",
+        ),
     ],
 )
 def test_a_contract_that_does_not_fit_its_program_is_refused(folder: Path, fields: dict[str, Any], says: str) -> None:
