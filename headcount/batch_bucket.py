@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import itertools
 import json
 from collections import Counter
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from headcount.batch_plan import in_region, split
+from headcount.bucket import explained
 from headcount.files import SUFFIXES
 from headcount.ledger import PAGE, BatchError, Ledger, Row
 
@@ -28,13 +28,13 @@ class Found(NamedTuple):
 
 
 class Buckets:
-    """Reads and writes objects. client: of google-cloud-storage. Raises BatchError."""
+    """Reads and writes objects. client: of google-cloud-storage. Raises StackError."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
 
     def check_region(self, uri: str, region: str) -> None:
-        """Raises BatchError for a bucket that cannot be seen, or is elsewhere."""
+        """Raises StackError for a bucket that cannot be seen, BatchError for one that is elsewhere."""
         bucket, _ = split(uri)
         with explained(f"gs://{bucket}"):
             described = self._client.get_bucket(bucket)._properties
@@ -94,32 +94,6 @@ class Buckets:
 def is_picture(name: str, content_type: str | None) -> bool:
     """Whether an object may be a picture, by its name or its type."""
     return not name.endswith("/") and (name.lower().endswith(SUFFIXES) or (content_type or "").startswith("image/"))
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turns the errors of Google's client into sentences."""
-    import google.api_core.exceptions as failures
-    import google.auth.exceptions
-    import requests
-
-    try:
-        yield
-    except failures.NotFound:
-        raise BatchError(f"{what} does not exist: correct the name.") from None
-    except (failures.Forbidden, failures.Unauthorized) as error:
-        raise BatchError(
-            f"You have no access to {what}: ask for roles/storage.objectUser and storage.buckets.get on it "
-            f"({error.message})."
-        ) from None
-    except failures.GoogleAPICallError as error:
-        raise BatchError(f"{what} cannot be used: {error.message}") from None
-    except google.auth.exceptions.GoogleAuthError as error:
-        raise BatchError(
-            f"The Google credentials are refused ({error}): run `gcloud auth application-default login`."
-        ) from None
-    except (requests.RequestException, OSError) as error:
-        raise BatchError(f"{what} cannot be reached: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ instances and results

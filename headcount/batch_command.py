@@ -96,7 +96,7 @@ def _bucket(wish: Wish, stack: str | None, resume: str | None, *, dry: bool) -> 
         except KeyboardInterrupt:
             print(one.left_alone, file=sys.stderr)
             raise typer.Exit(130) from None
-        except GoogleError as error:
+        except (GoogleError, StackError) as error:
             raise BatchError(f"{error}\n{one.left_alone}") from None
         if not dry:
             print(f"{totals}, in {one.table}", file=sys.stderr)

@@ -172,7 +172,7 @@ def upload(template: Annotated[Path, typer.Argument(help="A YAML file of kfp's c
         local = _file(str(template))
     with said():
         name = pipelines.stored_name(local, template.read_bytes())
-        print(f"{bucket.copy({name: template}, outputs(stack), 'template')}/{name}")
+        print(f"{bucket.copy({name: template}, outputs(stack))}/{name}")
 
 
 def _file(template: str) -> Any:

@@ -55,4 +55,4 @@ def upload(model: Path, name: str, found: dict[str, Any]) -> str:
     """
     # The contract has the program's checksum.
     folder = f"{name}/{hashlib.sha256((model / CONTRACT).read_bytes()).hexdigest()[:16]}"
-    return f"{bucket.copy({f'{folder}/{file}': model / file for file in (PROGRAM, CONTRACT)}, found, 'model')}/{folder}"
+    return f"{bucket.copy({f'{folder}/{file}': model / file for file in (PROGRAM, CONTRACT)}, found)}/{folder}"

@@ -24,6 +24,7 @@ from headcount.batch_bucket import Found, fill, row_of, write_instances
 from headcount.batch_plan import Plan, in_region, plan, request_size, vcpus
 from headcount.cli import app
 from headcount.ledger import BatchError, Ledger, Row
+from headcount.stacks import StackError
 from review.prices import PREDICTION, Price, Prices, load
 from sandbox.testing import RunningSandbox
 
@@ -187,6 +188,23 @@ def test_a_network_that_fails_for_a_while_does_not_end_the_command(stack: Stack)
     assert refused.exit_code == 1
     assert "answers 403" in refused.stderr
     assert "its job goes on. Take it up again: headcount batch --resume" in refused.stderr
+
+
+def test_a_bucket_that_fails_meanwhile_ends_the_command_with_how_to_go_on(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise StackError("gs://b cannot be used: try later")
+
+    stack.release()
+    stack.put("photos/1.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_job, "collect", refused)
+        done = stack.batch(f"gs://{stack.project}/photos/")
+    assert done.exit_code == 1
+    first, second = done.stderr.splitlines()[-2:]
+    assert first == "gs://b cannot be used: try later"
+    assert "Take it up again: headcount batch --resume batch-" in second
 
 
 def test_the_limit_pays_for_all_jobs_of_a_batch(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

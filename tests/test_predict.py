@@ -15,6 +15,7 @@ import yaml
 from exported_models import INSTANCES, predicted
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
+from helpers import free_port
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
@@ -298,4 +299,16 @@ def test_a_bucket_that_is_absent_is_told(register: Register, model: Path) -> Non
     assert (done.exit_code, done.stderr) == (1, "The stack has no bucket for models yet: run `pulumi up` first.\n")
     done = register(model, modelBucket="gs://a-project-absent")
     assert done.exit_code == 1
-    assert "The model was not uploaded to gs://a-project-absent: " in done.stderr
+    assert done.stderr == "gs://a-project-absent does not exist: correct the name.\n"
+
+
+def test_a_bucket_that_cannot_be_reached_is_told(
+    register: Register, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headcount.bucket.TRY_SECONDS", 0.1)
+    done = register(model, url=f"http://127.0.0.1:{free_port()}/v1/a")
+    assert done.exit_code == 1
+    assert re.match(r"gs://\S+ cannot be reached: .*Connection refused", done.stderr)
+    done = register(model, url="https://europe-west4-aiplatform.googleapis.com/v1/a")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "There are no Google credentials: run `gcloud auth application-default login`.\n"
