@@ -163,3 +163,8 @@ def test_progress_tells_what_an_earlier_run_has_counted_and_how_long_the_rest_ta
         "going on after 900 of 2,000 pictures",
         "1,000 of 2,000 pictures, 5.0 a second, 3 min left",
     ]
+
+
+def test_totals_grow_by_what_was_counted_and_what_was_not() -> None:
+    rows = [Row("a", 2), Row("b", None, "no picture"), Row("c", None, "no picture")]
+    assert Totals(10, 2, 3, 7).with_rows(rows) == Totals(10, 3, 5, 9)

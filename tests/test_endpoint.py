@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from werkzeug import Request, Response
 
 from headcount import Client, CountError, endpoint
 from headcount.cli import app
+from headcount.credentials import Credentials, CredentialsError
 from infra import prediction
 
 LIMIT = 200_000  # bytes of a request
@@ -192,6 +194,12 @@ def test_without_credentials_it_says_how_to_get_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     with pytest.raises(CountError, match=r"no Google credentials: run `gcloud auth application-default login`"):
         Client(endpoint=f"https://localhost:1/v1/{NAME}")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "google.auth", None)
+    with pytest.raises(CredentialsError, match=r"Google Cloud needs google\.auth; run `make install`"):
+        Credentials()
 
 
 # The address of an endpoint

@@ -404,6 +404,7 @@ def test_a_template_is_uploaded_once_and_runs_from_its_address(
 def test_where_pipelines_are_is_said_or_asked_for(outputs: dict[str, Any]) -> None:
     assert "name a stack with --stack" in run("list").stderr
     assert "not both" in run("list", "--stack", "dev", "--project", "p").stderr
+    assert "name a stack with --stack, or a project and a region" in run("list", "--project", "p").stderr
     assert "is no address of a template" in run("run", "ftp://a/b", "--stack", "dev").stderr
     there = Place("p", "europe-west4")
     started = pipelines.Run(STARTED, "weekly", "PENDING")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from google.protobuf import empty_pb2
+from googleapiclient.discovery_cache import get_static_doc
 from pulumi.runtime import rpc
 from pulumi.runtime.proto import provider_pb2
 from vertex_harness import World, options, plugin, release, sandbox, version_inputs, world
@@ -51,6 +52,32 @@ def test_the_schema_is_complete(plugin: Plugin) -> None:
     assert schedule["paused"]["description"].endswith(" Default: false.")
     version = schema["resources"]["vertex:index:ModelVersion"]
     assert version["inputProperties"]["image"]["willReplaceOnChanges"]
+
+
+JOBS_IN_PLACE = {"displayName", "labels", "wait", "cancelOnInterrupt"}
+
+
+def test_what_vertex_ai_cannot_change_replaces(plugin: Plugin) -> None:
+    """A new input belongs into this table if Vertex AI or the provider can change it in place."""
+    schema = json.loads(plugin.call("GetSchema", provider_pb2.GetSchemaRequest()).schema)["resources"]
+    inputs = {token.rpartition(":")[2]: resource["inputProperties"] for token, resource in schema.items()}
+    in_place = {
+        kind: {name for name, one in properties.items() if not one.get("willReplaceOnChanges")}
+        for kind, properties in inputs.items()
+    }
+    assert in_place == {
+        "ModelVersion": {"serviceAccount", "displayName", "versionDescription", "aliases", "labels"},
+        "Rollout": {"models", "drainSeconds", "adopt"},
+        "ReleasedImage": {"digest", "sources"},
+        "CustomJob": JOBS_IN_PLACE,
+        "TuningJob": JOBS_IN_PLACE,
+        "PipelineJob": JOBS_IN_PLACE,
+        "Schedule": set(inputs["Schedule"]),
+    }
+    document = json.loads(get_static_doc("aiplatform", "v1"))  # Google's client library carries it
+    ports = document["schemas"]["GoogleCloudAiplatformV1ModelContainerSpec"]["properties"]["ports"]
+    port = inputs["ModelVersion"]["port"]["description"].rpartition(" Default: ")[2].rstrip(".")
+    assert f'"containerPort": {port} ' in ports["description"]
 
 
 def test_a_provider_without_a_project_says_how_to_set_one() -> None:
