@@ -190,6 +190,14 @@ def test_every_mistake_in_a_rollout_is_told_at_once(plugin: Plugin) -> None:
         assert "main 80" in failures["models"]
 
 
+@pytest.mark.parametrize("shares", [(60, 39), (60, 41), (0, 0)])
+def test_shares_of_another_sum_than_100_are_refused(plugin: Plugin, shares: tuple[int, int]) -> None:
+    models = {name: release(f"{PARENT}/models/m@{n}", shares[n]) for n, name in enumerate(("a", "b"))}
+    failures = Stack(ROLLOUT_URN).failures(plugin, {"endpoint": f"{PARENT}/endpoints/1", "models": models})
+    assert list(failures) == ["models"]
+    assert f"not {sum(shares)} % (" in failures["models"]
+
+
 def test_unknown_values_pass_every_check_and_stay_unknown(world: World) -> None:
     plugin, before = world.plugin, world.cloud.writes()
     version = world.stack()
