@@ -58,6 +58,19 @@ def test_what_is_destroyed_after_a_refresh_is_gone(pair: Pair, world: World) -> 
     pair.gone()
 
 
+def test_labels_of_the_endpoint_that_others_set_stay(pair: Pair, world: World) -> None:
+    pair.up(world.plugin, force=True, deletes=False)
+    for stack, _ in reversed(pair.both()):
+        stack.delete_replaced(world.plugin)
+    endpoint = world.cloud.look(world.endpoint)
+    assert list(endpoint.labels) == ["pulumi-claim"]
+    theirs = {"a-team": "people", "z-team": "vision"}
+    endpoint.labels.update(theirs)
+    world.cloud.endpoints.update_endpoint(endpoint=endpoint, update_mask="labels")
+    pair.destroy(world.plugin)
+    assert dict(world.cloud.look(world.endpoint).labels) == theirs
+
+
 def test_an_up_with_a_refresh_changes_nothing(pair: Pair, world: World) -> None:
     pair.refresh(world.plugin)
     assert pair.up(world.plugin) == ["same", "same"]
