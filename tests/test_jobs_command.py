@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ from werkzeug import Request, Response
 
 from headcount import jobs
 from headcount.cli import app
-from headcount.google import Place
+from headcount.google import Google, GoogleError, Place
 from headcount.jobs import Job, Line, earlier, lines_of, table_text
 from headcount.stacks import StackError
 from sandbox.testing import RunningSandbox
@@ -152,6 +153,25 @@ def test_what_is_missing_is_said_with_its_repair(cloud: HTTPServer, monkeypatch:
 
     monkeypatch.setattr(jobs, "outputs", missing)
     assert run("jobs", "-s", "dev").stderr == "Stack dev is not deployed.\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('{"error": {"message": "no such job"}}', "no such job"),
+        ("<html>Bad Gateway", ""),
+        ("[]", ""),
+        ('{"error": 1}', ""),
+    ],
+)
+def test_the_message_of_an_error_is_shown_whatever_its_form(httpserver: HTTPServer, body: str, says: str) -> None:
+    httpserver.expect_request("/a").respond_with_data(body, 502)
+    with (
+        contextlib.closing(Google(Place("p", "l", httpserver.url_for("")))) as google,
+        pytest.raises(GoogleError) as raised,
+    ):
+        google.ask("GET", httpserver.url_for("/a"))
+    assert str(raised.value) == f"{httpserver.url_for('/a')} answers 502: {says}"
 
 
 def test_google_is_asked_with_credentials_and_the_sandbox_without(monkeypatch: pytest.MonkeyPatch) -> None:

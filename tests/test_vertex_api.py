@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pytest_httpserver import HTTPServer
 
-from pulumi_vertex import retries
+from pulumi_vertex import operations, retries
 from pulumi_vertex.access import Access
 from pulumi_vertex.engine_call import EngineCall
 from pulumi_vertex.errors import PassingError, ProblemError, RefusedError, StoppedError, TimedOutError
@@ -223,6 +223,24 @@ def test_a_replica_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "AVAILABLE_SECONDS", 1.05)
     assert not run(Scripted({"deployedModels": [starting]}))._wait_until_available("7", "m@1")
     assert not run(Scripted({"deployedModels": []}))._wait_until_available("7", "m@1")
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        ([deployed(message="no GPU is left")], r"no replica is available\. no GPU is left$"),
+        ([], "was undeployed by somebody else as soon as it was deployed"),
+    ],
+)
+def test_a_deployment_without_a_replica_fails_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, there: list[Wire], says: str
+) -> None:
+    one = run(Scripted({"deployedModels": there}))
+    monkeypatch.setattr(runner, "AVAILABLE_SECONDS", 0.5)
+    monkeypatch.setattr(one, "_deployment_seconds", lambda _: 10.0)
+    monkeypatch.setattr(operations, "wait", lambda *_: {"deployedModel": {"id": "7"}})
+    with pytest.raises(ProblemError, match=says):
+        one._deploy(one.wanted["main"], ())
 
 
 TAKEN = RefusedError("ALREADY_EXISTS", "taken")
