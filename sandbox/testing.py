@@ -1,6 +1,7 @@
 """Starts the sandbox as a process of its own, for tests."""
 
 import copy
+import os
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ class RunningSandbox:
     """
 
     def __init__(self, *options: str, runner: str = "stub", state: Path | None = None) -> None:
-        self._temporary = None if state else tempfile.TemporaryDirectory(prefix="sandbox-")
-        self.state = state or Path(str(self._temporary and self._temporary.name))
+        # Also for the temporary files of a process that is killed, which cannot remove them itself.
+        self._temporary = tempfile.TemporaryDirectory(prefix="sandbox-")
+        self.state = state or Path(self._temporary.name) / "state"
         self.options = ["--runner", runner, "--admin", "--validate", *options]
         self.port = 0
         self.location = LOCATION
@@ -38,7 +40,8 @@ class RunningSandbox:
     def start(self) -> None:
         """Returns when requests can be sent. Raises RuntimeError when the process ends instead."""
         command = [sys.executable, "-m", "sandbox", "--port", str(self.port), "--state", str(self.state)]
-        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "TMPDIR": self._temporary.name}
+        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -70,8 +73,7 @@ class RunningSandbox:
         """Ends the process, and removes what this object has made."""
         self.stop()
         self._http.close()
-        if self._temporary:
-            self._temporary.cleanup()
+        self._temporary.cleanup()
 
     # ------------------------------------------------------------------------------------ Google's REST
 

@@ -1,5 +1,6 @@
 """Operations take real steps, faults come as ordered, and a kill loses nothing."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -258,11 +259,11 @@ def test_fresh_forgets(tmp_path: Path) -> None:
 
 
 def test_a_port_or_a_state_in_use_is_said(process: RunningSandbox, capfd: pytest.CaptureFixture[str]) -> None:
-    second = RunningSandbox(state=process.state)
-    with pytest.raises(RuntimeError):
-        second.start()
-    assert "Another sandbox uses the state folder" in capfd.readouterr().err
-    second.port = process.port
-    with pytest.raises(RuntimeError):
-        second.start()
-    assert "stop what listens there, or choose another with --port" in capfd.readouterr().err
+    with contextlib.closing(RunningSandbox(state=process.state)) as second:
+        with pytest.raises(RuntimeError):
+            second.start()
+        assert "Another sandbox uses the state folder" in capfd.readouterr().err
+        second.port = process.port
+        with pytest.raises(RuntimeError):
+            second.start()
+        assert "stop what listens there, or choose another with --port" in capfd.readouterr().err
